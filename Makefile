@@ -1,0 +1,63 @@
+# make demo and make test do all the set-up themselves; make help lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: demo test lint format clean help
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PACKAGES := $(VENV)/.packages
+READY := $(VENV)/.ready
+
+# One line for a download worth waiting for and for each stage: a minute never passes in silence.
+PIP_PROGRESS := awk '/^Collecting/ && ++n % 20 == 0 {print "  found " n " packages"} \
+	/Downloading.*\([0-9]{2,}\.[0-9]+ MB\)/ {print "  downloading " $$2 " " $$3 " " $$4} \
+	/^Installing/ {print "  unpacking " n " packages"} {fflush()}'
+
+demo: $(READY)  ## prune and train a small ResNet on real data, dense against DPaI against random
+	@$(BIN)/python -m experiments demo
+
+test: lint  ## lint, types, then all tests, on two cores
+	@echo "pytest: two processes"
+	@$(BIN)/python -m pytest -n 2 --durations=10
+
+lint: $(READY)  ## ruff's rules, ruff's format, and types
+	@echo "ruff: rules and format"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "mypy: types (up to a minute the first time)"
+	@$(BIN)/mypy dpai_jax experiments
+
+format: $(READY)  ## rewrite the code to ruff's format, and fix what ruff can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and builds; results and data stay
+	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@find dpai_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@echo "make demo | test | ...   [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# A change of the pins starts from an empty environment, so that it holds nothing else.
+# --clear would empty any folder: only one that venv made is offered to it.
+$(PACKAGES): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, '$(PYTHON)' is not: give one by PYTHON=..." >&2; exit 1; }
+	@if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ]; then \
+		echo "VENV=$(VENV) is there and is no virtual environment" >&2; exit 1; fi
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear "$(VENV)"
+	@echo "Installing requirements.txt (one to three minutes)"
+	@$(PIP) install -r requirements.txt | $(PIP_PROGRESS)
+	@touch $@
+
+$(READY): $(PACKAGES) setup.cfg pyproject.toml
+	@echo "Installing dpai_jax itself"
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,40 @@
+"""Pruning at initialization for JAX.
+
+One call turns a network function, its parameters and a sparsity into masks:
+
+>>> import jax, jax.numpy as jnp, dpai_jax as dpai
+>>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+>>> params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+>>> result = dpai.prune(fn, params, jnp.ones((1, 16)), sparsity=0.9, key=jax.random.key(0))
+>>> result.topology.weights
+64
+"""
+
+from dpai_jax.allocation import erk, uniform
+from dpai_jax.masks import apply_masks, binarize
+from dpai_jax.methods import DPaI, Random, ascent
+from dpai_jax.optimizer import keep_pruned
+from dpai_jax.paths import Layer, Network, log_paths, trace
+from dpai_jax.prune import Result, prune
+from dpai_jax.topology import LayerTopology, Topology, effective_weights, topology
+
+__all__ = [
+    "DPaI",
+    "Layer",
+    "LayerTopology",
+    "Network",
+    "Random",
+    "Result",
+    "Topology",
+    "apply_masks",
+    "ascent",
+    "binarize",
+    "effective_weights",
+    "erk",
+    "keep_pruned",
+    "log_paths",
+    "prune",
+    "topology",
+    "trace",
+    "uniform",
+]

@@ -1,0 +1,201 @@
+"""Masks: which weights stay. Made from scores, applied to parameters.
+
+Masks and scores are pytrees parallel to the parameters. A leaf that is not prunable has the mask
+`True` and the score `0.`, both without dimensions, so that `jax.tree.map(f, params, masks)` works
+on whole trees and broadcasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dpai_jax.paths import Network
+
+PyTree = Any
+
+
+def binarize(scores: PyTree, keep: PyTree) -> PyTree:
+    """The masks that keep the weights of the highest scores in each layer, exactly as many as asked.
+
+    Of equal scores those of lower index (in C order) come first. Pure, and jittable.
+
+    Args:
+      scores: pytree parallel to the parameters: a floating array at each layer, and a scalar at a
+        leaf that is not prunable.
+      keep: pytree parallel to it of the number of weights to keep, as `erk` returns it.
+
+    Returns:
+      Pytree of boolean masks.
+
+    Raises:
+      TypeError: if a leaf of `scores` is not floating.
+      ValueError: if `keep` has another structure, or a number outside [0, size]; if a score is NaN
+        (outside of `jax.jit`).
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(scores)
+    if jax.tree.structure(keep) != treedef:
+        structure = jax.tree.structure(keep)
+        raise ValueError(f"keep must have the tree structure of scores, {treedef}, got {structure}")
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), score, count)
+        for (path, score), count in zip(paths, treedef.flatten_up_to(keep), strict=True)
+    ]
+    for leaf in leaves:
+        _check_leaf(*leaf)
+    layers = [(score, count) for _, score, count in leaves if jnp.ndim(score)]
+    masks = iter(_largest_jitted([s for s, _ in layers], [jnp.int32(k) for _, k in layers]))
+    return treedef.unflatten(
+        [next(masks) if jnp.ndim(score) else jnp.ones((), bool) for _, score, _ in leaves]
+    )
+
+
+def _check_leaf(name: str, score: Any, keep: Any) -> None:
+    if not jnp.issubdtype(jnp.result_type(score), jnp.floating):
+        raise TypeError(f"scores must be floating, but {name} is {jnp.result_type(score)}")
+    if jnp.ndim(score) and not isinstance(keep, jax.core.Tracer):
+        size = math.prod(jnp.shape(score)) // math.prod(np.shape(keep))
+        if np.min(keep) < 0 or np.max(keep) > size:
+            raise ValueError(f"keep must be in [0, {size}] for {name}, got {keep}")
+    if not isinstance(score, jax.core.Tracer) and bool(jnp.any(jnp.isnan(score))):
+        raise ValueError(f"scores must be numbers, but {name} has a NaN")
+
+
+def largest(scores: Sequence[Array], keep: Sequence[Array]) -> list[Array]:
+    """The masks of the highest scores of several layers, ties by index, without sorting.
+
+    The bits of floats, those of negative ones turned over, are in the order of the floats. So the
+    thresholds are found bit by bit, all at once, with one count a bit; and so is the index up to
+    which scores equal to the threshold are kept.
+
+    Args:
+      scores: an array for each layer.
+      keep: for each layer the number to keep; an array of the layer's rank stands for as many
+        layers, stacked along its axes.
+
+    Returns:
+      A boolean mask for each layer.
+    """
+    order = [_ordered_bits(score) for score in scores]
+    keep = [k.reshape(k.shape or (1,) * score.ndim) for k, score in zip(keep, scores, strict=True)]
+
+    def count(flags: Array, like: Array) -> Array:
+        axes = tuple(i for i in range(flags.ndim) if like.shape[i] == 1)
+        return jnp.sum(flags, axes, dtype=jnp.int32, keepdims=True)
+
+    def enough(threshold: Array, bits: Array, k: Array) -> Array:
+        return count(bits >= threshold, k) >= k
+
+    def few(end: Array, index: Array, tie: Array, missing: Array) -> Array:
+        return count(tie & (index < end), missing) <= missing
+
+    thresholds = _bisect(32, enough, order, keep)
+    above = [bits > t for bits, t in zip(order, thresholds, strict=True)]
+    ties = [bits == t for bits, t in zip(order, thresholds, strict=True)]
+    missing = [k - count(a, k) for k, a in zip(keep, above, strict=True)]
+    index = [_index(score.shape, k.shape) for score, k in zip(scores, keep, strict=True)]
+
+    def first_ties() -> list[Array]:
+        n_bits = max(math.prod(score.shape) for score in scores).bit_length()
+        ends = _bisect(n_bits, few, index, ties, missing)
+        return [tie & (i < end) for tie, i, end in zip(ties, index, ends, strict=True)]
+
+    spare = [jnp.any(count(tie, m) > m) for tie, m in zip(ties, missing, strict=True)]
+    ties = lax.cond(jnp.any(jnp.stack(spare)), first_ties, lambda: ties) if spare else []
+    return [a | tie for a, tie in zip(above, ties, strict=True)]
+
+
+_largest_jitted = jax.jit(largest)
+
+
+def _ordered_bits(score: Array) -> Array:
+    """Unsigned integers in the order of the scores."""
+    bits = lax.bitcast_convert_type(score.astype(jnp.float32) + 0.0, jnp.uint32)  # -0. is 0.
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _index(shape: tuple[int, ...], stack: tuple[int, ...]) -> Array:
+    """The index of each entry in its layer, the same for layers stacked along some axes."""
+    inner = [1 if copies > 1 else size for size, copies in zip(shape, stack, strict=True)]
+    return jnp.arange(math.prod(inner), dtype=jnp.uint32).reshape(inner)
+
+
+def _bisect(n_bits: int, holds: Callable[..., Array], *operands: Sequence[Array]) -> list[Array]:
+    """For each layer the largest number for which a condition holds that holds up to it."""
+
+    def set_bit(i: Array, numbers: list[Array]) -> list[Array]:
+        bit = jnp.uint32(1) << (n_bits - 1 - i).astype(jnp.uint32)
+        return [
+            jnp.where(holds(number | bit, *items), number | bit, number)
+            for number, *items in zip(numbers, *operands, strict=True)
+        ]
+
+    start = [jnp.zeros(like.shape, jnp.uint32) for like in operands[-1]]
+    return lax.fori_loop(0, n_bits, set_bit, start)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """The parameters with pruned weights at zero.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0])}
+      >>> masks = {"kernel": jnp.array([[True, False]]), "bias": jnp.array(True)}
+      >>> dpai.apply_masks(params, masks)["kernel"].tolist()
+      [[1.0, 0.0]]
+
+    Args:
+      params: pytree of arrays.
+      masks: pytree parallel to it of boolean masks.
+
+    Returns:
+      Pytree like `params`, of the same dtypes.
+
+    Raises:
+      ValueError: if the masks have another structure, or a shape that does not fit.
+      TypeError: if a mask is not boolean.
+    """
+    check_masks(params, masks)
+    return jax.tree.map(masked, params, masks)
+
+
+def masked(array: Any, mask: Any) -> Any:
+    """The array with zeros where the mask is false; untouched under a mask without dimensions."""
+    if jnp.ndim(mask) == 0:
+        return array
+    return jnp.where(mask, array, jnp.zeros((), jnp.result_type(array)))
+
+
+def check_masks(params: PyTree, masks: PyTree) -> None:
+    """Raises unless masks fit parameters (see `apply_masks`)."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if jax.tree.structure(masks) != treedef:
+        raise ValueError(
+            f"masks must have the tree structure of params, {treedef}, "
+            f"got {jax.tree.structure(masks)}"
+        )
+    for (path, param), mask in zip(paths, treedef.flatten_up_to(masks), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if jnp.result_type(mask) != bool:
+            raise TypeError(f"masks must be boolean, but {name} is {jnp.result_type(mask)}")
+        if jnp.ndim(mask) and jnp.shape(mask) != jnp.shape(param):
+            raise ValueError(
+                f"masks must have shape {jnp.shape(param)} at {name}, got {jnp.shape(mask)}"
+            )
+
+
+def ones(net: Network) -> PyTree:
+    """The masks that prune nothing."""
+    return from_layers(net, [jnp.ones(layer.shape, bool) for layer in net.layers])
+
+
+def from_layers(net: Network, masks: Sequence[Array]) -> PyTree:
+    """The tree of masks that has these at the layers."""
+    return net.tree(list(masks), lambda: jnp.ones((), bool))

@@ -1,0 +1,80 @@
+"""What a pruning method is: a frozen dataclass of its settings with one function, `run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax.paths import Network
+
+PyTree = Any
+
+# Called with the step, the number of steps, and what was measured there.
+Report = Callable[[int, int, Mapping[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a method has to prune.
+
+    Attributes:
+      net: the traced network.
+      params: its parameters at initialisation.
+      sparsity: the fraction of prunable weights to remove, in [0, 1).
+      key: a random key.
+      report: takes progress.
+    """
+
+    net: Network
+    params: PyTree
+    sparsity: float
+    key: Array
+    report: Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """What a method gives back.
+
+    Attributes:
+      masks: pytree of boolean masks parallel to the parameters.
+      scores: pytree of the scores that they were made of.
+      history: arrays of one length, what was measured along the way; empty for one-shot methods.
+      stopped: why it ended before its last step, or an empty string.
+    """
+
+    masks: PyTree
+    scores: PyTree
+    history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
+
+
+class Method(Protocol):
+    """A pruning method."""
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network."""
+        ...
+
+
+def normal_scores(net: Network, key: Array) -> PyTree:
+    """Scores drawn from N(0, 1), layer by layer; 0 where nothing can be pruned."""
+    return score_tree(net, _normal(tuple(layer.shape for layer in net.layers), key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(shapes: tuple[tuple[int, ...], ...], key: Array) -> list[Array]:
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.normal(k, shape, jnp.float32) for k, shape in zip(keys, shapes, strict=True)]
+
+
+def score_tree(net: Network, scores: list[Array]) -> PyTree:
+    """The tree of scores that has these at the layers."""
+    return net.tree(scores, lambda: np.float32(0))

@@ -1,0 +1,34 @@
+"""Random pruning: the control that every comparison needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from dpai_jax.allocation import erk
+from dpai_jax.masks import binarize
+from dpai_jax.methods.base import Problem, Pruned, normal_scores
+from dpai_jax.paths import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Keeps weights at random, as many in each layer as its share of the whole says.
+
+    Attributes:
+      allocation: weights to keep per layer, `allocation(net, sparsity)`: `dpai_jax.erk`,
+        `dpai_jax.uniform`, or another function of the same kind.
+
+    References:
+      Evci et al., Rigging the Lottery, ICML 2020 (ERK); Frankle et al., Pruning Neural Networks at
+      Initialization: Why Are We Missing the Mark?, ICLR 2021.
+    """
+
+    allocation: Callable[[Network, float], Any] = erk
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network (see `dpai_jax.prune`)."""
+        keep = self.allocation(problem.net, problem.sparsity)
+        scores = normal_scores(problem.net, problem.key)
+        return Pruned(binarize(scores, keep), scores)

@@ -1,0 +1,85 @@
+"""Training a pruned network: optimisers under which pruned weights stay exactly zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpai_jax.masks import apply_masks, check_masks, masked
+
+PyTree = Any
+
+
+def keep_pruned(
+    optimizer: optax.GradientTransformation, masks: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """An optimiser under which pruned weights are exactly zero after every update.
+
+    Gradients of pruned weights are zeroed before the inner optimiser sees them and its updates after
+    (momentum, weight decay or orthogonalisation bring them back in between); parts of its state that
+    are parallel to the parameters, such as moments, are zero there too. An update moves a pruned
+    weight to zero even if it was not zero before.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, dpai_jax as dpai
+      >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+      >>> masks = {"kernel": jnp.array([[True, False]])}
+      >>> tx = dpai.keep_pruned(optax.adamw(0.1), masks)
+      >>> params = dpai.apply_masks(params, masks)
+      >>> updates, state = tx.update({"kernel": jnp.ones((1, 2))}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()[0][1]
+      0.0
+
+    Args:
+      optimizer: any optax optimiser.
+      masks: pytree of boolean masks parallel to the parameters.
+
+    Returns:
+      The wrapped optimiser. Its state is that of the inner one.
+
+    Raises:
+      ValueError: from `init` and `update`, if masks and parameters do not fit.
+      TypeError: if a mask is not boolean.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+    structure = jax.tree.structure(masks)
+    shapes = [jnp.shape(mask) for mask in jax.tree.leaves(masks)]
+
+    def is_parallel(node: Any) -> bool:
+        if jax.tree.structure(node) != structure:
+            return False
+        pairs = zip(jax.tree.leaves(node), shapes, strict=True)
+        return all(shape in ((), jnp.shape(leaf)) for leaf, shape in pairs)
+
+    def mask_state(state: Any) -> Any:
+        return jax.tree.map(
+            lambda node: jax.tree.map(masked, node, masks) if is_parallel(node) else node,
+            state,
+            is_leaf=is_parallel,
+        )
+
+    def init(params: PyTree) -> Any:
+        return optimizer.init(apply_masks(params, masks))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        check_masks(updates, masks)
+        gradients = jax.tree.map(masked, updates, masks)
+        updates, state = optimizer.update(gradients, state, params, **extra)
+        updates = jax.tree.map(masked, updates, masks)
+        if params is not None:
+            updates = jax.tree.map(_to_zero, updates, params, masks)
+        return updates, mask_state(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _to_zero(update: Any, param: Any, mask: Any) -> Any:
+    """The update with, for pruned weights, the one that ends at zero."""
+    if jnp.ndim(mask) == 0:
+        return update
+    return jnp.where(mask, update, -param.astype(update.dtype))

@@ -1,0 +1,23 @@
+"""Counting paths: a transformation of network functions, like `jax.grad`.
+
+This package knows nothing of pruning. It evaluates the jaxpr of a function with masks in place of
+kernels and ones in place of the input, every primitive replaced by what it does to the number of
+paths, and the result is again an ordinary JAX function of the masks.
+"""
+
+from dpai_jax.paths.interpreter import Interpreter, register_rule
+from dpai_jax.paths.network import Layer, Network, log_paths, trace
+from dpai_jax.paths.values import Flow, Free, Spread, Weight
+
+__all__ = [
+    "Flow",
+    "Free",
+    "Interpreter",
+    "Layer",
+    "Network",
+    "Spread",
+    "Weight",
+    "log_paths",
+    "register_rule",
+    "trace",
+]

@@ -1,0 +1,36 @@
+"""The few lines that differ between JAX releases (0.10 to 0.12)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+from jax.extend import source_info_util
+from jax.extend.core import Primitive, primitives
+
+
+def find_primitives(*names: str) -> tuple[Primitive, ...]:
+    """The primitives of these names, less those that this release of JAX does not have."""
+    found = (getattr(primitives, f"{name}_p", getattr(lax, f"{name}_p", None)) for name in names)
+    return tuple(primitive for primitive in found if primitive is not None)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr's equations and its constants (from 0.11 on open and closed jaxprs are one type)."""
+    if hasattr(jaxpr, "jaxpr"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def source_line(eqn: Any) -> str:
+    """The line of the user's program that an equation comes from."""
+    return str(source_info_util.summarize(eqn.source_info))

@@ -1,0 +1,83 @@
+"""Constant folding: what is computed from constants alone keeps its value.
+
+Index tables, loop counters and literal numbers matter to path semantics (a gather needs its
+indices), so they are followed through the trace; nothing is computed before a rule asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
+
+from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths.values import Free, Known, Value
+
+_LOOPS = frozenset(find_primitives("scan", "while", "cond"))
+_BROADCAST = find_primitives("broadcast_in_dim")[0]
+_ENTRYWISE = frozenset(
+    find_primitives("add", "sub", "mul", "div", "max", "min", "neg", "pow", "integer_pow", "sqrt")
+    + find_primitives("rsqrt", "exp", "log", "convert_element_type", "copy", "square", "select_n")
+    + find_primitives("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "stop_gradient")
+)
+
+
+def constant(value: Any) -> Free:
+    """A constant of the program."""
+    return Free(np.shape(value), Known.of(value))
+
+
+def unknown(eqn: JaxprEqn) -> list[Value]:
+    """Free results of which only the shapes are known."""
+    return [Free(getattr(var.aval, "shape", ())) for var in eqn.outvars]
+
+
+def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
+    """The results of an equation without flows or weights: constants where all operands are."""
+    known = [arg.known for arg in args if isinstance(arg, Free) and arg.known is not None]
+    if len(known) < len(args) or eqn.primitive in _LOOPS:
+        return unknown(eqn)
+    single = bool(known) and all(item.shape == (1,) * len(item.shape) for item in known)
+    if single and (eqn.primitive in _ENTRYWISE or eqn.primitive is _BROADCAST):
+        return [_folded_number(eqn, known)]
+    compute = functools.cache(
+        lambda: _bind(
+            eqn,
+            [jnp.broadcast_to(k.value, a.shape) for k, a in zip(known, args, strict=True)],
+            eqn.params,
+        )
+    )
+    if any(item.traced for item in known):
+        return [constant(result) for result in compute()]
+    return [
+        Free(var.aval.shape, Known(lambda i=i: compute()[i], var.aval.shape, traced=False))
+        for i, var in enumerate(eqn.outvars)
+    ]
+
+
+def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Free:
+    """One number that stands for every entry of the result."""
+    shape = eqn.outvars[0].aval.shape
+    single = (1,) * len(shape)
+    params = eqn.params
+    if eqn.primitive is _BROADCAST:
+        params = params | {"shape": single}
+
+    def compute() -> Any:
+        operands = [item.value for item in known]
+        if eqn.primitive is not _BROADCAST:
+            operands = [jnp.broadcast_to(operand, single) for operand in operands]
+        return _bind(eqn, operands, params)[0]
+
+    if any(item.traced for item in known):
+        return Free(shape, Known.of(compute()))
+    return Free(shape, Known(compute, single, traced=False))
+
+
+def _bind(eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
+    results = eqn.primitive.bind(*operands, **params)
+    return results if eqn.primitive.multiple_results else [results]

@@ -1,0 +1,190 @@
+"""The evaluator: a jaxpr, equation by equation, in path semantics.
+
+A rule says what a primitive does to the number of paths. It is a function
+`rule(interpreter, eqn, *values)` that takes one `Value` for each operand and returns one for each
+result. Rules are looked up by primitive; `register_rule` adds one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import JaxprEqn, Literal, Primitive
+
+from dpai_jax.paths import values as v
+from dpai_jax.paths._jax import open_jaxpr, source_line
+from dpai_jax.paths.constants import constant, fold, unknown
+from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
+
+GATES = ("balanced", "jacobian", "signal")
+
+Rule = Callable[..., Value | Sequence[Value]]
+_RULES: dict[Primitive, Rule] = {}
+# Primitives that hold equations of their own, which may be computed from constants alone.
+_INLINED: set[Primitive] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a kernel as the weight of a contraction.
+
+    Attributes:
+      leaf: the kernel's index among the leaves of the parameters.
+      inputs, outputs, taps: its axes over input features, output features, and filter positions.
+      groups: into how many groups the contraction splits its features.
+    """
+
+    leaf: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    groups: int
+
+
+@dataclasses.dataclass
+class Interpreter:
+    """How one evaluation counts.
+
+    Attributes:
+      gates: how a factor that is alive everywhere takes part in a product (`dpai_jax.trace`).
+      saturating: whether counts clip to {0, 1}, forward and backward: which units a path reaches,
+        free of rounding, instead of how many paths do.
+      uses: every use of a kernel in a contraction, in the order of evaluation.
+    """
+
+    gates: str
+    saturating: bool = False
+    uses: list[Use] = dataclasses.field(default_factory=list)
+
+    def settle(self, spread: Spread, exponent: Array) -> tuple[Array, Array]:
+        """Brings counts that an operation changed back into their normal form."""
+        form = v.saturate if self.saturating else v.normalise
+        return form(spread.array, exponent)
+
+    def flow(
+        self,
+        spread: Spread,
+        exponent: Array,
+        *,
+        unit: Any = None,
+        ancestors: frozenset[Any] = frozenset(),
+        rest: float = 0.0,
+    ) -> Flow:
+        """A flow of these counts; a new unit unless one is given."""
+        mantissa, exponent = self.settle(spread, exponent)
+        unit = object() if unit is None else unit
+        return Flow(mantissa, exponent, spread.shape, unit, ancestors, rest)
+
+    def source(self, shape: Shape) -> Flow:
+        """A flow that starts here: one path to every unit."""
+        return self.flow(v.ones(shape), jnp.int32(0))
+
+    def evaluate(self, jaxpr: Any, *args: Value) -> list[Value]:
+        """The values of a jaxpr's results, from the values of its arguments."""
+        opened, consts = open_jaxpr(jaxpr)
+        environment: dict[Any, Value] = {}
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, Literal):
+                return constant(atom.val)
+            return environment[atom]
+
+        environment.update(zip(opened.constvars, map(constant, consts), strict=True))
+        environment.update(zip(opened.invars, args, strict=True))
+        for eqn in opened.eqns:
+            results = self.apply(eqn, *map(read, eqn.invars))
+            environment.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in opened.outvars]
+
+    def apply(self, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+        """The results of one equation."""
+        rule = _RULES.get(eqn.primitive)
+        if all(isinstance(arg, Free) for arg in args) and eqn.primitive not in _INLINED:
+            return fold(eqn, *args)
+        if rule is None:
+            if any(isinstance(arg, Flow) for arg in args):
+                raise NotImplementedError(
+                    f"no path semantics for the primitive {eqn.primitive.name!r}, used at "
+                    f"{source_line(eqn)}; give it one with dpai_jax.paths.register_rule"
+                )
+            return unknown(eqn)
+        results = rule(self, eqn, *args)
+        return [results] if isinstance(results, Free | Weight | Flow) else results
+
+
+def derived(
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    source: Flow,
+    spread: Spread,
+    *,
+    rest: float | None = None,
+    which: Any = None,
+) -> Flow:
+    """What an operation without a kernel makes of one flow: a view or a statistic of it.
+
+    The same operation on the same unit gives the same unit, so its name is made of both, and of
+    `which` result it is where there are several.
+    """
+    try:
+        unit: Any = (eqn.primitive.name, which, tuple(sorted(eqn.params.items())), source.unit)
+        hash(unit)
+    except TypeError:
+        unit = object()
+    rest = source.rest if rest is None else rest
+    return interpreter.flow(spread, source.exponent, unit=unit, ancestors=source.lineage, rest=rest)
+
+
+def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
+    """Gives a primitive its path semantics; a decorator.
+
+    The rule is called as `rule(interpreter, eqn, *values)` where at least one value is a `Flow` or a
+    `Weight`, and returns one value for each of the equation's results (a lone one as it is).
+    A rule registered later takes the place of the one before.
+
+    Example:
+      >>> from jax.extend.core import Primitive
+      >>> from dpai_jax.paths import Free, register_rule
+      >>> swish_p = Primitive("my_swish")
+      >>> @register_rule(swish_p)
+      ... def swish(interpreter, eqn, x):  # an activation function: paths pass
+      ...     return x
+
+    Args:
+      primitive: the primitive, for example of a Pallas kernel's wrapper.
+
+    Returns:
+      A decorator that returns the rule unchanged.
+
+    Raises:
+      TypeError: if `primitive` is not a JAX primitive.
+    """
+    if not isinstance(primitive, Primitive):
+        raise TypeError(f"primitive must be a jax.extend.core.Primitive, got {primitive!r}")
+
+    def register(rule: Rule) -> Rule:
+        _RULES[primitive] = rule
+        return rule
+
+    return register
+
+
+def rules_for(*primitives: Primitive) -> Callable[[Rule], Rule]:
+    """Registers one rule for a group of primitives."""
+
+    def register(rule: Rule) -> Rule:
+        for primitive in primitives:
+            register_rule(primitive)(rule)
+        return rule
+
+    return register
+
+
+def inlined(*primitives: Primitive) -> Callable[[Rule], Rule]:
+    """Registers a rule for primitives that hold a jaxpr of their own."""
+    _INLINED.update(primitives)
+    return rules_for(*primitives)

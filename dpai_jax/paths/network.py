@@ -1,0 +1,329 @@
+"""A traced network: its prunable layers, and its number of paths as a function of their masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
+from dpai_jax.paths import values as v
+from dpai_jax.paths.interpreter import GATES, Interpreter, Use
+from dpai_jax.paths.rules.reduction import total
+from dpai_jax.paths.values import Flow, Free, Value, Weight
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A prunable kernel, and what its axes are to the contraction that uses it.
+
+    Attributes:
+      name: its path among the parameters, such as `params/Dense_0/kernel`.
+      index: its place among the leaves of the parameters.
+      shape: its shape.
+      inputs: the axes over input features (of one group).
+      outputs: the axes over output features, those of all groups.
+      taps: the axes over the positions of a convolution's filter.
+      stack: the axes over copies of the layer, one for each step of a scan over layers.
+      groups: into how many groups the features are split.
+    """
+
+    name: str
+    index: int
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    stack: tuple[int, ...]
+    groups: int
+
+    @property
+    def size(self) -> int:
+        """The number of weights, over all copies."""
+        return math.prod(self.shape)
+
+    @property
+    def copies(self) -> int:
+        """The number of layers stacked in this one kernel."""
+        return math.prod(self.shape[i] for i in self.stack)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The lengths of the axes over copies."""
+        return tuple(self.shape[i] for i in self.stack)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A network function traced once, ready to count the paths of any masks.
+
+    Made by `trace`. Networks compare by identity, so one can be a static argument of `jax.jit`.
+
+    Attributes:
+      layers: the prunable layers, in the order in which an input passes them.
+      gates: how a factor that is alive everywhere takes part in a product (see `trace`).
+      treedef: the tree structure of the parameters, and so of masks and scores.
+    """
+
+    layers: tuple[Layer, ...]
+    gates: str
+    treedef: Any
+    _shapes: tuple[tuple[int, ...], ...]
+    _jaxpr: Any
+
+    @property
+    def size(self) -> int:
+        """The number of prunable weights."""
+        return sum(layer.size for layer in self.layers)
+
+    def kernels(self, tree: PyTree) -> list[Any]:
+        """The leaves of a tree parallel to the parameters that belong to the layers, in order."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return [leaves[layer.index] for layer in self.layers]
+
+    def tree(self, kernels: list[Any], rest: Callable[[], Any]) -> PyTree:
+        """The tree parallel to the parameters that has these leaves at the layers.
+
+        Args:
+          kernels: one leaf for each layer.
+          rest: makes the leaf for everything that is not prunable.
+
+        Returns:
+          The tree.
+        """
+        by_index = {layer.index: k for layer, k in zip(self.layers, kernels, strict=True)}
+        leaves = [by_index[i] if i in by_index else rest() for i in range(self.treedef.num_leaves)]
+        return self.treedef.unflatten(leaves)
+
+    def log_count(self, masks: list[Array]) -> Array:
+        """The logarithm of the number of paths, from the layers' masks as float32."""
+        flows = self._outputs(masks, Interpreter(self.gates))
+        sums, exponent = v.align(flows)
+        ends = [
+            total(v.Spread(x, f.shape), range(len(f.shape)))
+            for x, f in zip(sums, flows, strict=True)
+        ]
+        count = functools.reduce(jnp.add, [jnp.sum(end.array) for end in ends])
+        # With no path at all the derivative is that of the count itself: it shows which weights
+        # would make one.
+        log = jnp.log(jnp.where(count > 0, count, 1.0 + (count - lax.stop_gradient(count))))
+        return jnp.where(
+            count > 0, log + exponent.astype(jnp.float32) * math.log(2.0), log - jnp.inf
+        )
+
+    def reached(self, masks: list[Array]) -> list[Array]:
+        """Which weights a path passes, kept or pruned: a weight pruned is as if it were kept.
+
+        Args:
+          masks: the layers' masks as float32 zeros and ones.
+
+        Returns:
+          For each layer one where a weight, if kept, lies on a path, and zero elsewhere.
+        """
+
+        def count(masks: list[Array]) -> Array:
+            flows = self._outputs(masks, Interpreter("jacobian", saturating=True))
+            return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
+
+        return [(g > 0.5).astype(g.dtype) for g in jax.grad(count)(masks)]
+
+    def _outputs(self, masks: list[Array], interpreter: Interpreter) -> list[Flow]:
+        by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
+        params = [
+            _weight(i, by_index[i]) if i in by_index else Free(shape)
+            for i, shape in enumerate(self._shapes)
+        ]
+        return _evaluate(self._jaxpr, params, interpreter)
+
+
+def trace(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    prunable: Callable[[str, Any], bool] | None = None,
+    gates: str = "balanced",
+) -> Network:
+    """Traces a network function, and finds its prunable layers.
+
+    Prunable are the floating leaves of `params` with two or more dimensions that a contraction uses
+    as the weight on something that depends on `x`: kernels of dense, convolutional, recurrent and
+    attention layers. Nothing is computed; `params` and `x` may hold `jax.ShapeDtypeStruct`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
+      >>> net = dpai.trace(fn, params, jnp.ones((1, 4)))
+      >>> [(layer.name, layer.shape) for layer in net.layers]
+      [('hidden', (4, 8)), ('out', (8, 2))]
+      >>> round(float(jnp.exp(dpai.log_paths(net, jax.tree.map(jnp.ones_like, params)))))
+      64
+
+    Args:
+      fn: the network, `fn(params, x)`, any function that JAX can trace. Its outputs may be any
+        pytree of arrays; paths are counted to all of them.
+      params: pytree of arrays.
+      x: the input, one array or a pytree of them; floating, or integer token ids.
+      prunable: keeps of the leaves that were found only those for which `prunable(name, leaf)` is
+        true. The others count as all ones.
+      gates: how a factor of a product that is alive everywhere (a sigmoid, a softmax), and so only
+        modulates the other, takes part: "jacobian", as a term of the network's Jacobian;
+        "balanced", the same with its counts scaled to the other factor's largest; "signal", not.
+
+    Returns:
+      The traced network.
+
+    Raises:
+      TypeError: if `fn` is not callable, or a leaf of `params` or `x` is not an array.
+      ValueError: if `gates` is unknown, no leaf is prunable, or no path leads to the output.
+      NotImplementedError: if the input meets a primitive without path semantics.
+
+    References:
+      Xiang et al., DPaI: Differentiable Pruning at Initialization with Node-Path Balance
+      Principle, ICLR 2025, for the number of effective paths R_P.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function fn(params, x), got {fn!r}")
+    if gates not in GATES:
+        raise ValueError(f"gates must be one of {', '.join(GATES)}, got {gates!r}")
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    leaves = [leaf for _, leaf in paths]
+    for argument, tree in (("params", params), ("x", x)):
+        _check_arrays(argument, tree)
+    jaxpr = jax.make_jaxpr(fn)(params, x)
+
+    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
+    kernels = [_is_kernel(leaf) for leaf in leaves]
+    if prunable is not None:
+        kernels = [
+            kernel and bool(prunable(name, leaf))
+            for kernel, name, leaf in zip(kernels, names, leaves, strict=True)
+        ]
+    uses = _uses(jaxpr, kernels, shapes, gates)
+    if not uses:
+        raise ValueError(
+            "params has no prunable leaf: no floating leaf of two or more dimensions"
+            + (" that prunable accepts" if prunable is not None else "")
+            + " is the weight of a contraction with a value that depends on x"
+        )
+    layers = tuple(_layer(use, names[use.leaf], shapes[use.leaf]) for use in uses)
+    return Network(layers, gates, treedef, shapes, jaxpr)
+
+
+def _check_arrays(argument: str, tree: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(
+            leaf, bool | int | float | complex
+        ):
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "itself"
+            raise TypeError(
+                f"{argument} must be a pytree of arrays, but its leaf {name} is {leaf!r}"
+            )
+
+
+def _is_kernel(leaf: ArrayLike | jax.ShapeDtypeStruct) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return jnp.ndim(leaf) >= 2 and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _uses(
+    jaxpr: Any, kernels: list[bool], shapes: tuple[tuple[int, ...], ...], gates: str
+) -> list[Use]:
+    """The first use of each kernel, in the order of evaluation."""
+    interpreter = Interpreter(gates)
+
+    def discover(masks: dict[int, Array]) -> list[Flow]:
+        params = [
+            _weight(i, masks[i]) if i in masks else Free(shape) for i, shape in enumerate(shapes)
+        ]
+        return _evaluate(jaxpr, params, interpreter)
+
+    masks = {
+        i: jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes) if kernels[i]
+    }
+    jax.eval_shape(discover, masks)
+    first: dict[int, Use] = {}
+    for use in interpreter.uses:
+        first.setdefault(use.leaf, use)
+    return list(first.values())
+
+
+def _weight(index: int, mask: Array) -> Weight:
+    return Weight(mask, ((index, tuple(frozenset({i}) for i in range(mask.ndim))),))
+
+
+def _layer(use: Use, name: str, shape: tuple[int, ...]) -> Layer:
+    named = {*use.inputs, *use.outputs, *use.taps}
+    stack = tuple(i for i in range(len(shape)) if i not in named)
+    return Layer(name, use.leaf, shape, use.inputs, use.outputs, use.taps, stack, use.groups)
+
+
+def _evaluate(jaxpr: Any, params: list[Value], interpreter: Interpreter) -> list[Flow]:
+    """The flows at a network's outputs."""
+    inputs = [interpreter.source(aval.shape) for aval in jaxpr.in_avals[len(params) :]]
+    outputs = interpreter.evaluate(jaxpr, *params, *inputs)
+    flows = [output for output in outputs if isinstance(output, Flow)]
+    if not flows:
+        raise ValueError("fn's output does not depend on x through any path of real numbers")
+    return flows
+
+
+def log_paths(net: Network, masks: PyTree) -> Array:
+    """The logarithm of the number of effective paths, log R_P.
+
+    With P the number of paths into a node, P = 1 at the input and P_j = Σ_i m_ij P_i through a
+    layer of mask m; R_P sums P over the outputs. Every position of every feature map counts.
+    Differentiable in the masks, which may hold any non-negative numbers.
+
+    Args:
+      net: the traced network.
+      masks: pytree parallel to the parameters, boolean or floating at the layers.
+
+    Returns:
+      float32 scalar, the natural logarithm; `-inf` if no path leads to the output.
+
+    Raises:
+      ValueError: if the masks' tree or shapes are not those of the network.
+
+    References:
+      DPaI (ICLR 2025), Section "Differentiable Calculation of the Effective Path".
+    """
+    return _log_count(
+        net, [jnp.asarray(m, jnp.float32) for m in check_parallel(net, masks, "masks")]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_count(net: Network, masks: list[Array]) -> Array:
+    return net.log_count(masks)
+
+
+def check_parallel(net: Network, tree: PyTree, argument: str) -> list[Any]:
+    """The leaves of a tree at the layers, after checking that it fits the network.
+
+    Raises:
+      ValueError: if the tree's structure, or a leaf's shape, is not that of the parameters.
+    """
+    structure = jax.tree.structure(tree)
+    if structure != net.treedef:
+        raise ValueError(
+            f"{argument} must have the tree structure of params, {net.treedef}, got {structure}"
+        )
+    kernels = net.kernels(tree)
+    for layer, leaf in zip(net.layers, kernels, strict=True):
+        if jnp.shape(leaf) != layer.shape:
+            raise ValueError(
+                f"{argument} must have shape {layer.shape} at {layer.name}, got {jnp.shape(leaf)}"
+            )
+    return kernels

@@ -1,0 +1,229 @@
+"""Equations that hold a jaxpr: calls are inlined, scans run their body on each step's masks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from dpai_jax.paths import values as v
+from dpai_jax.paths._jax import find_primitives, open_jaxpr, scan_arity
+from dpai_jax.paths.constants import constant
+from dpai_jax.paths.interpreter import Interpreter, inlined, rules_for
+from dpai_jax.paths.rules.elementwise import add, joined_rest
+from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
+
+_CALLS = find_primitives(
+    *("call", "closed_call", "custom_jvp_call", "custom_lin", "custom_vjp_call", "jit", "remat")
+)
+
+
+@inlined(*_CALLS)
+def _call(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    return interpreter.evaluate(jaxpr, *args)
+
+
+@inlined(*find_primitives("cond"))
+def _cond(interpreter: Interpreter, eqn: JaxprEqn, index: Value, *args: Value) -> Sequence[Value]:
+    """The branch that is taken, or the sum over all of them where that is not known."""
+    branches = eqn.params["branches"]
+    if isinstance(index, Free) and index.scalar is not None:
+        taken = min(max(int(index.scalar), 0), len(branches) - 1)
+        return interpreter.evaluate(branches[taken], *args)
+    outcomes = [interpreter.evaluate(branch, *args) for branch in branches]
+    return [_either(interpreter, *cases) for cases in zip(*outcomes, strict=True)]
+
+
+def _either(interpreter: Interpreter, *cases: Value) -> Value:
+    flows = [case for case in cases if isinstance(case, Flow)]
+    if flows:
+        total = functools.reduce(functools.partial(add, interpreter), flows)
+        return v.replace(total, rest=joined_rest([flow.rest for flow in flows]))
+    if all(case is cases[0] for case in cases):
+        return cases[0]
+    return Free(cases[0].shape)
+
+
+@rules_for(*find_primitives("scan"))
+def _scan(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    return _Scan(interpreter, eqn, args).run()
+
+
+class _Scan:
+    """One scan in path semantics.
+
+    What a step carries to the next may change its kind on the way: the zeros an LSTM starts from
+    become a flow, an even count becomes uneven. So the body is first evaluated abstractly until
+    what goes in and what comes out have one form.
+    """
+
+    def __init__(self, interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value]):
+        self.interpreter = interpreter
+        self.eqn = eqn
+        n_consts, n_carry = scan_arity(eqn.params)
+        self.consts = args[:n_consts]
+        self.start = args[n_consts : n_consts + n_carry]
+        self.xs = args[n_consts + n_carry :]
+        opened, _ = open_jaxpr(eqn.params["jaxpr"])
+        carried = opened.invars[n_consts : n_consts + n_carry]
+        # A carry that the body hands on unchanged is a constant of the loop.
+        self.fixed = [a is b for a, b in zip(carried, opened.outvars[:n_carry], strict=True)]
+
+    def run(self) -> Sequence[Value]:
+        forms = self._stable_forms()
+        ys: list[Value] = []
+
+        def body(carry: list[Any], steps: list[Any]) -> tuple[list[Any], list[Any]]:
+            after, ys[:] = self._step(_filled(forms, carry), steps)
+            return _arrays(map(_conform, after, forms)), _arrays(ys)
+
+        params = self.eqn.params
+        carry, stacked = lax.scan(
+            body,
+            _arrays(map(_conform, self.start, forms)),
+            self._scanned(),
+            params["length"],
+            params["reverse"],
+            params["unroll"],
+        )
+        shapes = [var.aval.shape for var in self.eqn.outvars[len(self.start) :]]
+        outputs = [self._stacked(*y) for y in zip(ys, stacked, shapes, strict=True)]
+        return [*self._with_fixed(_filled(forms, carry)), *outputs]
+
+    def _step(
+        self, carry: Sequence[Value], steps: Sequence[Any]
+    ) -> tuple[list[Value], list[Value]]:
+        """What the body makes of a carry and of one step of the inputs: carry and outputs."""
+        xs = [_slice(x, step) for x, step in zip(self.xs, steps, strict=True)]
+        jaxpr = self.eqn.params["jaxpr"]
+        results = self.interpreter.evaluate(jaxpr, *self.consts, *self._with_fixed(carry), *xs)
+        # Only counts and counters leave the loop: of all else the shape is enough.
+        results = [
+            Free(result.shape) if isinstance(result, Weight) else result for result in results
+        ]
+        return results[: len(carry)], results[len(carry) :]
+
+    def _with_fixed(self, carry: Sequence[Value]) -> list[Value]:
+        items = zip(self.fixed, self.start, carry, strict=True)
+        return [start if fixed else value for fixed, start, value in items]
+
+    def _scanned(self) -> list[Any]:
+        """The arrays of which each step sees a slice."""
+        return [None if isinstance(x, Flow) and x.spread.uniform(0) else _array(x) for x in self.xs]
+
+    def _stable_forms(self) -> list[Value]:
+        """Carries of forms that the body keeps."""
+        forms = [
+            Free(start.shape) if fixed or isinstance(start, Weight) else _one_unit(start, i)
+            for i, (fixed, start) in enumerate(zip(self.fixed, self.start, strict=True))
+        ]
+        steps = jax.tree.map(lambda array: array[0], self._scanned())
+        while True:
+            after: list[Value] = []
+
+            def body(arrays: list[Any]) -> None:
+                after[:] = self._step(_filled(forms, arrays), steps)[0]
+
+            jax.eval_shape(body, _arrays(map(_conform, self.start, forms)))
+            merged = [
+                form if fixed else _merged(form, value, i)
+                for i, (fixed, form, value) in enumerate(zip(self.fixed, forms, after, strict=True))
+            ]
+            if all(_form(a) == _form(b) for a, b in zip(forms, merged, strict=True)):
+                return forms
+            forms = merged
+
+    def _stacked(self, y: Value, arrays: Any, shape: Shape) -> Value:
+        """One value of the results of all steps, each of which has an exponent of its own."""
+        if not isinstance(y, Flow):
+            return Free(shape)
+        mantissa, exponents = arrays
+        empty = -(2**30)
+        filled = jnp.max(mantissa, axis=tuple(range(1, mantissa.ndim)), initial=0.0) > 0
+        largest = jnp.max(jnp.where(filled, exponents, empty), initial=empty)
+        largest = jnp.where(largest == empty, 0, largest)
+        scale = v.power_of_two(exponents - largest).reshape((-1,) + (1,) * (mantissa.ndim - 1))
+        return self.interpreter.flow(Spread(mantissa * scale, shape), largest, rest=y.rest)
+
+
+def _slice(x: Value, step: Any) -> Value:
+    """What one step sees of a value that is scanned over."""
+    if isinstance(x, Free):
+        return Free(x.shape[1:]) if x.known is None else constant(step)
+    if isinstance(x, Weight):
+        return Weight(step, tuple((leaf, axes[1:]) for leaf, axes in x.sources))
+    mantissa = jnp.squeeze(x.mantissa, 0) if x.spread.uniform(0) else step
+    return Flow(mantissa, x.exponent, x.shape[1:], ("step", x.unit), rest=x.rest)
+
+
+def _one_unit(value: Value, carry: int) -> Value:
+    """A value as a loop carries it: the same unit at every step."""
+    if isinstance(value, Flow):
+        return v.replace(value, unit=("carry", carry), ancestors=frozenset())
+    return value
+
+
+def _merged(before: Value, after: Value, carry: int) -> Value:
+    """The form of which both values are special cases."""
+    if isinstance(before, Free) and isinstance(after, Free):
+        return before if before.known and after.known else Free(before.shape)
+    a, b = _as_flow(before), _as_flow(after)
+    shape = jnp.broadcast_shapes(a.mantissa.shape, b.mantissa.shape)
+    mantissa = jnp.zeros(shape, jnp.float32)
+    rest = joined_rest([a.rest, b.rest])
+    return Flow(mantissa, jnp.int32(0), before.shape, ("carry", carry), rest=rest)
+
+
+def _as_flow(value: Value) -> Flow:
+    """A value as a flow: no path where it is free, and dead where it is known to be zero."""
+    if isinstance(value, Flow):
+        return value
+    rest = 0.0 if isinstance(value, Free) and value.scalar == 0 else math.inf
+    zeros = jnp.zeros((1,) * len(value.shape), jnp.float32)
+    return Flow(zeros, jnp.int32(0), value.shape, None, rest=rest)
+
+
+def _form(value: Value) -> Any:
+    """What has to stay the same from step to step."""
+    if isinstance(value, Flow):
+        return value.mantissa.shape, value.rest
+    return isinstance(value, Free) and value.known is not None
+
+
+def _conform(value: Value, form: Value) -> Value:
+    """A value in the form in which the next step takes it."""
+    if isinstance(form, Flow):
+        flow = _as_flow(value)
+        return v.replace(flow, mantissa=jnp.broadcast_to(flow.mantissa, form.mantissa.shape))
+    return value if _form(form) else Free(value.shape)
+
+
+def _arrays(values: Iterable[Value]) -> list[Any]:
+    """What a loop carries of values: counts with their exponents, and known numbers."""
+    return [(x.mantissa, x.exponent) if isinstance(x, Flow) else _array(x) for x in values]
+
+
+def _array(value: Value) -> Any:
+    if isinstance(value, Flow):
+        return value.mantissa
+    if isinstance(value, Weight):
+        return value.array
+    return None if value.known is None else jnp.broadcast_to(value.known.value, value.shape)
+
+
+def _filled(forms: Sequence[Value], arrays: Sequence[Any]) -> list[Value]:
+    """Values of the given forms that hold the given arrays."""
+    return [_holding(form, array) for form, array in zip(forms, arrays, strict=True)]
+
+
+def _holding(form: Value, array: Any) -> Value:
+    if isinstance(form, Flow):
+        return v.replace(form, mantissa=array[0], exponent=array[1])
+    return Free(form.shape) if array is None else constant(array)

@@ -1,0 +1,204 @@
+"""Functions of each entry by itself: activations, sums, products, casts.
+
+Any composition of elementwise functions of one unit is an activation function, and a path passes
+it once; so no list of names of activations is needed. A unit combined with something derived from
+it without a kernel (its mean, its softmax denominator) is normalisation: the unit's paths pass and
+the statistic adds none. Sums of different units add paths. Products of different units give the
+terms of the network's Jacobian, `alive(b)·a + alive(a)·b`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from dpai_jax.paths import values as v
+from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths.constants import constant, unknown
+from dpai_jax.paths.interpreter import Interpreter, rules_for
+from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
+
+MUL, DIV, SELECT = find_primitives("mul", "div", "select_n")
+_PRODUCTS = (MUL, DIV, *find_primitives("pow", "mulhi"))
+_CONVERT = find_primitives("convert_element_type")
+_SAME = find_primitives(
+    *("copy", "copy_p", "device_put", "name", "optimization_barrier", "pvary", "reduce_precision"),
+    *("reshard", "sharding_constraint", "stop_gradient"),
+)
+_COMPARISONS = find_primitives(
+    "eq", "eq_to", "ge", "gt", "is_finite", "le", "le_to", "lt", "lt_to", "ne"
+)
+_FUNCTIONS = find_primitives(
+    *("abs", "acos", "acosh", "add", "add_jaxvals", "and", "asin", "asinh", "atan", "atan2"),
+    *("atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "cos", "cosh"),
+    *("digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "igamma"),
+    *("igammac", "integer_pow", "lgamma", "log", "log1p", "log2", "logistic", "max", "min"),
+    *("neg", "nextafter", "not", "one_minus_square", "or", "polygamma", "polynomial"),
+    *("population_count", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n"),
+    *("shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
+    *("sqrt", "square", "sub", "tan", "tanh", "xor", "zeta"),
+)
+
+
+@rules_for(*_SAME)
+def _identity(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    return args
+
+
+@rules_for(*_CONVERT)
+def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    # An integer made from a real number (an argmax, a code) carries no path; a token id does.
+    was_real = jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)
+    if was_real and not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+        return unknown(eqn)[0]
+    return x
+
+
+@rules_for(*_COMPARISONS)
+def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
+    # A comparison of token ids is how a one-hot code is made; any other is a switch.
+    if jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact):
+        return unknown(eqn)[0]
+    return _function(interpreter, eqn, *args)
+
+
+@rules_for(*_FUNCTIONS)
+def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
+    """An elementwise function; the paths of different units add up."""
+    cases = args[1:] if eqn.primitive is SELECT and _any_flow(args[1:]) else args
+    return _combine(interpreter, eqn, cases, _rest(eqn, args), add)
+
+
+@rules_for(*_PRODUCTS)
+def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
+    """A product of each entry; a quotient is the product with a reciprocal."""
+    if eqn.primitive is MUL and any(isinstance(a, Free) and a.scalar == 0 for a in args):
+        return constant(np.zeros((1,) * len(eqn.outvars[0].aval.shape), np.float32))
+    rest = _rest(eqn, args)
+    divides = eqn.primitive is DIV
+    return _combine(interpreter, eqn, args, rest, functools.partial(multiply, divides=divides))
+
+
+def _any_flow(args: Sequence[Value]) -> bool:
+    return any(isinstance(arg, Flow) for arg in args)
+
+
+def _combine(
+    interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value], rest: float, join: Any
+) -> Value:
+    shape = eqn.outvars[0].aval.shape
+    flows = [_reshaped(arg, shape) for arg in args if isinstance(arg, Flow)]
+    if not flows:
+        return _combine_weights(eqn, args)
+    result = functools.reduce(functools.partial(join, interpreter), flows)
+    return v.replace(result, rest=rest)
+
+
+def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
+    """A function of one kernel that keeps its shape is the same kernel; of several, none."""
+    weights = [arg for arg in args if isinstance(arg, Weight)]
+    first = weights[0]
+    same = all(weight.sources == first.sources for weight in weights)
+    return first if same and first.shape == eqn.outvars[0].aval.shape else unknown(eqn)[0]
+
+
+def _reshaped(flow: Flow, shape: v.Shape) -> Flow:
+    """A flow as an operand of an operation whose result has this shape: some axes may be new."""
+    if flow.shape == shape:
+        return flow
+    new_axes = (1,) * (len(shape) - len(flow.shape))
+    return v.replace(
+        flow, mantissa=flow.mantissa.reshape(new_axes + flow.mantissa.shape), shape=shape
+    )
+
+
+def related(a: Flow, b: Flow) -> Flow | None:
+    """The unit whose paths pass when it is combined with itself or with a statistic of it."""
+    if a.unit == b.unit or a.unit in b.ancestors:
+        return a
+    return b if b.unit in a.ancestors else None
+
+
+def add(interpreter: Interpreter, a: Flow, b: Flow) -> Flow:
+    """The sum of two flows of one shape."""
+    base = related(a, b)
+    if base is not None:
+        return base
+    (x, y), exponent = v.align([a, b])
+    return interpreter.flow(Spread(x + y, a.shape), exponent, ancestors=a.lineage & b.lineage)
+
+
+def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = False) -> Flow:
+    """The product of two flows of one shape, or their quotient."""
+    base = related(a, b)
+    if base is not None:
+        return base
+    terms = product_terms(interpreter, a, v.replace(b, rest=math.inf) if divides else b)
+    (x, y), exponent = v.align(terms)
+    alive_a, alive_b = a.alive(), jnp.ones(()) if divides else b.alive()
+    spread = Spread(alive_b * x + alive_a * y, a.shape)
+    return interpreter.flow(spread, exponent, ancestors=a.lineage & b.lineage)
+
+
+def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flow]:
+    """The two factors of a product, as its gate semantics lets them take part.
+
+    A factor that is alive everywhere while the other is not is a *gate*: it modulates a signal.
+    """
+    if (
+        a.always_alive == b.always_alive
+        or interpreter.gates == "jacobian"
+        or interpreter.saturating
+    ):
+        return a, b
+    if a.always_alive:
+        signal, gate = product_terms(interpreter, b, a)
+        return gate, signal
+    if interpreter.gates == "signal":
+        return a, v.replace(b, mantissa=jnp.zeros_like(b.mantissa))
+    peaks = [lax.stop_gradient(jnp.max(flow.mantissa, initial=0.0)) for flow in (a, b)]
+    ratio = jnp.where(peaks[1] > 0, peaks[0] / jnp.where(peaks[1] > 0, peaks[1], 1.0), 1.0)
+    return a, v.replace(b, mantissa=b.mantissa * ratio, exponent=a.exponent)
+
+
+def joined_rest(rests: Sequence[float]) -> float:
+    """What a unit gives at rest that is one of several: zero unless each of them is alive."""
+    if all(rest == rests[0] for rest in rests):
+        return rests[0]
+    return math.inf if all(rests) else 0.0
+
+
+def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
+    """The value of the function where every flow is at rest."""
+    flows = [arg.rest for arg in args if isinstance(arg, Flow)]
+    if not flows:
+        return 0.0
+    if eqn.primitive is SELECT:
+        cases = [arg.rest for arg in args[1:] if isinstance(arg, Flow)]
+        return joined_rest(cases or flows)
+    rests = [arg.rest if isinstance(arg, Flow) else getattr(arg, "scalar", None) for arg in args]
+    if eqn.primitive in (MUL, DIV) and rests[0] == 0 or eqn.primitive is MUL and rests[1] == 0:
+        return 0.0
+    if None in rests:
+        # An unknown constant (a bias, a scale, a statistic) changes nothing at rest, but under
+        # one that divides it a resting unit is a pole.
+        return math.inf if eqn.primitive is DIV and rests[0] is None else joined_rest(flows)
+    if any(math.isinf(rest) for rest in flows):
+        return math.inf
+    return _evaluate(eqn, rests)
+
+
+def _evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> float:
+    dtypes = [var.aval.dtype for var in eqn.invars]
+    with jax.ensure_compile_time_eval():
+        scalars = [jnp.asarray(x, dtype) for x, dtype in zip(operands, dtypes, strict=True)]
+        value = float(np.asarray(eqn.primitive.bind(*scalars, **eqn.params)).real)
+    return value if math.isfinite(value) else math.inf

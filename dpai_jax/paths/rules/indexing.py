@@ -1,0 +1,177 @@
+"""Gathers, scatters and slices at computed positions.
+
+Where the indices are known, the same operation moves the counts. Where they are not, the gathered
+axis counts as a sum. Token ids start a flow: one path to each unit of the embedding's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import JaxprEqn
+
+from dpai_jax.paths import values as v
+from dpai_jax.paths._jax import find_primitives, source_line
+from dpai_jax.paths.constants import unknown
+from dpai_jax.paths.interpreter import Interpreter, rules_for
+from dpai_jax.paths.rules.reduction import total
+from dpai_jax.paths.rules.shape import same_axes, viewed
+from dpai_jax.paths.values import Axes, Flow, Free, Shape, Spread, Value, Weight
+
+
+def known_indices(*indices: Value) -> list[Array] | None:
+    """The values of index operands, where all of them are computed from constants."""
+    known = [index.known for index in indices if isinstance(index, Free) and index.known]
+    if len(known) < len(indices):
+        return None
+    shapes = [index.shape for index in indices]
+    return [jnp.broadcast_to(k.value, shape) for k, shape in zip(known, shapes, strict=True)]
+
+
+@rules_for(*find_primitives("gather"))
+def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value) -> Value:
+    shape = eqn.outvars[0].aval.shape
+    known = known_indices(indices)
+    if isinstance(operand, Free):
+        return interpreter.source(shape)
+    if isinstance(operand, Weight):
+        spread = Spread(operand.array, operand.shape)
+        if known:
+            gathered = _gather_at(spread, known[0], eqn.params, shape)
+            return viewed(operand, gathered, _gathered_axes(operand, eqn.params, shape))
+        if not isinstance(indices, Flow):
+            return unknown(eqn)[0]
+        # A table of tokens that is a kernel elsewhere too (a tied embedding).
+        return interpreter.flow(_gather_anywhere(spread, eqn.params, shape), jnp.int32(0))
+    gather = _gather_anywhere(operand.spread, eqn.params, shape)
+    if known:
+        gather = _gather_at(operand.spread, known[0], eqn.params, shape)
+    return _moved(interpreter, operand, gather)
+
+
+def _moved(interpreter: Interpreter, source: Flow, spread: Spread) -> Flow:
+    return interpreter.flow(spread, source.exponent, ancestors=source.lineage, rest=source.rest)
+
+
+def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) -> Spread:
+    """A gather whose indices are known; axes that it takes whole stay uniform."""
+    dims, sizes = params["dimension_numbers"], list(params["slice_sizes"])
+    for axis, size in enumerate(x.shape):
+        if x.uniform(axis) and sizes[axis] == size and axis not in dims.operand_batching_dims:
+            sizes[axis] = 1
+        else:
+            x = x.full(axis)
+    array = lax.gather(x.array, indices, dims, tuple(sizes), mode=params["mode"], fill_value=0)
+    return Spread(array, shape)
+
+
+def _gather_anywhere(x: Spread, params: dict[str, Any], shape: Shape) -> Spread:
+    """A gather whose indices are not known: sums over the axes that it takes a part of."""
+    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    partial = [i for i, size in enumerate(sizes) if size < x.shape[i]]
+    array = total(x, partial).array
+    dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+    kept = jnp.squeeze(array, tuple(dropped))
+    target = [1] * len(shape)
+    for position, size in zip(dims.offset_dims, kept.shape, strict=True):
+        target[position] = size
+    return Spread(kept.reshape(target), shape)
+
+
+def _gathered_axes(operand: Value, params: dict[str, Any], shape: Shape) -> Axes:
+    dims = params["dimension_numbers"]
+    dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+    kept = [i for i in range(len(operand.shape)) if i not in dropped]
+    axes = [frozenset[int]()] * len(shape)
+    for position, axis in zip(dims.offset_dims, kept, strict=True):
+        axes[position] = frozenset({axis})
+    return tuple(axes)
+
+
+@rules_for(*find_primitives("dynamic_slice"))
+def _dynamic_slice(
+    interpreter: Interpreter, eqn: JaxprEqn, operand: Value, *starts: Value
+) -> Value:
+    shape = eqn.outvars[0].aval.shape
+    if isinstance(operand, Free):
+        return interpreter.source(shape)
+    spread = operand.spread if isinstance(operand, Flow) else Spread(operand.array, operand.shape)
+    for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
+        if size == operand.shape[axis]:
+            continue
+        known = known_indices(start)
+        if known is None:
+            spread = Spread(total(spread, [axis]).array, spread.shape)
+        elif not spread.uniform(axis):
+            array = lax.dynamic_slice_in_dim(spread.array, known[0], size, axis)
+            spread = Spread(array, spread.shape)
+    spread = Spread(spread.array, shape)
+    if isinstance(operand, Weight):
+        return viewed(operand, spread, same_axes(len(shape)))
+    return _moved(interpreter, operand, spread)
+
+
+@rules_for(*find_primitives("dynamic_update_slice"))
+def _dynamic_update_slice(
+    interpreter: Interpreter, eqn: JaxprEqn, operand: Value, update: Value, *starts: Value
+) -> Value:
+    known = _required(eqn, operand, update, *starts)
+    if known is None:
+        return unknown(eqn)[0]
+    (x, y), exponent, ancestors, rest = _written(operand, update)
+    return interpreter.flow(
+        Spread(lax.dynamic_update_slice(x, y, known), operand.shape),
+        exponent,
+        ancestors=ancestors,
+        rest=rest,
+    )
+
+
+_SCATTERS = find_primitives("scatter", "scatter_add", "scatter_max", "scatter_min", "scatter_sub")
+
+
+@rules_for(*_SCATTERS)
+def _scatter(
+    interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
+) -> Value:
+    known = _required(eqn, operand, update, indices)
+    if known is None:
+        return unknown(eqn)[0]
+    (x, y), exponent, ancestors, rest = _written(operand, update)
+    scatter = lax.scatter if eqn.primitive is _SCATTERS[0] else lax.scatter_add
+    dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    array = scatter(x, known[0], y, dims, mode=mode)
+    return interpreter.flow(Spread(array, operand.shape), exponent, ancestors=ancestors, rest=rest)
+
+
+def _required(
+    eqn: JaxprEqn, operand: Value, update: Value, *indices: Value
+) -> Sequence[Array] | None:
+    """The indices of a write; nothing where no flow takes part."""
+    if not isinstance(operand, Flow) and not isinstance(update, Flow):
+        return None
+    known = known_indices(*indices)
+    if known is None:
+        raise NotImplementedError(
+            f"no path semantics for {eqn.primitive.name!r} at positions that are not computed from "
+            f"constants, used at {source_line(eqn)}; write with constant indices, or give the "
+            "primitive a rule with dpai_jax.paths.register_rule"
+        )
+    return known
+
+
+def _written(operand: Value, update: Value) -> tuple[list[Array], Array, frozenset[Any], float]:
+    """The counts of an array and of what is written into it, under one exponent."""
+    flows = [value for value in (operand, update) if isinstance(value, Flow)]
+    aligned, exponent = v.align(flows)
+    arrays = iter(aligned)
+    counts = [
+        jnp.broadcast_to(next(arrays) if isinstance(value, Flow) else 0.0, value.shape)
+        for value in (operand, update)
+    ]
+    ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
+    rest = flows[0].rest if len({flow.rest for flow in flows}) == 1 else 0.0
+    return counts, exponent, ancestors, rest

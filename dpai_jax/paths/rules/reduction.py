@@ -1,0 +1,112 @@
+"""Reductions, windows and cumulative sums: counts add up, and stay a statistic of their input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths.constants import unknown
+from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
+from dpai_jax.paths.values import Flow, Shape, Spread, Value
+
+_REDUCTIONS = find_primitives(
+    *("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"),
+    "reduce_xor",
+)
+_CUMULATIVE = find_primitives("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")
+_WINDOWS = find_primitives("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+
+
+@rules_for(*_REDUCTIONS)
+def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    if not isinstance(x, Flow):
+        return unknown(eqn)[0]
+    spread = total(x.spread, eqn.params["axes"])
+    kept = [i for i in range(len(x.shape)) if i not in eqn.params["axes"]]
+    shape = tuple(x.shape[i] for i in kept)
+    array = spread.array.reshape([spread.array.shape[i] for i in kept])
+    return derived(interpreter, eqn, x, Spread(array, shape), rest=_summed(x.rest))
+
+
+@rules_for(*find_primitives("reduce"))
+def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    operands = args[: len(args) // 2]
+    axes = eqn.params["dimensions"]
+    results: list[Value] = []
+    for x, free in zip(operands, unknown(eqn), strict=True):
+        if not isinstance(x, Flow):
+            results.append(free)
+            continue
+        array = jnp.squeeze(total(x.spread, axes).array, axes)
+        results.append(
+            derived(interpreter, eqn, x, Spread(array, free.shape), rest=_summed(x.rest))
+        )
+    return results
+
+
+@rules_for(*find_primitives("argmax", "argmin"))
+def _argument(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    return unknown(eqn)[0]
+
+
+@rules_for(*_CUMULATIVE)
+def _cumulative(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    if not isinstance(x, Flow):
+        return unknown(eqn)[0]
+    axis, reverse = eqn.params["axis"], eqn.params["reverse"]
+    array = lax.cumsum(x.spread.full(axis).array, axis, reverse)
+    return derived(interpreter, eqn, x, Spread(array, x.shape), rest=_summed(x.rest))
+
+
+@rules_for(*_WINDOWS)
+def _window(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    return _pool(interpreter, eqn, x)
+
+
+@rules_for(*find_primitives("reduce_window"))
+def _window_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    return [_pool(interpreter, eqn, x) for x in args[: len(args) // 2]]
+
+
+def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    shape = eqn.outvars[0].aval.shape
+    if not isinstance(x, Flow):
+        return unknown(eqn)[0]
+    params = eqn.params
+    window, strides = list(params["window_dimensions"]), list(params["window_strides"])
+    dilation = list(params["window_dilation"])
+    spread, scale = x.spread, 1.0
+    for axis, size in enumerate(window):
+        padded = tuple(params["padding"][axis]) != (0, 0) or params["base_dilation"][axis] != 1
+        if spread.uniform(axis) and not padded:
+            scale *= size
+            window[axis] = strides[axis] = dilation[axis] = 1
+        else:
+            spread = spread.full(axis)
+    array = lax.reduce_window(
+        spread.array,
+        0.0,
+        lax.add,
+        window,
+        strides,
+        params["padding"],
+        params["base_dilation"],
+        dilation,
+    )
+    return derived(interpreter, eqn, x, Spread(array * scale, shape), rest=_summed(x.rest))
+
+
+def total(spread: Spread, axes: Sequence[int]) -> Spread:
+    """The sums over some axes, which are left as uniform ones."""
+    copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
+    array = jnp.sum(spread.array, tuple(axes), keepdims=True)
+    return Spread(array * float(copies), spread.shape)
+
+
+def _summed(rest: float) -> float:
+    return math.inf if rest else 0.0

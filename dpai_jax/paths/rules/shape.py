@@ -1,0 +1,259 @@
+"""Shape operations: the same operation on the counts or the mask, zeros where nothing flows.
+
+Each operation on one operand is a *rearrangement*: what it does to an array with uniform axes, and
+of which axes of the operand each axis of the result is made. The first serves flows and weights
+alike, the second tells how a kernel's axes reach a contraction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from dpai_jax.paths import values as v
+from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths.constants import unknown
+from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
+from dpai_jax.paths.rules.elementwise import joined_rest
+from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight
+
+# The result, and for each of its axes the axes of the operand it is made of.
+Rearranged = tuple[Spread, Axes]
+Rearrangement = Callable[[dict[str, Any], Spread, Shape], Rearranged]
+
+
+def rearranges(*names: str) -> Callable[[Rearrangement], Rearrangement]:
+    """Registers the rule of shape operations on one operand."""
+
+    def register(rearrange: Rearrangement) -> Rearrangement:
+        def rule(interpreter: Interpreter, eqn: JaxprEqn, x: Value, *_: Value) -> Value:
+            shape = eqn.outvars[0].aval.shape
+            if isinstance(x, Flow):
+                return derived(interpreter, eqn, x, rearrange(eqn.params, x.spread, shape)[0])
+            if not isinstance(x, Weight):
+                return unknown(eqn)[0]
+            spread, axes = rearrange(eqn.params, Spread(x.array, x.shape), shape)
+            return viewed(x, spread, axes)
+
+        rules_for(*find_primitives(*names))(rule)
+        return rearrange
+
+    return register
+
+
+def viewed(weight: Weight, spread: Spread, axes: Axes) -> Weight:
+    """The weight after an operation that made its axes anew."""
+    sources = tuple(
+        (leaf, tuple(frozenset().union(*(before[i] for i in made_of)) for made_of in axes))
+        for leaf, before in weight.sources
+    )
+    return Weight(spread.full().array, sources)
+
+
+def same_axes(rank: int) -> Axes:
+    """The axes of an operation that leaves each where it is."""
+    return tuple(frozenset({i}) for i in range(rank))
+
+
+@rearranges("reshape")
+def _reshape(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    sizes, axes = [1] * len(shape), [frozenset[int]()] * len(shape)
+    for before, after in reshape_groups(x.shape, shape):
+        if not all(x.uniform(i) for i in before):
+            x = x.full(*before) if before else x
+            for j in after:
+                sizes[j] = shape[j]
+        for j in after:
+            axes[j] = frozenset(before)
+    return Spread(x.array.reshape(sizes), shape), tuple(axes)
+
+
+def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes of one shape that hold the entries of runs of axes of another."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after = [], []
+        size_before = size_after = 1
+        if i < len(old):
+            before, size_before, i = [i], old[i], i + 1
+        if j < len(new) and (not before or size_before != 1 or new[j] == 1):
+            after, size_after, j = [j], new[j], j + 1
+        while size_before != size_after:
+            if (size_before < size_after or j >= len(new)) and i < len(old):
+                before.append(i)
+                size_before, i = size_before * old[i], i + 1
+            else:
+                after.append(j)
+                size_after, j = size_after * new[j], j + 1
+        groups.append((before, after))
+    return groups
+
+
+@rearranges("transpose")
+def _transpose(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    order = params["permutation"]
+    return Spread(jnp.transpose(x.array, order), shape), tuple(frozenset({i}) for i in order)
+
+
+@rearranges("squeeze")
+def _squeeze(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    dropped = {i % len(x.shape) for i in params["dimensions"]}
+    axes = tuple(frozenset({i}) for i in range(len(x.shape)) if i not in dropped)
+    return Spread(jnp.squeeze(x.array, tuple(dropped)), shape), axes
+
+
+@rearranges("broadcast_in_dim")
+def _broadcast(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    sizes, axes = [1] * len(shape), [frozenset[int]()] * len(shape)
+    for i, j in enumerate(params["broadcast_dimensions"]):
+        sizes[j], axes[j] = x.array.shape[i], frozenset({i})
+    return Spread(x.array.reshape(sizes), shape), tuple(axes)
+
+
+@rearranges("rev")
+def _reverse(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    return Spread(lax.rev(x.array, params["dimensions"]), shape), same_axes(len(shape))
+
+
+@rearranges("slice")
+def _slice(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    steps = params["strides"] or (1,) * len(shape)
+    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
+    index = tuple(
+        slice(0, min(1, shape[i])) if x.uniform(i) else slice(*bound)
+        for i, bound in enumerate(bounds)
+    )
+    return Spread(x.array[index], shape), same_axes(len(shape))
+
+
+@rearranges("pad")
+def _pad(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    config = params["padding_config"]
+    x = (
+        x.full(*(i for i, pads in enumerate(config) if tuple(pads) != (0, 0, 0)))
+        if _pads(config)
+        else x
+    )
+    return Spread(lax.pad(x.array, jnp.float32(0), config), shape), same_axes(len(shape))
+
+
+def _pads(config: Sequence[Any]) -> bool:
+    return any(tuple(pads) != (0, 0, 0) for pads in config)
+
+
+@rearranges("tile")
+def _tile(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
+    reps = [1 if x.uniform(i) else rep for i, rep in enumerate(params["reps"])]
+    return Spread(jnp.tile(x.array, reps), shape), same_axes(len(shape))
+
+
+@rules_for(*find_primitives("split"))
+def _split(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
+    axis, start = eqn.params["axis"], 0
+    parts: list[Value] = []
+    for size, var in zip(eqn.params["sizes"], eqn.outvars, strict=True):
+        parts.append(_part(interpreter, eqn, x, axis, start, start + int(size), var.aval.shape))
+        start += int(size)
+    return parts
+
+
+def _part(
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    x: Value,
+    axis: int,
+    start: int,
+    stop: int,
+    shape: Shape,
+) -> Value:
+    """A run of positions along one axis, which a scalar shape drops."""
+    if not isinstance(x, Flow | Weight):
+        return unknown(eqn)[0]
+    spread = x.spread if isinstance(x, Flow) else Spread(x.array, x.shape)
+    array = spread.array
+    if not spread.uniform(axis):
+        array = lax.slice_in_dim(array, start, stop, axis=axis)
+    dropped = len(shape) < len(x.shape)
+    if dropped:
+        array = jnp.squeeze(array, axis)
+    part = Spread(array, shape)
+    if isinstance(x, Weight):
+        axes = tuple(
+            a for i, a in enumerate(same_axes(len(x.shape))) if not (dropped and i == axis)
+        )
+        return viewed(x, part, axes)
+    return derived(interpreter, eqn, x, part, which=start)
+
+
+@rules_for(*find_primitives("unstack"))
+def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
+    return [
+        _part(interpreter, eqn, x, eqn.params["axis"], i, i + 1, var.aval.shape)
+        for i, var in enumerate(eqn.outvars)
+    ]
+
+
+@rules_for(*find_primitives("concatenate"))
+def _concatenate(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
+    return _join(interpreter, eqn, parts, eqn.params["dimension"])
+
+
+@rules_for(*find_primitives("stack"))
+def _stack(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
+    axis = eqn.params["axis"]
+    return _join(interpreter, eqn, [_with_axis(part, axis) for part in parts], axis)
+
+
+def _with_axis(part: Value, axis: int) -> Value:
+    """The same value with a new axis of size one."""
+    shape = (*part.shape[:axis], 1, *part.shape[axis:])
+    if isinstance(part, Flow):
+        return v.replace(part, mantissa=jnp.expand_dims(part.mantissa, axis), shape=shape)
+    if isinstance(part, Weight):
+        axes = tuple(
+            (leaf, (*before[:axis], frozenset(), *before[axis:])) for leaf, before in part.sources
+        )
+        return Weight(jnp.expand_dims(part.array, axis), axes)
+    return v.Free(shape)
+
+
+def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis: int) -> Value:
+    shape = eqn.outvars[0].aval.shape
+    flows = [part for part in parts if isinstance(part, Flow)]
+    if not flows:
+        return _join_weights(parts, axis)
+    aligned, exponent = v.align(flows)
+    arrays = iter(aligned)
+    pieces = [
+        next(arrays) if isinstance(part, Flow) else jnp.zeros((1,) * len(shape), jnp.float32)
+        for part in parts
+    ]
+    common = jnp.broadcast_shapes(*(_without(piece.shape, axis) for piece in pieces))
+    pieces = [
+        jnp.broadcast_to(piece, (*common[:axis], part.shape[axis], *common[axis + 1 :]))
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
+    ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
+    rest = joined_rest([flow.rest for flow in flows])
+    spread = Spread(lax.concatenate(pieces, axis), shape)
+    return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], 1, *shape[axis + 1 :])
+
+
+def _join_weights(parts: Sequence[Value], axis: int) -> Weight:
+    """Kernels put side by side, as in a fused projection; what nobody prunes counts as ones."""
+    arrays = [
+        part.array if isinstance(part, Weight) else jnp.ones(part.shape, jnp.float32)
+        for part in parts
+    ]
+    sources = tuple(source for part in parts if isinstance(part, Weight) for source in part.sources)
+    return Weight(jnp.concatenate(arrays, axis), sources)

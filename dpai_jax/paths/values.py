@@ -1,0 +1,224 @@
+"""The values of path semantics: what every variable of a traced network stands for.
+
+A variable is one of three kinds:
+
+* `Free`: does not depend on the network's input; only its shape matters.
+* `Weight`: the mask of a prunable kernel, seen through reshapes, transposes, casts and scalings.
+* `Flow`: the number of paths from the input to each unit.
+
+Flows are held in *block floating point*: a float32 mantissa whose largest entry is in [1/2, 1),
+and one integer exponent for the whole array. A power of two scales without rounding, so counts
+are as exact as float32 on any depth, and the scale, a constant to differentiation, cancels from
+the gradient of the logarithm of a count.
+
+An array of a flow may have size one along an axis whose logical size is larger: the count is then
+*uniform* along it. The rules spread such an axis only where an operation needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+Shape = tuple[int, ...]
+
+
+class Spread(NamedTuple):
+    """An array that stands for a larger one: axes of size one are uniform along `shape`."""
+
+    array: Array
+    shape: Shape
+
+    def full(self, *axes: int) -> Spread:
+        """The same values with the given axes written out; all axes where none is given."""
+        spread = set(axes) if axes else set(range(len(self.shape)))
+        sizes = zip(self.array.shape, self.shape, strict=True)
+        target = tuple(full if i in spread else size for i, (size, full) in enumerate(sizes))
+        return Spread(jnp.broadcast_to(self.array, target), self.shape)
+
+    def uniform(self, axis: int) -> bool:
+        """Whether the values along the axis are held once for all."""
+        return self.array.shape[axis] == 1
+
+
+def ones(shape: Shape) -> Spread:
+    """A one at every position, held as a single number."""
+    return Spread(jnp.ones((1,) * len(shape), jnp.float32), shape)
+
+
+class Known:
+    """A value computed from constants alone, worked out when a rule first asks for it.
+
+    Like the array of a flow it may have size one along axes that are uniform.
+    A value that hangs on the counter of a loop is a traced array, and is there from the start.
+    """
+
+    def __init__(self, compute: Callable[[], Array | np.ndarray], shape: Shape, traced: bool):
+        self._compute = compute
+        self._value: Array | np.ndarray | None = None
+        self.shape = shape
+        self.traced = traced
+
+    @classmethod
+    def of(cls, value: Array | np.ndarray) -> Known:
+        """A value that is there already."""
+        return cls(lambda: value, np.shape(value), isinstance(value, jax.core.Tracer))
+
+    @property
+    def value(self) -> Array | np.ndarray:
+        """The value itself."""
+        if self._value is None:
+            with jax.ensure_compile_time_eval():
+                self._value = self._compute()
+        return self._value
+
+    @property
+    def scalar(self) -> float | None:
+        """The number that it holds at every position, if there is one and it can be read now."""
+        if self.traced or math.prod(self.shape) != 1:
+            return None
+        value = np.asarray(self.value)
+        return float(value.item()) if np.isrealobj(value) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """A value that does not depend on the network's input.
+
+    Attributes:
+      shape: its shape.
+      known: its value, where it is computed from constants alone.
+    """
+
+    shape: Shape
+    known: Known | None = None
+
+    @property
+    def scalar(self) -> float | None:
+        """The known number that it holds at every position, if there is one."""
+        return None if self.known is None else self.known.scalar
+
+
+# For each axis of a view of kernels, the axes of a kernel that it is made of.
+Axes = tuple[frozenset[int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """The mask of one prunable kernel, or of several put together.
+
+    Attributes:
+      array: the mask as float32, of the view's full shape.
+      sources: for each kernel in it, by its index among the leaves of the parameters, the kernel's
+        axes that each axis of the view is made of.
+    """
+
+    array: Array
+    sources: tuple[tuple[int, Axes], ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the view."""
+        return self.array.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The number of paths from the network's input to each unit: `mantissa * 2**exponent`.
+
+    Attributes:
+      mantissa: float32, broadcastable to `shape`; its largest entry is in [1/2, 1), or it is zero.
+      exponent: int32 scalar.
+      shape: the logical shape.
+      unit: which unit it is. Elementwise functions of one unit keep it.
+      ancestors: the units that it was derived from without passing a kernel.
+      rest: what the unit gives where no path reaches it, φ(0) of the activation functions since the
+        last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
+    """
+
+    mantissa: Array
+    exponent: Array
+    shape: Shape
+    unit: Hashable
+    ancestors: frozenset[Hashable] = frozenset()
+    rest: float = 0.0
+
+    @property
+    def spread(self) -> Spread:
+        """The mantissa with its logical shape."""
+        return Spread(self.mantissa, self.shape)
+
+    @property
+    def lineage(self) -> frozenset[Hashable]:
+        """The unit itself and its ancestors."""
+        return self.ancestors | {self.unit}
+
+    @property
+    def always_alive(self) -> bool:
+        """Whether the unit gives something even where no path reaches it."""
+        return self.rest != 0.0
+
+    def alive(self) -> Array:
+        """One where the unit gives something, zero where it is dead; a constant to gradients."""
+        if self.always_alive:
+            return jnp.ones((1,) * len(self.shape), jnp.float32)
+        return lax.stop_gradient((self.mantissa > 0).astype(jnp.float32))
+
+
+Value = Free | Weight | Flow
+
+jax.tree_util.register_dataclass(
+    Flow, ["mantissa", "exponent"], ["shape", "unit", "ancestors", "rest"]
+)
+jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
+
+
+replace = dataclasses.replace
+
+
+def power_of_two(exponent: Array) -> Array:
+    """`2**exponent` as float32, exactly; zero below the smallest normal number."""
+    bits = lax.shift_left(jnp.clip(exponent, -126, 127) + 127, jnp.int32(23))
+    return jnp.where(exponent < -126, 0.0, lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def normalise(array: Array, exponent: Array) -> tuple[Array, Array]:
+    """The same counts, with the largest entry of the mantissa in [1/2, 1)."""
+    largest = lax.stop_gradient(jnp.max(array, initial=0.0))
+    bits = lax.bitcast_convert_type(largest, jnp.int32)
+    shift = jnp.where(largest > 0, lax.shift_right_logical(bits, jnp.int32(23)) - 126, 0)
+    return array * power_of_two(-shift), exponent + shift
+
+
+@jax.custom_vjp
+def _saturate(array: Array) -> Array:
+    return (array > 0.5).astype(array.dtype)
+
+
+_saturate.defvjp(lambda array: (_saturate(array), None), lambda _, g: ((g > 0.5).astype(g.dtype),))
+
+
+def saturate(array: Array, exponent: Array) -> tuple[Array, Array]:
+    """One where there is a path, zero where there is none; the same for gradients."""
+    return _saturate(array), exponent
+
+
+def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
+    """The mantissas of several flows under one exponent."""
+    # A count of nothing must not take part in the choice of the exponent, or it would push
+    # the others out of float32's range.
+    exponents = [
+        jnp.where(jnp.any(lax.stop_gradient(f.mantissa) > 0), f.exponent, -(2**30)) for f in flows
+    ]
+    exponent = exponents[0]
+    for other in exponents[1:]:
+        exponent = jnp.maximum(exponent, other)
+    exponent = jnp.where(exponent == -(2**30), 0, exponent)
+    return [f.mantissa * power_of_two(f.exponent - exponent) for f in flows], exponent

@@ -1,0 +1,145 @@
+"""The one call: from a network function and a sparsity to masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax import masks as mask_trees
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.methods.base import Method, Problem, Pruned, Report
+from dpai_jax.methods.dpai import DPaI
+from dpai_jax.paths import Network, log_paths, trace
+from dpai_jax.progress import ProgressLine
+from dpai_jax.topology import Topology, topology
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A pruned network.
+
+    Attributes:
+      masks: pytree of boolean masks parallel to the parameters; `True` for a leaf that cannot be
+        pruned. Exactly `round((1 − sparsity)·N)` weights are kept.
+      scores: pytree of the scores that the masks were made of; `0.` for such a leaf.
+      topology: what remains of the network.
+      history: arrays of one length, what the method measured at each step (for DPaI log R_P as
+        `log_paths`, R_N as `nodes`, R_C as `kernels`, and how many mask entries `changed`).
+      stopped: why the method ended before its last step, or an empty string.
+      seconds: the time that it took, compilation included.
+      net: the traced network.
+    """
+
+    masks: PyTree
+    scores: PyTree
+    topology: Topology
+    history: Mapping[str, np.ndarray]
+    stopped: str
+    seconds: float
+    net: Network
+
+
+def prune(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    sparsity: float,
+    method: Method | None = None,
+    key: Array | None = None,
+    *,
+    prunable: Callable[[str, Any], bool] | None = None,
+    gates: str = "balanced",
+    progress: bool | None = None,
+) -> Result:
+    """Prunes a network before it is trained.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), sparsity=0.9, key=jax.random.key(0))
+      >>> result.topology.weights
+      64
+      >>> sparse = dpai.apply_masks(params, result.masks)
+
+    Args:
+      fn: the network, `fn(params, x)`.
+      params: pytree of arrays. Leaves that are not prunable (biases, norm scales) may be in it.
+      x: an input, or the shape of one (`jax.ShapeDtypeStruct`); only its shape matters here.
+      sparsity: the fraction of prunable weights to remove, in [0, 1).
+      method: how; `DPaI()` if not given.
+      key: random key; `jax.random.key(0)` if not given. The same key gives the same masks.
+      prunable: narrows what is pruned (see `trace`).
+      gates: see `trace`.
+      progress: whether to show progress on standard error; by default if that is a terminal.
+
+    Returns:
+      The masks, and what is known about them.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `trace`; a ValueError also if the sparsity is
+        outside [0, 1) or keeps fewer weights than there are layers, and if a score is NaN.
+    """
+    method = DPaI() if method is None else method
+    if not callable(getattr(method, "run", None)):
+        raise TypeError(f"method must be a pruning method such as dpai_jax.DPaI(), got {method!r}")
+    start = time.perf_counter()
+    net = trace(fn, params, x, prunable, gates)
+    weights_to_keep(net, sparsity)
+    if not jnp.isfinite(log_paths(net, mask_trees.ones(net))):
+        raise ValueError("fn has no path from x to its output even with all weights kept")
+    name = type(method).__name__
+    shown = sys.stderr.isatty() if progress is None else progress
+    line = ProgressLine(name) if shown else None
+    report: Report = line if line is not None else _silent
+    key = jax.random.key(0) if key is None else key
+    pruned = method.run(Problem(net, params, sparsity, key, report))
+    result = _checked(net, sparsity, pruned, start)
+    if line is not None:
+        line.close(_summary(name, result))
+    return result
+
+
+def _silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
+    pass
+
+
+def _checked(net: Network, sparsity: float, pruned: Pruned, start: float) -> Result:
+    """The result, after checking that it is one."""
+    topo = topology(net, pruned.masks)
+    asked = weights_to_keep(net, sparsity)
+    if topo.weights != asked:
+        raise RuntimeError(f"{topo.weights} weights were kept where {asked} were asked for")
+    if topo.collapsed:
+        warnings.warn(
+            f"no path passes {', '.join(topo.collapsed)} any more (layer collapse)", stacklevel=3
+        )
+    return Result(
+        masks=pruned.masks,
+        scores=pruned.scores,
+        topology=topo,
+        history=pruned.history,
+        stopped=pruned.stopped,
+        seconds=time.perf_counter() - start,
+        net=net,
+    )
+
+
+def _summary(name: str, result: Result) -> str:
+    topo = result.topology
+    line = f"{name}  kept {topo.weights:,} of {result.net.size:,} weights"
+    line += f"  log-paths {topo.log_paths:.2f}  nodes {topo.nodes:,}  kernels {topo.kernels:,}"
+    line += f"  {result.seconds:.1f} s"
+    return line + (f"  (stopped: {result.stopped})" if result.stopped else "")

@@ -1,0 +1,174 @@
+"""What remains of a network under masks: its effective paths, nodes, kernels and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax.paths import Layer, Network
+from dpai_jax.paths.network import check_parallel
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTopology:
+    """What remains of one layer (of all its copies, where layers are stacked in one kernel).
+
+    Attributes:
+      name: the kernel's path among the parameters.
+      size: the number of its weights before pruning.
+      weights: how many are kept.
+      effective: how many of those lie on a path from the input to the output.
+      nodes: output features with an effective incoming weight.
+      kernels: pairs of an input and an output feature joined by an effective weight.
+    """
+
+    name: str
+    size: int
+    weights: int
+    effective: int
+    nodes: int
+    kernels: int
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights kept."""
+        return self.weights / self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What remains of a network under masks.
+
+    Attributes:
+      log_paths: log R_P, the natural logarithm of the number of effective paths.
+      layers: the layers, in the order in which an input passes them.
+    """
+
+    log_paths: float
+    layers: tuple[LayerTopology, ...]
+
+    @property
+    def weights(self) -> int:
+        """The number of weights kept."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def effective(self) -> int:
+        """The number of effective weights."""
+        return sum(layer.effective for layer in self.layers)
+
+    @property
+    def nodes(self) -> int:
+        """R_N, the number of effective nodes."""
+        return sum(layer.nodes for layer in self.layers)
+
+    @property
+    def kernels(self) -> int:
+        """R_C, the number of effective kernels."""
+        return sum(layer.kernels for layer in self.layers)
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """The names of the layers that no path passes any more."""
+        return tuple(layer.name for layer in self.layers if layer.effective == 0)
+
+    def __str__(self) -> str:
+        width = max(len("all layers"), *(len(layer.name) for layer in self.layers))
+        head = f"{'layer':<{width}} {'weights':>11} {'density':>8} {'effective':>10}"
+        head += f" {'nodes':>7} {'kernels':>9}"
+        rows = [
+            f"{r.name:<{width}} {r.weights:>11,} {r.density:>8.4f} {r.effective:>10,}"
+            f" {r.nodes:>7,} {r.kernels:>9,}"
+            for r in self.layers
+        ]
+        density = self.weights / sum(layer.size for layer in self.layers)
+        total = f"{'all layers':<{width}} {self.weights:>11,} {density:>8.4f} {self.effective:>10,}"
+        total += f" {self.nodes:>7,} {self.kernels:>9,}"
+        return "\n".join([head, *rows, total, f"log-paths {self.log_paths:.2f}"])
+
+
+def topology(net: Network, masks: PyTree) -> Topology:
+    """Counts the effective paths, nodes, kernels and weights of a masked network, exactly.
+
+    A weight is effective if it is kept and a path from the input to the output passes it; a node is
+    an output feature of a layer with an effective incoming weight; a kernel is a pair of an input
+    and an output feature joined by an effective weight (in a dense layer each weight is one). What
+    is effective is found by a pass whose counts clip to {0, 1} forward and backward, so it is free
+    of rounding; gates take part in it whatever the network's `gates`.
+
+    Args:
+      net: the traced network.
+      masks: pytree of masks parallel to the parameters; a weight is kept where it is not zero.
+
+    Returns:
+      The topology, in plain Python numbers.
+
+    Raises:
+      ValueError: if the masks' tree or shapes are not those of the network.
+
+    References:
+      DPaI (ICLR 2025); Pham et al., Towards Data-Agnostic Pruning At Initialization: What Makes a
+      Good Sparse Mask?, NeurIPS 2023.
+    """
+    kept = [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")]
+    log_count, counts = _measure(net, kept)
+    layers = []
+    for layer, numbers in zip(net.layers, jax.device_get(counts), strict=True):
+        weights, effective, nodes, kernels = (int(n) for n in numbers)
+        layers.append(LayerTopology(layer.name, layer.size, weights, effective, nodes, kernels))
+    return Topology(float(np.float32(log_count)), tuple(layers))
+
+
+def effective_weights(net: Network, masks: PyTree) -> PyTree:
+    """Which kept weights a path passes, as masks.
+
+    Args:
+      net: the traced network.
+      masks: pytree of masks parallel to the parameters.
+
+    Returns:
+      Pytree of boolean masks like `masks`, true where a weight is kept and effective.
+
+    Raises:
+      ValueError: if the masks' tree or shapes are not those of the network.
+    """
+    kept = [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")]
+    return net.tree(_effective(net, kept), lambda: jnp.ones((), bool))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _effective(net: Network, kept: list[Array]) -> list[Array]:
+    reached = net.reached([m.astype(jnp.float32) for m in kept])
+    return [m & (r > 0) for m, r in zip(kept, reached, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(net: Network, kept: list[Array]) -> tuple[Array, list[list[Array]]]:
+    effective = _effective(net, kept)
+    counts = [
+        [_count(k), _count(e), _count(has_node(layer, e)), _count(has_kernel(layer, e))]
+        for layer, k, e in zip(net.layers, kept, effective, strict=True)
+    ]
+    return net.log_count([m.astype(jnp.float32) for m in kept]), counts
+
+
+def has_node(layer: Layer, effective: Array) -> Array:
+    """Which output features have an effective incoming weight; other axes have size one."""
+    return jnp.any(effective, (*layer.inputs, *layer.taps), keepdims=True)
+
+
+def has_kernel(layer: Layer, effective: Array) -> Array:
+    """Which pairs of input and output features an effective weight joins; taps have size one."""
+    return jnp.any(effective, layer.taps, keepdims=True) if layer.taps else effective
+
+
+def _count(flags: Array) -> Array:
+    return jnp.sum(flags, dtype=jnp.int32)
