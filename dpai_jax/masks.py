@@ -17,14 +17,16 @@ import numpy as np
 from jax import Array, lax
 
 from dpai_jax.paths import Network
+from dpai_jax.paths.trees import check_structure, named_leaves
 
 PyTree = Any
 
 
 def binarize(scores: PyTree, keep: PyTree) -> PyTree:
-    """The masks that keep the weights of the highest scores in each layer, exactly as many as asked.
+    """The masks that keep the weights of the highest scores in each layer, as many as asked.
 
-    Of equal scores those of lower index (in C order) come first. Pure, and jittable.
+    Exactly as many: of equal scores those of lower index (in C order) come first. Pure, and
+    jittable.
 
     Args:
       scores: pytree parallel to the parameters: a floating array at each layer, and a scalar at a
@@ -39,13 +41,11 @@ def binarize(scores: PyTree, keep: PyTree) -> PyTree:
       ValueError: if `keep` has another structure, or a number outside [0, size]; if a score is NaN
         (outside of `jax.jit`).
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(scores)
-    if jax.tree.structure(keep) != treedef:
-        structure = jax.tree.structure(keep)
-        raise ValueError(f"keep must have the tree structure of scores, {treedef}, got {structure}")
+    named, treedef = named_leaves(scores)
+    check_structure(keep, treedef, "keep", "scores")
     leaves = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), score, count)
-        for (path, score), count in zip(paths, treedef.flatten_up_to(keep), strict=True)
+        (name, score, count)
+        for (name, score), count in zip(named, treedef.flatten_up_to(keep), strict=True)
     ]
     for leaf in leaves:
         _check_leaf(*leaf)
@@ -175,16 +175,12 @@ def masked(array: Any, mask: Any) -> Any:
 
 def check_masks(params: PyTree, masks: PyTree) -> None:
     """Raises unless masks fit parameters (see `apply_masks`)."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    if jax.tree.structure(masks) != treedef:
-        raise ValueError(
-            f"masks must have the tree structure of params, {treedef}, "
-            f"got {jax.tree.structure(masks)}"
-        )
-    for (path, param), mask in zip(paths, treedef.flatten_up_to(masks), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if jnp.result_type(mask) != bool:
-            raise TypeError(f"masks must be boolean, but {name} is {jnp.result_type(mask)}")
+    named, treedef = named_leaves(params)
+    check_structure(masks, treedef, "masks", "params")
+    for (name, param), mask in zip(named, treedef.flatten_up_to(masks), strict=True):
+        dtype = jnp.result_type(mask)
+        if not jnp.issubdtype(dtype, jnp.bool_):
+            raise TypeError(f"masks must be boolean, but {name} is {dtype}")
         if jnp.ndim(mask) and jnp.shape(mask) != jnp.shape(param):
             raise ValueError(
                 f"masks must have shape {jnp.shape(param)} at {name}, got {jnp.shape(mask)}"

@@ -18,10 +18,10 @@ def keep_pruned(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimiser under which pruned weights are exactly zero after every update.
 
-    Gradients of pruned weights are zeroed before the inner optimiser sees them and its updates after
-    (momentum, weight decay or orthogonalisation bring them back in between); parts of its state that
-    are parallel to the parameters, such as moments, are zero there too. An update moves a pruned
-    weight to zero even if it was not zero before.
+    Gradients of pruned weights are zeroed before the inner optimiser sees them, and its updates
+    after: momentum, weight decay or orthogonalisation may bring them back in between. Parts of its
+    state that are parallel to the parameters, such as moments, are zero there too. An update moves
+    a pruned weight to zero even if it was not zero before.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, dpai_jax as dpai
@@ -45,7 +45,7 @@ def keep_pruned(
       TypeError: if a mask is not boolean.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    structure = jax.tree.structure(masks)
+    structure: Any = jax.tree.structure(masks)
     shapes = [jnp.shape(mask) for mask in jax.tree.leaves(masks)]
 
     def is_parallel(node: Any) -> bool:

@@ -22,6 +22,8 @@ from dpai_jax.topology import has_kernel, has_node
 
 PyTree = Any
 
+_ADAM = optax.adam(5e-3)
+
 # Steps between two looks at the numbers: reading one waits for the device.
 _READ_EVERY = 10
 
@@ -115,7 +117,7 @@ class DPaI:
     alpha: float = 0.99
     beta: float = 0.5
     steps: int = 3000
-    optimizer: optax.GradientTransformation = optax.adam(5e-3)
+    optimizer: optax.GradientTransformation = _ADAM
     allocation: Callable[[Network, float], PyTree] = erk
     patience: int = 50
 
@@ -165,7 +167,8 @@ class DPaI:
     ) -> tuple[_State, dict[str, Array]]:
         """One step of Algorithm 1."""
         directions, masks, measured = _direction(net, state.scores, keep, self.alpha, self.beta)
-        changed = sum(jnp.sum(a != b) for a, b in zip(masks, state.masks, strict=True))
+        changes = [jnp.sum(a != b) for a, b in zip(masks, state.masks, strict=True)]
+        changed = functools.reduce(jnp.add, changes)
         descent = jax.tree.map(jnp.negative, directions)
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import Primitive, primitives
@@ -17,7 +18,7 @@ def find_primitives(*names: str) -> tuple[Primitive, ...]:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The jaxpr's equations and its constants (from 0.11 on open and closed jaxprs are one type)."""
+    """A jaxpr's equations and its constants; open and closed jaxprs are one type from 0.11 on."""
     if hasattr(jaxpr, "jaxpr"):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, getattr(jaxpr, "consts", ())
@@ -29,6 +30,16 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def shape_of(var: Any) -> tuple[int, ...]:
+    """The shape of a variable of a jaxpr."""
+    return tuple(getattr(var.aval, "shape", ()))
+
+
+def is_real(var: Any) -> bool:
+    """Whether a variable holds real (or complex) numbers, rather than integers or truth values."""
+    return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
 
 
 def source_line(eqn: Any) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths._jax import find_primitives, shape_of
 from dpai_jax.paths.values import Free, Known, Value
 
 _LOOPS = frozenset(find_primitives("scan", "while", "cond"))
@@ -33,7 +33,7 @@ def constant(value: Any) -> Free:
 
 def unknown(eqn: JaxprEqn) -> list[Value]:
     """Free results of which only the shapes are known."""
-    return [Free(getattr(var.aval, "shape", ())) for var in eqn.outvars]
+    return [Free(shape_of(var)) for var in eqn.outvars]
 
 
 def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
@@ -44,24 +44,26 @@ def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
     single = bool(known) and all(item.shape == (1,) * len(item.shape) for item in known)
     if single and (eqn.primitive in _ENTRYWISE or eqn.primitive is _BROADCAST):
         return [_folded_number(eqn, known)]
-    compute = functools.cache(
-        lambda: _bind(
-            eqn,
-            [jnp.broadcast_to(k.value, a.shape) for k, a in zip(known, args, strict=True)],
-            eqn.params,
-        )
-    )
+
+    @functools.cache
+    def compute() -> Sequence[Any]:
+        shapes = [arg.shape for arg in args]
+        operands = [jnp.broadcast_to(k.value, s) for k, s in zip(known, shapes, strict=True)]
+        return _bind(eqn, operands, eqn.params)
+
     if any(item.traced for item in known):
         return [constant(result) for result in compute()]
-    return [
-        Free(var.aval.shape, Known(lambda i=i: compute()[i], var.aval.shape, traced=False))
-        for i, var in enumerate(eqn.outvars)
-    ]
+
+    def result(i: int) -> Value:
+        shape = shape_of(eqn.outvars[i])
+        return Free(shape, Known(lambda: compute()[i], shape, traced=False))
+
+    return [result(i) for i in range(len(eqn.outvars))]
 
 
 def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Free:
     """One number that stands for every entry of the result."""
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     single = (1,) * len(shape)
     params = eqn.params
     if eqn.primitive is _BROADCAST:

@@ -142,8 +142,8 @@ def derived(
 def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
     """Gives a primitive its path semantics; a decorator.
 
-    The rule is called as `rule(interpreter, eqn, *values)` where at least one value is a `Flow` or a
-    `Weight`, and returns one value for each of the equation's results (a lone one as it is).
+    The rule is called as `rule(interpreter, eqn, *values)`, where at least one value is a `Flow` or
+    a `Weight`, and returns one value for each of the equation's results (a lone one as it is).
     A rule registered later takes the place of the one before.
 
     Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
 from dpai_jax.paths.interpreter import GATES, Interpreter, Use
 from dpai_jax.paths.rules.reduction import total
+from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.paths.values import Flow, Free, Value, Weight
 
 PyTree = Any
@@ -196,20 +197,16 @@ def trace(
         raise TypeError(f"fn must be a function fn(params, x), got {fn!r}")
     if gates not in GATES:
         raise ValueError(f"gates must be one of {', '.join(GATES)}, got {gates!r}")
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
     for argument, tree in (("params", params), ("x", x)):
         _check_arrays(argument, tree)
+    named, treedef = named_leaves(params)
     jaxpr = jax.make_jaxpr(fn)(params, x)
 
-    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-    kernels = [_is_kernel(leaf) for leaf in leaves]
-    if prunable is not None:
-        kernels = [
-            kernel and bool(prunable(name, leaf))
-            for kernel, name, leaf in zip(kernels, names, leaves, strict=True)
-        ]
+    shapes = tuple(jnp.shape(leaf) for _, leaf in named)
+    kernels = [
+        _is_kernel(leaf) and (prunable is None or bool(prunable(name, leaf)))
+        for name, leaf in named
+    ]
     uses = _uses(jaxpr, kernels, shapes, gates)
     if not uses:
         raise ValueError(
@@ -217,16 +214,14 @@ def trace(
             + (" that prunable accepts" if prunable is not None else "")
             + " is the weight of a contraction with a value that depends on x"
         )
-    layers = tuple(_layer(use, names[use.leaf], shapes[use.leaf]) for use in uses)
+    layers = tuple(_layer(use, named[use.leaf][0], shapes[use.leaf]) for use in uses)
     return Network(layers, gates, treedef, shapes, jaxpr)
 
 
 def _check_arrays(argument: str, tree: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(
-            leaf, bool | int | float | complex
-        ):
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "itself"
+    for name, leaf in named_leaves(tree)[0]:
+        is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if not is_array and not isinstance(leaf, bool | int | float | complex):
             raise TypeError(
                 f"{argument} must be a pytree of arrays, but its leaf {name} is {leaf!r}"
             )
@@ -269,7 +264,7 @@ def _layer(use: Use, name: str, shape: tuple[int, ...]) -> Layer:
     return Layer(name, use.leaf, shape, use.inputs, use.outputs, use.taps, stack, use.groups)
 
 
-def _evaluate(jaxpr: Any, params: list[Value], interpreter: Interpreter) -> list[Flow]:
+def _evaluate(jaxpr: Any, params: Sequence[Value], interpreter: Interpreter) -> list[Flow]:
     """The flows at a network's outputs."""
     inputs = [interpreter.source(aval.shape) for aval in jaxpr.in_avals[len(params) :]]
     outputs = interpreter.evaluate(jaxpr, *params, *inputs)
@@ -315,11 +310,7 @@ def check_parallel(net: Network, tree: PyTree, argument: str) -> list[Any]:
     Raises:
       ValueError: if the tree's structure, or a leaf's shape, is not that of the parameters.
     """
-    structure = jax.tree.structure(tree)
-    if structure != net.treedef:
-        raise ValueError(
-            f"{argument} must have the tree structure of params, {net.treedef}, got {structure}"
-        )
+    check_structure(tree, net.treedef, argument, "params")
     kernels = net.kernels(tree)
     for layer, leaf in zip(net.layers, kernels, strict=True):
         if jnp.shape(leaf) != layer.shape:

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths._jax import find_primitives, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, Use, rules_for
 from dpai_jax.paths.rules.elementwise import product_terms
@@ -35,7 +35,7 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value
             groups = math.prod(operand.shape[i] for i in batch[side])
             outputs = {*rest, *batch[side]}
             _record(interpreter, operand, set(contracted[side]), outputs, set(), groups)
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     return _contract(interpreter, eqn, lhs, rhs, lambda a, b: _dot(a, b, dims, shape))
 
 
@@ -45,7 +45,7 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Va
         out, features, *taps = eqn.params["dimension_numbers"].rhs_spec
         groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
         _record(interpreter, rhs, {features}, {out}, set(taps), groups)
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     return _contract(interpreter, eqn, lhs, rhs, lambda a, b: _convolve(a, b, eqn.params, shape))
 
 
@@ -53,23 +53,33 @@ def _contract(
     interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value, bilinear: Bilinear
 ) -> Value:
     if isinstance(lhs, Flow) and isinstance(rhs, Flow):
-        a, b = product_terms(interpreter, lhs, rhs)
-        (x, y), exponent = v.align([a, b])
-        first = bilinear(Spread(x, a.shape), Spread(rhs.alive(), b.shape))
-        second = bilinear(Spread(lhs.alive(), a.shape), Spread(y, b.shape))
-        spread = Spread(first.array + second.array, first.shape)
-        rest = math.inf if lhs.always_alive and rhs.always_alive else 0.0
-        ancestors = lhs.lineage & rhs.lineage
-        return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
-    if not isinstance(lhs, Flow) and not isinstance(rhs, Flow):
+        return _contract_flows(interpreter, lhs, rhs, bilinear)
+    if isinstance(lhs, Flow):
+        flow, other = lhs, rhs
+    elif isinstance(rhs, Flow):
+        flow, other = rhs, lhs
+    else:
         return unknown(eqn)[0]
-    flow, other = (lhs, rhs) if isinstance(lhs, Flow) else (rhs, lhs)
-    spread = bilinear(_spread(lhs), _spread(rhs))
     # A matrix of known numbers (a mean, a rotation) is no kernel: what it gives is a statistic.
     known = isinstance(other, Free) and other.known is not None
-    rest = math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0
-    ancestors = flow.lineage if known else frozenset()
-    return interpreter.flow(spread, flow.exponent, ancestors=ancestors, rest=rest)
+    return interpreter.flow(
+        bilinear(_spread(lhs), _spread(rhs)),
+        flow.exponent,
+        ancestors=flow.lineage if known else frozenset(),
+        rest=math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0,
+    )
+
+
+def _contract_flows(interpreter: Interpreter, lhs: Flow, rhs: Flow, bilinear: Bilinear) -> Flow:
+    a, b = product_terms(interpreter, lhs, rhs)
+    (x, y), exponent = v.align([a, b])
+    first = bilinear(Spread(x, a.shape), Spread(rhs.alive(), b.shape))
+    second = bilinear(Spread(lhs.alive(), a.shape), Spread(y, b.shape))
+    # The two terms may be uniform along different axes.
+    array = first.array + second.array
+    rest = math.inf if lhs.always_alive and rhs.always_alive else 0.0
+    spread = Spread(array, first.shape)
+    return interpreter.flow(spread, exponent, ancestors=lhs.lineage & rhs.lineage, rest=rest)
 
 
 def _spread(value: Value) -> Spread:

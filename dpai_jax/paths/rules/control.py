@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, open_jaxpr, scan_arity
+from dpai_jax.paths._jax import find_primitives, open_jaxpr, scan_arity, shape_of
 from dpai_jax.paths.constants import constant
 from dpai_jax.paths.interpreter import Interpreter, inlined, rules_for
 from dpai_jax.paths.rules.elementwise import add, joined_rest
@@ -93,7 +93,7 @@ class _Scan:
             params["reverse"],
             params["unroll"],
         )
-        shapes = [var.aval.shape for var in self.eqn.outvars[len(self.start) :]]
+        shapes = [shape_of(var) for var in self.eqn.outvars[len(self.start) :]]
         outputs = [self._stacked(*y) for y in zip(ys, stacked, shapes, strict=True)]
         return [*self._with_fixed(_filled(forms, carry)), *outputs]
 
@@ -126,12 +126,7 @@ class _Scan:
         ]
         steps = jax.tree.map(lambda array: array[0], self._scanned())
         while True:
-            after: list[Value] = []
-
-            def body(arrays: list[Any]) -> None:
-                after[:] = self._step(_filled(forms, arrays), steps)[0]
-
-            jax.eval_shape(body, _arrays(map(_conform, self.start, forms)))
+            after = self._abstract_step(forms, steps)
             merged = [
                 form if fixed else _merged(form, value, i)
                 for i, (fixed, form, value) in enumerate(zip(self.fixed, forms, after, strict=True))
@@ -139,6 +134,16 @@ class _Scan:
             if all(_form(a) == _form(b) for a, b in zip(forms, merged, strict=True)):
                 return forms
             forms = merged
+
+    def _abstract_step(self, forms: Sequence[Value], steps: Sequence[Any]) -> list[Value]:
+        """What the body makes of a carry, of which only the forms can be used."""
+        after: list[Value] = []
+
+        def body(arrays: list[Any]) -> None:
+            after[:] = self._step(_filled(forms, arrays), steps)[0]
+
+        jax.eval_shape(body, _arrays(map(_conform, self.start, forms)))
+        return after
 
     def _stacked(self, y: Value, arrays: Any, shape: Shape) -> Value:
         """One value of the results of all steps, each of which has an exponent of its own."""

@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths._jax import find_primitives, is_real, shape_of
 from dpai_jax.paths.constants import constant, unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
@@ -56,22 +56,23 @@ def _identity(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence
 @rules_for(*_CONVERT)
 def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     # An integer made from a real number (an argmax, a code) carries no path; a token id does.
-    was_real = jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)
-    if was_real and not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
-        return unknown(eqn)[0]
-    return x
+    return unknown(eqn)[0] if is_real(eqn.invars[0]) and not is_real(eqn.outvars[0]) else x
 
 
 @rules_for(*_COMPARISONS)
 def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     # A comparison of token ids is how a one-hot code is made; any other is a switch.
-    if jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact):
+    if is_real(eqn.invars[0]):
         return unknown(eqn)[0]
-    return _function(interpreter, eqn, *args)
+    return _elementwise(interpreter, eqn, *args)
 
 
 @rules_for(*_FUNCTIONS)
 def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
+    return _elementwise(interpreter, eqn, *args)
+
+
+def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """An elementwise function; the paths of different units add up."""
     cases = args[1:] if eqn.primitive is SELECT and _any_flow(args[1:]) else args
     return _combine(interpreter, eqn, cases, _rest(eqn, args), add)
@@ -81,7 +82,7 @@ def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """A product of each entry; a quotient is the product with a reciprocal."""
     if eqn.primitive is MUL and any(isinstance(a, Free) and a.scalar == 0 for a in args):
-        return constant(np.zeros((1,) * len(eqn.outvars[0].aval.shape), np.float32))
+        return constant(np.zeros((1,) * len(shape_of(eqn.outvars[0])), np.float32))
     rest = _rest(eqn, args)
     divides = eqn.primitive is DIV
     return _combine(interpreter, eqn, args, rest, functools.partial(multiply, divides=divides))
@@ -94,7 +95,7 @@ def _any_flow(args: Sequence[Value]) -> bool:
 def _combine(
     interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value], rest: float, join: Any
 ) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     flows = [_reshaped(arg, shape) for arg in args if isinstance(arg, Flow)]
     if not flows:
         return _combine_weights(eqn, args)
@@ -107,7 +108,7 @@ def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     weights = [arg for arg in args if isinstance(arg, Weight)]
     first = weights[0]
     same = all(weight.sources == first.sources for weight in weights)
-    return first if same and first.shape == eqn.outvars[0].aval.shape else unknown(eqn)[0]
+    return first if same and first.shape == shape_of(eqn.outvars[0]) else unknown(eqn)[0]
 
 
 def _reshaped(flow: Flow, shape: v.Shape) -> Flow:
@@ -185,7 +186,7 @@ def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
         cases = [arg.rest for arg in args[1:] if isinstance(arg, Flow)]
         return joined_rest(cases or flows)
     rests = [arg.rest if isinstance(arg, Flow) else getattr(arg, "scalar", None) for arg in args]
-    if eqn.primitive in (MUL, DIV) and rests[0] == 0 or eqn.primitive is MUL and rests[1] == 0:
+    if (eqn.primitive in (MUL, DIV) and rests[0] == 0) or (eqn.primitive is MUL and rests[1] == 0):
         return 0.0
     if None in rests:
         # An unknown constant (a bias, a scale, a statistic) changes nothing at rest, but under
@@ -197,8 +198,8 @@ def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
 
 
 def _evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> float:
-    dtypes = [var.aval.dtype for var in eqn.invars]
+    avals: list[Any] = [var.aval for var in eqn.invars]
     with jax.ensure_compile_time_eval():
-        scalars = [jnp.asarray(x, dtype) for x, dtype in zip(operands, dtypes, strict=True)]
+        scalars = [jnp.asarray(x, a.dtype) for x, a in zip(operands, avals, strict=True)]
         value = float(np.asarray(eqn.primitive.bind(*scalars, **eqn.params)).real)
     return value if math.isfinite(value) else math.inf

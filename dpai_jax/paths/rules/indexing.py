@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, source_line
+from dpai_jax.paths._jax import find_primitives, shape_of, source_line
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.rules.reduction import total
@@ -33,7 +33,7 @@ def known_indices(*indices: Value) -> list[Array] | None:
 
 @rules_for(*find_primitives("gather"))
 def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     known = known_indices(indices)
     if isinstance(operand, Free):
         return interpreter.source(shape)
@@ -95,7 +95,7 @@ def _gathered_axes(operand: Value, params: dict[str, Any], shape: Shape) -> Axes
 def _dynamic_slice(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, *starts: Value
 ) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     if isinstance(operand, Free):
         return interpreter.source(shape)
     spread = operand.spread if isinstance(operand, Flow) else Spread(operand.array, operand.shape)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths._jax import find_primitives, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
-from dpai_jax.paths.values import Flow, Shape, Spread, Value
+from dpai_jax.paths.values import Flow, Spread, Value
 
 _REDUCTIONS = find_primitives(
     *("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"),
@@ -74,7 +74,7 @@ def _window_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Seq
 
 
 def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     if not isinstance(x, Flow):
         return unknown(eqn)[0]
     params = eqn.params

@@ -7,7 +7,6 @@ alike, the second tells how a kernel's axes reach a contraction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives
+from dpai_jax.paths._jax import find_primitives, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.rules.elementwise import joined_rest
@@ -32,7 +31,7 @@ def rearranges(*names: str) -> Callable[[Rearrangement], Rearrangement]:
 
     def register(rearrange: Rearrangement) -> Rearrangement:
         def rule(interpreter: Interpreter, eqn: JaxprEqn, x: Value, *_: Value) -> Value:
-            shape = eqn.outvars[0].aval.shape
+            shape = shape_of(eqn.outvars[0])
             if isinstance(x, Flow):
                 return derived(interpreter, eqn, x, rearrange(eqn.params, x.spread, shape)[0])
             if not isinstance(x, Weight):
@@ -158,7 +157,7 @@ def _split(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]
     axis, start = eqn.params["axis"], 0
     parts: list[Value] = []
     for size, var in zip(eqn.params["sizes"], eqn.outvars, strict=True):
-        parts.append(_part(interpreter, eqn, x, axis, start, start + int(size), var.aval.shape))
+        parts.append(_part(interpreter, eqn, x, axis, start, start + int(size), shape_of(var)))
         start += int(size)
     return parts
 
@@ -194,7 +193,7 @@ def _part(
 @rules_for(*find_primitives("unstack"))
 def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
     return [
-        _part(interpreter, eqn, x, eqn.params["axis"], i, i + 1, var.aval.shape)
+        _part(interpreter, eqn, x, eqn.params["axis"], i, i + 1, shape_of(var))
         for i, var in enumerate(eqn.outvars)
     ]
 
@@ -224,7 +223,7 @@ def _with_axis(part: Value, axis: int) -> Value:
 
 
 def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis: int) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     flows = [part for part in parts if isinstance(part, Flow)]
     if not flows:
         return _join_weights(parts, axis)
