@@ -8,7 +8,7 @@ import jax
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves of a pytree with their paths, such as `params/Dense_0/kernel`, and its structure."""
+    """The leaves of a pytree with their paths, such as `params/Dense_0/kernel`; its structure."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths)
     return [(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)], treedef
