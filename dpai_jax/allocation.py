@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -27,8 +28,8 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
     Raises:
       ValueError: if the sparsity is outside [0, 1), or keeps fewer weights than there are layers.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}")
     # As a fraction of integers: a float32 product is off by one at 25 million weights.
     total = round((1 - Fraction(str(float(sparsity)))) * net.size)
     layers = sum(layer.copies for layer in net.layers)

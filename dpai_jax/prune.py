@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 import warnings
@@ -10,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -18,7 +18,7 @@ from dpai_jax import masks as mask_trees
 from dpai_jax.allocation import weights_to_keep
 from dpai_jax.methods.base import Method, Problem, Pruned, Report
 from dpai_jax.methods.dpai import DPaI
-from dpai_jax.paths import Network, log_paths, trace
+from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.topology import Topology, topology
 
@@ -98,7 +98,7 @@ def prune(
     start = time.perf_counter()
     net = trace(fn, params, x, prunable, gates)
     weights_to_keep(net, sparsity)
-    if not jnp.isfinite(log_paths(net, mask_trees.ones(net))):
+    if not math.isfinite(topology(net, mask_trees.ones(net)).log_paths):
         raise ValueError("fn has no path from x to its output even with all weights kept")
     name = type(method).__name__
     shown = sys.stderr.isatty() if progress is None else progress

@@ -18,6 +18,7 @@ from dpai_jax.masks import from_layers, largest
 from dpai_jax.methods.base import Problem, Pruned, normal_scores, score_tree
 from dpai_jax.paths import Layer, Network
 from dpai_jax.paths.network import check_parallel
+from dpai_jax.paths.trees import check_structure
 from dpai_jax.topology import has_kernel, has_node
 
 PyTree = Any
@@ -51,13 +52,14 @@ def ascent(
       Pytree like `scores`; zero where nothing can be pruned.
 
     Raises:
-      ValueError: if the scores do not fit the network.
+      ValueError: if the scores or `keep` do not fit the network.
 
     References:
       DPaI (ICLR 2025), Algorithm 1, lines 5 to 8.
     """
-    kernels = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
-    return score_tree(net, _direction(net, kernels, net.kernels(keep), alpha, beta)[0])
+    leaves = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
+    check_structure(keep, net.treedef, "keep", "params")
+    return score_tree(net, _direction(net, leaves, net.leaves(keep), alpha, beta)[0])
 
 
 def _direction(
@@ -133,9 +135,8 @@ class DPaI:
         """Prunes a network (see `dpai_jax.prune`)."""
         net = problem.net
         keep = self.allocation(net, problem.sparsity)
-        scores = net.kernels(normal_scores(net, problem.key))
-        counts = [jnp.asarray(k, jnp.int32) for k in net.kernels(keep)]
-        step = jax.jit(functools.partial(self._step, net), donate_argnums=0)
+        scores = net.leaves(normal_scores(net, problem.key))
+        counts = [jnp.asarray(k, jnp.int32) for k in net.leaves(keep)]
         state = _State(
             scores,
             self.optimizer.init(scores),
@@ -145,7 +146,7 @@ class DPaI:
         measured: list[dict[str, Any]] = []
         stopped = ""
         for t in range(self.steps):
-            state, numbers = step(state, counts)
+            state, numbers = self._step(net, state, counts)
             measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
                 problem.report(t + 1, self.steps, jax.device_get(numbers))
@@ -154,7 +155,7 @@ class DPaI:
                     break
         # One more look, at the masks of the final scores, which the step would move on.
         scores = score_tree(net, jax.tree.map(jnp.copy, state.scores))
-        state, numbers = step(state, counts)
+        state, numbers = self._step(net, state, counts)
         measured.append(numbers)
         history = {
             name: np.asarray(jax.device_get([numbers[name] for numbers in measured]))
@@ -162,6 +163,7 @@ class DPaI:
         }
         return Pruned(from_layers(net, state.masks), scores, history, stopped)
 
+    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def _step(
         self, net: Network, state: _State, keep: list[Array]
     ) -> tuple[_State, dict[str, Array]]:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
@@ -57,11 +56,6 @@ class Layer:
         """The number of layers stacked in this one kernel."""
         return math.prod(self.shape[i] for i in self.stack)
 
-    @property
-    def stack_shape(self) -> tuple[int, ...]:
-        """The lengths of the axes over copies."""
-        return tuple(self.shape[i] for i in self.stack)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
@@ -86,24 +80,26 @@ class Network:
         """The number of prunable weights."""
         return sum(layer.size for layer in self.layers)
 
-    def kernels(self, tree: PyTree) -> list[Any]:
+    def leaves(self, tree: PyTree) -> list[Any]:
         """The leaves of a tree parallel to the parameters that belong to the layers, in order."""
         leaves = self.treedef.flatten_up_to(tree)
         return [leaves[layer.index] for layer in self.layers]
 
-    def tree(self, kernels: list[Any], rest: Callable[[], Any]) -> PyTree:
+    def tree(self, leaves: Sequence[Any], rest: Callable[[], Any]) -> PyTree:
         """The tree parallel to the parameters that has these leaves at the layers.
 
         Args:
-          kernels: one leaf for each layer.
+          leaves: one for each layer.
           rest: makes the leaf for everything that is not prunable.
 
         Returns:
           The tree.
         """
-        by_index = {layer.index: k for layer, k in zip(self.layers, kernels, strict=True)}
-        leaves = [by_index[i] if i in by_index else rest() for i in range(self.treedef.num_leaves)]
-        return self.treedef.unflatten(leaves)
+        by_index = {layer.index: x for layer, x in zip(self.layers, leaves, strict=True)}
+        everything = [
+            by_index[i] if i in by_index else rest() for i in range(self.treedef.num_leaves)
+        ]
+        return self.treedef.unflatten(everything)
 
     def log_count(self, masks: list[Array]) -> Array:
         """The logarithm of the number of paths, from the layers' masks as float32."""
@@ -172,11 +168,12 @@ def trace(
 
     Args:
       fn: the network, `fn(params, x)`, any function that JAX can trace. Its outputs may be any
-        pytree of arrays; paths are counted to all of them.
+        pytree of arrays; paths are counted to all of them. Like `jax.jit`, a function that was
+        traced before with arguments of the same shapes is not traced again.
       params: pytree of arrays.
       x: the input, one array or a pytree of them; floating, or integer token ids.
       prunable: keeps of the leaves that were found only those for which `prunable(name, leaf)` is
-        true. The others count as all ones.
+        true, where `leaf` is a `jax.ShapeDtypeStruct`. The others count as all ones.
       gates: how a factor of a product that is alive everywhere (a sigmoid, a softmax), and so only
         modulates the other, takes part: "jacobian", as a term of the network's Jacobian;
         "balanced", the same with its counts scaled to the other factor's largest; "signal", not.
@@ -199,10 +196,26 @@ def trace(
         raise ValueError(f"gates must be one of {', '.join(GATES)}, got {gates!r}")
     for argument, tree in (("params", params), ("x", x)):
         _check_arrays(argument, tree)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, x)))
+    arguments = (fn, tuple(leaves), treedef, prunable, gates)
+    try:
+        hash(arguments)
+    except TypeError:
+        return _trace(*arguments)
+    return _trace_once(*arguments)
+
+
+def _trace(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    arguments: tuple[jax.ShapeDtypeStruct, ...],
+    arguments_treedef: Any,
+    prunable: Callable[[str, Any], bool] | None,
+    gates: str,
+) -> Network:
+    params, x = arguments_treedef.unflatten(arguments)
     named, treedef = named_leaves(params)
     jaxpr = jax.make_jaxpr(fn)(params, x)
-
-    shapes = tuple(jnp.shape(leaf) for _, leaf in named)
+    shapes = tuple(leaf.shape for _, leaf in named)
     kernels = [
         _is_kernel(leaf) and (prunable is None or bool(prunable(name, leaf)))
         for name, leaf in named
@@ -218,6 +231,16 @@ def trace(
     return Network(layers, gates, treedef, shapes, jaxpr)
 
 
+# Compiled counts are cached by network; so pruning a function again, at another sparsity or by
+# another method, compiles nothing anew.
+_trace_once = functools.lru_cache(maxsize=32)(_trace)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = getattr(leaf, "dtype", None)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf) if dtype is None else dtype)
+
+
 def _check_arrays(argument: str, tree: PyTree) -> None:
     for name, leaf in named_leaves(tree)[0]:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
@@ -227,9 +250,8 @@ def _check_arrays(argument: str, tree: PyTree) -> None:
             )
 
 
-def _is_kernel(leaf: ArrayLike | jax.ShapeDtypeStruct) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return jnp.ndim(leaf) >= 2 and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+def _is_kernel(leaf: jax.ShapeDtypeStruct) -> bool:
+    return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _uses(
@@ -266,12 +288,19 @@ def _layer(use: Use, name: str, shape: tuple[int, ...]) -> Layer:
 
 def _evaluate(jaxpr: Any, params: Sequence[Value], interpreter: Interpreter) -> list[Flow]:
     """The flows at a network's outputs."""
-    inputs = [interpreter.source(aval.shape) for aval in jaxpr.in_avals[len(params) :]]
+    inputs = [_input(aval, interpreter) for aval in jaxpr.in_avals[len(params) :]]
     outputs = interpreter.evaluate(jaxpr, *params, *inputs)
     flows = [output for output in outputs if isinstance(output, Flow)]
     if not flows:
         raise ValueError("fn's output does not depend on x through any path of real numbers")
     return flows
+
+
+def _input(aval: Any, interpreter: Interpreter) -> Value:
+    """What an input stands for: one path to each of its entries, none to a random key."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        return Free(aval.shape)
+    return interpreter.source(aval.shape)
 
 
 def log_paths(net: Network, masks: PyTree) -> Array:
@@ -311,10 +340,10 @@ def check_parallel(net: Network, tree: PyTree, argument: str) -> list[Any]:
       ValueError: if the tree's structure, or a leaf's shape, is not that of the parameters.
     """
     check_structure(tree, net.treedef, argument, "params")
-    kernels = net.kernels(tree)
-    for layer, leaf in zip(net.layers, kernels, strict=True):
+    leaves = net.leaves(tree)
+    for layer, leaf in zip(net.layers, leaves, strict=True):
         if jnp.shape(leaf) != layer.shape:
             raise ValueError(
                 f"{argument} must have shape {layer.shape} at {layer.name}, got {jnp.shape(leaf)}"
             )
-    return kernels
+    return leaves
