@@ -11,9 +11,11 @@ from jax.extend import source_info_util
 from jax.extend.core import Primitive, primitives
 
 
-def find_primitives(*names: str) -> tuple[Primitive, ...]:
-    """The primitives of these names, less those that this release of JAX does not have."""
-    found = (getattr(primitives, f"{name}_p", getattr(lax, f"{name}_p", None)) for name in names)
+def find_primitives(names: str) -> tuple[Primitive, ...]:
+    """The primitives of these names (between spaces) that this release of JAX has."""
+    found = (
+        getattr(primitives, f"{name}_p", getattr(lax, f"{name}_p", None)) for name in names.split()
+    )
     return tuple(primitive for primitive in found if primitive is not None)
 
 

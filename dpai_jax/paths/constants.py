@@ -17,12 +17,15 @@ from jax.extend.core import JaxprEqn
 from dpai_jax.paths._jax import find_primitives, shape_of
 from dpai_jax.paths.values import Free, Known, Value
 
-_LOOPS = frozenset(find_primitives("scan", "while", "cond"))
+_LOOPS = frozenset(find_primitives("scan while cond"))
 _BROADCAST = find_primitives("broadcast_in_dim")[0]
 _ENTRYWISE = frozenset(
-    find_primitives("add", "sub", "mul", "div", "max", "min", "neg", "pow", "integer_pow", "sqrt")
-    + find_primitives("rsqrt", "exp", "log", "convert_element_type", "copy", "square", "select_n")
-    + find_primitives("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "stop_gradient")
+    find_primitives(
+        """
+        add and convert_element_type copy div eq exp ge gt integer_pow le log lt max min mul ne neg
+        not or pow rsqrt select_n sqrt square stop_gradient sub
+        """
+    )
 )
 
 

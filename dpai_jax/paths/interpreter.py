@@ -16,7 +16,7 @@ from jax import Array
 from jax.extend.core import JaxprEqn, Literal, Primitive
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import open_jaxpr, source_line
+from dpai_jax.paths._jax import find_primitives, open_jaxpr, source_line
 from dpai_jax.paths.constants import constant, fold, unknown
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
@@ -173,18 +173,18 @@ def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
     return register
 
 
-def rules_for(*primitives: Primitive) -> Callable[[Rule], Rule]:
-    """Registers one rule for a group of primitives."""
+def rules_for(names: str) -> Callable[[Rule], Rule]:
+    """Registers one rule for the primitives of these names."""
 
     def register(rule: Rule) -> Rule:
-        for primitive in primitives:
+        for primitive in find_primitives(names):
             register_rule(primitive)(rule)
         return rule
 
     return register
 
 
-def inlined(*primitives: Primitive) -> Callable[[Rule], Rule]:
+def inlined(names: str) -> Callable[[Rule], Rule]:
     """Registers a rule for primitives that hold a jaxpr of their own."""
-    _INLINED.update(primitives)
-    return rules_for(*primitives)
+    _INLINED.update(find_primitives(names))
+    return rules_for(names)

@@ -96,10 +96,8 @@ class Network:
           The tree.
         """
         by_index = {layer.index: x for layer, x in zip(self.layers, leaves, strict=True)}
-        everything = [
-            by_index[i] if i in by_index else rest() for i in range(self.treedef.num_leaves)
-        ]
-        return self.treedef.unflatten(everything)
+        indices = range(self.treedef.num_leaves)
+        return self.treedef.unflatten([by_index[i] if i in by_index else rest() for i in indices])
 
     def log_count(self, masks: list[Array]) -> Array:
         """The logarithm of the number of paths, from the layers' masks as float32."""

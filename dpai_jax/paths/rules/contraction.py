@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, shape_of
+from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, Use, rules_for
 from dpai_jax.paths.rules.elementwise import product_terms
@@ -25,7 +25,7 @@ from dpai_jax.paths.values import Axes, Flow, Free, Spread, Value, Weight
 Bilinear = Callable[[Spread, Spread], Spread]
 
 
-@rules_for(*find_primitives("dot_general"))
+@rules_for("dot_general")
 def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     dims = eqn.params["dimension_numbers"]
     (contracted, batch) = dims
@@ -39,7 +39,7 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value
     return _contract(interpreter, eqn, lhs, rhs, lambda a, b: _dot(a, b, dims, shape))
 
 
-@rules_for(*find_primitives("conv_general_dilated"))
+@rules_for("conv_general_dilated")
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     if isinstance(lhs, Flow) and isinstance(rhs, Weight):
         out, features, *taps = eqn.params["dimension_numbers"].rhs_spec

@@ -13,24 +13,24 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, open_jaxpr, scan_arity, shape_of
+from dpai_jax.paths._jax import open_jaxpr, scan_arity, shape_of
 from dpai_jax.paths.constants import constant
 from dpai_jax.paths.interpreter import Interpreter, inlined, rules_for
 from dpai_jax.paths.rules.elementwise import add, joined_rest
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
-_CALLS = find_primitives(
-    *("call", "closed_call", "custom_jvp_call", "custom_lin", "custom_vjp_call", "jit", "remat")
-)
+_CALLS = """
+    call closed_call custom_jvp_call custom_lin custom_vjp_call jit remat
+    """
 
 
-@inlined(*_CALLS)
+@inlined(_CALLS)
 def _call(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
     return interpreter.evaluate(jaxpr, *args)
 
 
-@inlined(*find_primitives("cond"))
+@inlined("cond")
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, index: Value, *args: Value) -> Sequence[Value]:
     """The branch that is taken, or the sum over all of them where that is not known."""
     branches = eqn.params["branches"]
@@ -51,7 +51,7 @@ def _either(interpreter: Interpreter, *cases: Value) -> Value:
     return Free(cases[0].shape)
 
 
-@rules_for(*find_primitives("scan"))
+@rules_for("scan")
 def _scan(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     return _Scan(interpreter, eqn, args).run()
 

@@ -26,60 +26,36 @@ from dpai_jax.paths.constants import constant, unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
 
-MUL, DIV, SELECT = find_primitives("mul", "div", "select_n")
-_PRODUCTS = (MUL, DIV, *find_primitives("pow", "mulhi"))
-_CONVERT = find_primitives("convert_element_type")
-_SAME = find_primitives(
-    *("copy", "copy_p", "device_put", "name", "optimization_barrier", "pvary", "reduce_precision"),
-    *("reshard", "sharding_constraint", "stop_gradient"),
-)
-_COMPARISONS = find_primitives(
-    "eq", "eq_to", "ge", "gt", "is_finite", "le", "le_to", "lt", "lt_to", "ne"
-)
-_FUNCTIONS = find_primitives(
-    *("abs", "acos", "acosh", "add", "add_jaxvals", "and", "asin", "asinh", "atan", "atan2"),
-    *(
-        "atanh",
-        "bessel_i0e",
-        "bessel_i1e",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "clz",
-        "complex",
-        "conj",
-        "cos",
-        "cosh",
-    ),
-    *("digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "igamma"),
-    *("igammac", "imag", "integer_pow", "lgamma", "log", "log1p", "log2", "logistic", "max", "min"),
-    *("neg", "nextafter", "not", "one_minus_square", "or", "polygamma", "polynomial"),
-    *(
-        "population_count",
-        "real",
-        "regularized_incomplete_beta",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-    ),
-    *("shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
-    *("sqrt", "square", "sub", "tan", "tanh", "xor", "zeta"),
-)
+MUL, DIV, SELECT = find_primitives("mul div select_n")
+_PRODUCTS = "div mul mulhi pow"
+_SAME = """
+    copy copy_p device_put name optimization_barrier pvary reduce_precision reshard
+    sharding_constraint stop_gradient
+    """
+_COMPARISONS = "eq eq_to ge gt is_finite le le_to lt lt_to ne"
+_FUNCTIONS = """
+    abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e
+    bessel_i1e cbrt ceil clamp clz complex conj cos cosh digamma erf erf_inv erfc exp
+    exp2 expm1 floor igamma igammac imag integer_pow lgamma log log1p log2 logistic max
+    min neg nextafter not one_minus_square or polygamma polynomial population_count
+    real regularized_incomplete_beta rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh
+    xor zeta
+    """
 
 
-@rules_for(*_SAME)
+@rules_for(_SAME)
 def _identity(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     return args
 
 
-@rules_for(*_CONVERT)
+@rules_for("convert_element_type")
 def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     # An integer made from a real number (an argmax, a code) carries no path; a token id does.
     return unknown(eqn)[0] if is_real(eqn.invars[0]) and not is_real(eqn.outvars[0]) else x
 
 
-@rules_for(*_COMPARISONS)
+@rules_for(_COMPARISONS)
 def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     # A comparison of token ids is how a one-hot code is made; any other is a switch.
     if is_real(eqn.invars[0]):
@@ -87,7 +63,7 @@ def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     return _elementwise(interpreter, eqn, *args)
 
 
-@rules_for(*_FUNCTIONS)
+@rules_for(_FUNCTIONS)
 def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     return _elementwise(interpreter, eqn, *args)
 
@@ -98,7 +74,7 @@ def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value
     return _combine(interpreter, eqn, cases, _rest(eqn, args), add)
 
 
-@rules_for(*_PRODUCTS)
+@rules_for(_PRODUCTS)
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """A product of each entry; a quotient is the product with a reciprocal."""
     if eqn.primitive is MUL and any(isinstance(a, Free) and a.scalar == 0 for a in args):

@@ -31,7 +31,7 @@ def known_indices(*indices: Value) -> list[Array] | None:
     return [jnp.broadcast_to(k.value, shape) for k, shape in zip(known, shapes, strict=True)]
 
 
-@rules_for(*find_primitives("gather"))
+@rules_for("gather")
 def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
     known = known_indices(indices)
@@ -91,7 +91,7 @@ def _gathered_axes(operand: Value, params: dict[str, Any], shape: Shape) -> Axes
     return tuple(axes)
 
 
-@rules_for(*find_primitives("dynamic_slice"))
+@rules_for("dynamic_slice")
 def _dynamic_slice(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, *starts: Value
 ) -> Value:
@@ -114,7 +114,7 @@ def _dynamic_slice(
     return _moved(interpreter, operand, spread)
 
 
-@rules_for(*find_primitives("dynamic_update_slice"))
+@rules_for("dynamic_update_slice")
 def _dynamic_update_slice(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, update: Value, *starts: Value
 ) -> Value:
@@ -130,10 +130,10 @@ def _dynamic_update_slice(
     )
 
 
-_SCATTERS = find_primitives("scatter", "scatter_add", "scatter_max", "scatter_min", "scatter_sub")
+_SCATTER = find_primitives("scatter")[0]
 
 
-@rules_for(*_SCATTERS)
+@rules_for("scatter scatter_add scatter_max scatter_min scatter_sub")
 def _scatter(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Value:
@@ -141,7 +141,7 @@ def _scatter(
     if known is None:
         return unknown(eqn)[0]
     (x, y), exponent, ancestors, rest = _written(operand, update)
-    scatter = lax.scatter if eqn.primitive is _SCATTERS[0] else lax.scatter_add
+    scatter = lax.scatter if eqn.primitive is _SCATTER else lax.scatter_add
     dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
     array = scatter(x, known[0], y, dims, mode=mode)
     return interpreter.flow(Spread(array, operand.shape), exponent, ancestors=ancestors, rest=rest)

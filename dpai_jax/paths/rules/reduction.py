@@ -9,20 +9,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from dpai_jax.paths._jax import find_primitives, shape_of
+from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.values import Flow, Spread, Value
 
-_REDUCTIONS = find_primitives(
-    *("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"),
-    "reduce_xor",
-)
-_CUMULATIVE = find_primitives("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")
-_WINDOWS = find_primitives("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+_REDUCTIONS = """
+    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
+    """
+_CUMULATIVE = "cumlogsumexp cummax cummin cumprod cumsum"
+_WINDOWS = """
+    reduce_window_max reduce_window_min reduce_window_sum
+    """
 
 
-@rules_for(*_REDUCTIONS)
+@rules_for(_REDUCTIONS)
 def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     if not isinstance(x, Flow):
         return unknown(eqn)[0]
@@ -33,7 +34,7 @@ def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     return derived(interpreter, eqn, x, Spread(array, shape), rest=_summed(x.rest))
 
 
-@rules_for(*find_primitives("reduce"))
+@rules_for("reduce")
 def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     operands = args[: len(args) // 2]
     axes = eqn.params["dimensions"]
@@ -49,12 +50,12 @@ def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Seq
     return results
 
 
-@rules_for(*find_primitives("argmax", "argmin"))
+@rules_for("argmax argmin")
 def _argument(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     return unknown(eqn)[0]
 
 
-@rules_for(*_CUMULATIVE)
+@rules_for(_CUMULATIVE)
 def _cumulative(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     if not isinstance(x, Flow):
         return unknown(eqn)[0]
@@ -63,12 +64,12 @@ def _cumulative(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     return derived(interpreter, eqn, x, Spread(array, x.shape), rest=_summed(x.rest))
 
 
-@rules_for(*_WINDOWS)
+@rules_for(_WINDOWS)
 def _window(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     return _pool(interpreter, eqn, x)
 
 
-@rules_for(*find_primitives("reduce_window"))
+@rules_for("reduce_window")
 def _window_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     return [_pool(interpreter, eqn, x) for x in args[: len(args) // 2]]
 

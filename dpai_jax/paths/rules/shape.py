@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, shape_of
+from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.rules.elementwise import joined_rest
@@ -26,7 +26,7 @@ Rearranged = tuple[Spread, Axes]
 Rearrangement = Callable[[dict[str, Any], Spread, Shape], Rearranged]
 
 
-def rearranges(*names: str) -> Callable[[Rearrangement], Rearrangement]:
+def rearranges(names: str) -> Callable[[Rearrangement], Rearrangement]:
     """Registers the rule of shape operations on one operand."""
 
     def register(rearrange: Rearrangement) -> Rearrangement:
@@ -39,7 +39,7 @@ def rearranges(*names: str) -> Callable[[Rearrangement], Rearrangement]:
             spread, axes = rearrange(eqn.params, Spread(x.array, x.shape), shape)
             return viewed(x, spread, axes)
 
-        rules_for(*find_primitives(*names))(rule)
+        rules_for(names)(rule)
         return rearrange
 
     return register
@@ -152,7 +152,7 @@ def _tile(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
     return Spread(jnp.tile(x.array, reps), shape), same_axes(len(shape))
 
 
-@rules_for(*find_primitives("split"))
+@rules_for("split")
 def _split(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
     axis, start = eqn.params["axis"], 0
     parts: list[Value] = []
@@ -190,7 +190,7 @@ def _part(
     return derived(interpreter, eqn, x, part, which=start)
 
 
-@rules_for(*find_primitives("unstack"))
+@rules_for("unstack")
 def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
     return [
         _part(interpreter, eqn, x, eqn.params["axis"], i, i + 1, shape_of(var))
@@ -198,12 +198,12 @@ def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Valu
     ]
 
 
-@rules_for(*find_primitives("concatenate"))
+@rules_for("concatenate")
 def _concatenate(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
     return _join(interpreter, eqn, parts, eqn.params["dimension"])
 
 
-@rules_for(*find_primitives("stack"))
+@rules_for("stack")
 def _stack(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
     axis = eqn.params["axis"]
     return _join(interpreter, eqn, [_with_axis(part, axis) for part in parts], axis)
