@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.core import JaxprEqn, Literal, Primitive
 
@@ -60,11 +61,6 @@ class Interpreter:
     saturating: bool = False
     uses: list[Use] = dataclasses.field(default_factory=list)
 
-    def settle(self, spread: Spread, exponent: Array) -> tuple[Array, Array]:
-        """Brings counts that an operation changed back into their normal form."""
-        form = v.saturate if self.saturating else v.normalise
-        return form(spread.array, exponent)
-
     def flow(
         self,
         spread: Spread,
@@ -73,11 +69,21 @@ class Interpreter:
         unit: Any = None,
         ancestors: frozenset[Any] = frozenset(),
         rest: float = 0.0,
+        filled: Any = None,
     ) -> Flow:
-        """A flow of these counts; a new unit unless one is given."""
-        mantissa, exponent = self.settle(spread, exponent)
+        """A flow of these counts, in normal form; a new unit unless one is given.
+
+        Where it is known whether the counts are `filled`, and they are near their normal form, the
+        pass over them that finds the largest is spared.
+        """
+        if self.saturating:
+            mantissa, filled = v.saturate(spread.array), np.True_
+        elif filled is None:
+            mantissa, exponent, filled = v.normalise(spread.array, exponent)
+        else:
+            mantissa = spread.array
         unit = object() if unit is None else unit
-        return Flow(mantissa, exponent, spread.shape, unit, ancestors, rest)
+        return Flow(mantissa, exponent, spread.shape, unit, ancestors, rest, filled)
 
     def source(self, shape: Shape) -> Flow:
         """A flow that starts here: one path to every unit."""
@@ -117,26 +123,24 @@ class Interpreter:
 
 
 def derived(
-    interpreter: Interpreter,
-    eqn: JaxprEqn,
-    source: Flow,
-    spread: Spread,
-    *,
-    rest: float | None = None,
-    which: Any = None,
+    interpreter: Interpreter, eqn: JaxprEqn, x: Flow, spread: Spread, rest: float, which: int = 0
 ) -> Flow:
-    """What an operation without a kernel makes of one flow: a view or a statistic of it.
+    """What an operation without a kernel makes of one flow: a view or a statistic of it."""
+    unit = derived_unit(eqn, x, which)
+    return interpreter.flow(spread, x.exponent, unit=unit, ancestors=x.lineage, rest=rest)
 
-    The same operation on the same unit gives the same unit, so its name is made of both, and of
-    `which` result it is where there are several.
+
+def derived_unit(eqn: JaxprEqn, x: Flow, which: int = 0) -> Any:
+    """The name of the unit that is an operation's result, or one of them.
+
+    The same operation on the same unit gives the same unit, so its name is made of both.
     """
+    unit = (eqn.primitive.name, which, tuple(sorted(eqn.params.items())), x.unit)
     try:
-        unit: Any = (eqn.primitive.name, which, tuple(sorted(eqn.params.items())), source.unit)
         hash(unit)
     except TypeError:
-        unit = object()
-    rest = source.rest if rest is None else rest
-    return interpreter.flow(spread, source.exponent, unit=unit, ancestors=source.lineage, rest=rest)
+        return object()
+    return unit
 
 
 def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:

@@ -134,13 +134,14 @@ class Flow:
     """The number of paths from the network's input to each unit: `mantissa * 2**exponent`.
 
     Attributes:
-      mantissa: float32, broadcastable to `shape`; its largest entry is in [1/2, 1), or it is zero.
+      mantissa: float32, broadcastable to `shape`; its largest entry is near one, or it is zero.
       exponent: int32 scalar.
       shape: the logical shape.
       unit: which unit it is. Elementwise functions of one unit keep it.
       ancestors: the units that it was derived from without passing a kernel.
       rest: what the unit gives where no path reaches it, φ(0) of the activation functions since the
         last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
+      filled: boolean scalar, false only if the mantissa is zero.
     """
 
     mantissa: Array
@@ -149,6 +150,7 @@ class Flow:
     unit: Hashable
     ancestors: frozenset[Hashable] = frozenset()
     rest: float = 0.0
+    filled: Array | np.bool = np.True_
 
     @property
     def spread(self) -> Spread:
@@ -175,7 +177,7 @@ class Flow:
 Value = Free | Weight | Flow
 
 jax.tree_util.register_dataclass(
-    Flow, ["mantissa", "exponent"], ["shape", "unit", "ancestors", "rest"]
+    Flow, ["mantissa", "exponent", "filled"], ["shape", "unit", "ancestors", "rest"]
 )
 jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
 
@@ -189,36 +191,39 @@ def power_of_two(exponent: Array) -> Array:
     return jnp.where(exponent < -126, 0.0, lax.bitcast_convert_type(bits, jnp.float32))
 
 
-def normalise(array: Array, exponent: Array) -> tuple[Array, Array]:
-    """The same counts, with the largest entry of the mantissa in [1/2, 1)."""
+def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
+    """The same counts with the largest entry in [1/2, 1), and whether there is any."""
     largest = lax.stop_gradient(jnp.max(array, initial=0.0))
     bits = lax.bitcast_convert_type(largest, jnp.int32)
     shift = jnp.where(largest > 0, lax.shift_right_logical(bits, jnp.int32(23)) - 126, 0)
-    return array * power_of_two(-shift), exponent + shift
+    return array * power_of_two(-shift), exponent + shift, largest > 0
 
 
 @jax.custom_vjp
-def _saturate(array: Array) -> Array:
+def saturate(array: Array) -> Array:
+    """One where there is a path, zero where there is none; the same for gradients."""
     return (array > 0.5).astype(array.dtype)
 
 
-_saturate.defvjp(lambda array: (_saturate(array), None), lambda _, g: ((g > 0.5).astype(g.dtype),))
-
-
-def saturate(array: Array, exponent: Array) -> tuple[Array, Array]:
-    """One where there is a path, zero where there is none; the same for gradients."""
-    return _saturate(array), exponent
+saturate.defvjp(lambda array: (saturate(array), None), lambda _, g: ((g > 0.5).astype(g.dtype),))
 
 
 def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
     """The mantissas of several flows under one exponent."""
-    # A count of nothing must not take part in the choice of the exponent, or it would push
-    # the others out of float32's range.
-    exponents = [
-        jnp.where(jnp.any(lax.stop_gradient(f.mantissa) > 0), f.exponent, -(2**30)) for f in flows
-    ]
-    exponent = exponents[0]
-    for other in exponents[1:]:
-        exponent = jnp.maximum(exponent, other)
-    exponent = jnp.where(exponent == -(2**30), 0, exponent)
-    return [f.mantissa * power_of_two(f.exponent - exponent) for f in flows], exponent
+    # A flow that is empty has no say, or it might push the others out of float32's range; its
+    # gradient, the paths that it would bring, is held within that range.
+    exponent = jnp.int32(_LOWEST)
+    for flow in flows:
+        exponent = jnp.maximum(exponent, jnp.where(flow.filled, flow.exponent, _LOWEST))
+    exponent = jnp.where(exponent == _LOWEST, flows[0].exponent, exponent)
+    scales = [power_of_two(jnp.minimum(flow.exponent - exponent, 64)) for flow in flows]
+    return [flow.mantissa * scale for flow, scale in zip(flows, scales, strict=True)], exponent
+
+
+def largest_exponent(exponents: Array, filled: Array) -> Array:
+    """The largest of a vector of exponents, those of empty flows left out."""
+    largest = jnp.max(jnp.where(filled, exponents, _LOWEST))
+    return jnp.where(largest == _LOWEST, exponents[0], largest)
+
+
+_LOWEST = -(2**30)

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
@@ -149,11 +150,8 @@ class _Scan:
         """One value of the results of all steps, each of which has an exponent of its own."""
         if not isinstance(y, Flow):
             return Free(shape)
-        mantissa, exponents = arrays
-        empty = -(2**30)
-        filled = jnp.max(mantissa, axis=tuple(range(1, mantissa.ndim)), initial=0.0) > 0
-        largest = jnp.max(jnp.where(filled, exponents, empty), initial=empty)
-        largest = jnp.where(largest == empty, 0, largest)
+        mantissa, exponents, filled = arrays
+        largest = v.largest_exponent(exponents, filled)
         scale = v.power_of_two(exponents - largest).reshape((-1,) + (1,) * (mantissa.ndim - 1))
         return self.interpreter.flow(Spread(mantissa * scale, shape), largest, rest=y.rest)
 
@@ -165,7 +163,8 @@ def _slice(x: Value, step: Any) -> Value:
     if isinstance(x, Weight):
         return Weight(step, tuple((leaf, axes[1:]) for leaf, axes in x.sources))
     mantissa = jnp.squeeze(x.mantissa, 0) if x.spread.uniform(0) else step
-    return Flow(mantissa, x.exponent, x.shape[1:], ("step", x.unit), rest=x.rest)
+    unit = ("step", x.unit)
+    return Flow(mantissa, x.exponent, x.shape[1:], unit, rest=x.rest, filled=x.filled)
 
 
 def _one_unit(value: Value, carry: int) -> Value:
@@ -192,7 +191,7 @@ def _as_flow(value: Value) -> Flow:
         return value
     rest = 0.0 if isinstance(value, Free) and value.scalar == 0 else math.inf
     zeros = jnp.zeros((1,) * len(value.shape), jnp.float32)
-    return Flow(zeros, jnp.int32(0), value.shape, None, rest=rest)
+    return Flow(zeros, jnp.int32(0), value.shape, None, rest=rest, filled=np.False_)
 
 
 def _form(value: Value) -> Any:
@@ -212,7 +211,11 @@ def _conform(value: Value, form: Value) -> Value:
 
 def _arrays(values: Iterable[Value]) -> list[Any]:
     """What a loop carries of values: counts with their exponents, and known numbers."""
-    return [(x.mantissa, x.exponent) if isinstance(x, Flow) else _array(x) for x in values]
+    return [_counts(x) if isinstance(x, Flow) else _array(x) for x in values]
+
+
+def _counts(flow: Flow) -> tuple[Array, Array, Array]:
+    return flow.mantissa, flow.exponent, jnp.asarray(flow.filled)
 
 
 def _array(value: Value) -> Any:
@@ -230,5 +233,6 @@ def _filled(forms: Sequence[Value], arrays: Sequence[Any]) -> list[Value]:
 
 def _holding(form: Value, array: Any) -> Value:
     if isinstance(form, Flow):
-        return v.replace(form, mantissa=array[0], exponent=array[1])
+        mantissa, exponent, filled = array
+        return v.replace(form, mantissa=mantissa, exponent=exponent, filled=filled)
     return Free(form.shape) if array is None else constant(array)

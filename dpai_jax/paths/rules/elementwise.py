@@ -130,7 +130,9 @@ def add(interpreter: Interpreter, a: Flow, b: Flow) -> Flow:
     if base is not None:
         return base
     (x, y), exponent = v.align([a, b])
-    return interpreter.flow(Spread(x + y, a.shape), exponent, ancestors=a.lineage & b.lineage)
+    spread, filled = Spread(x + y, a.shape), a.filled | b.filled
+    ancestors = a.lineage & b.lineage
+    return interpreter.flow(spread, exponent, ancestors=ancestors, filled=filled)
 
 
 def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = False) -> Flow:
@@ -160,7 +162,7 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
         signal, gate = product_terms(interpreter, b, a)
         return gate, signal
     if interpreter.gates == "signal":
-        return a, v.replace(b, mantissa=jnp.zeros_like(b.mantissa))
+        return a, v.replace(b, mantissa=jnp.zeros_like(b.mantissa), filled=np.False_)
     peaks = [lax.stop_gradient(jnp.max(flow.mantissa, initial=0.0)) for flow in (a, b)]
     ratio = jnp.where(peaks[1] > 0, peaks[0] / jnp.where(peaks[1] > 0, peaks[1], 1.0), 1.0)
     return a, v.replace(b, mantissa=b.mantissa * ratio, exponent=a.exponent)

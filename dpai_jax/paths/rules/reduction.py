@@ -31,7 +31,7 @@ def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     kept = [i for i in range(len(x.shape)) if i not in eqn.params["axes"]]
     shape = tuple(x.shape[i] for i in kept)
     array = spread.array.reshape([spread.array.shape[i] for i in kept])
-    return derived(interpreter, eqn, x, Spread(array, shape), rest=_summed(x.rest))
+    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.rest))
 
 
 @rules_for("reduce")
@@ -44,9 +44,7 @@ def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Seq
             results.append(free)
             continue
         array = jnp.squeeze(total(x.spread, axes).array, axes)
-        results.append(
-            derived(interpreter, eqn, x, Spread(array, free.shape), rest=_summed(x.rest))
-        )
+        results.append(derived(interpreter, eqn, x, Spread(array, free.shape), _summed(x.rest)))
     return results
 
 
@@ -61,7 +59,7 @@ def _cumulative(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         return unknown(eqn)[0]
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
     array = lax.cumsum(x.spread.full(axis).array, axis, reverse)
-    return derived(interpreter, eqn, x, Spread(array, x.shape), rest=_summed(x.rest))
+    return derived(interpreter, eqn, x, Spread(array, x.shape), _summed(x.rest))
 
 
 @rules_for(_WINDOWS)
@@ -99,7 +97,7 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         params["base_dilation"],
         dilation,
     )
-    return derived(interpreter, eqn, x, Spread(array * scale, shape), rest=_summed(x.rest))
+    return derived(interpreter, eqn, x, Spread(array * scale, shape), _summed(x.rest))
 
 
 def total(spread: Spread, axes: Sequence[int]) -> Spread:

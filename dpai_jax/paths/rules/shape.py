@@ -7,6 +7,7 @@ alike, the second tells how a kernel's axes reach a contraction.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.extend.core import JaxprEqn
 from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
-from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
+from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
 from dpai_jax.paths.rules.elementwise import joined_rest
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight
 
@@ -26,20 +27,22 @@ Rearranged = tuple[Spread, Axes]
 Rearrangement = Callable[[dict[str, Any], Spread, Shape], Rearranged]
 
 
-def rearranges(names: str) -> Callable[[Rearrangement], Rearrangement]:
-    """Registers the rule of shape operations on one operand."""
+def rearranges(name: str) -> Callable[[Rearrangement], Rearrangement]:
+    """Registers the rule of a shape operation on one operand."""
 
     def register(rearrange: Rearrangement) -> Rearrangement:
-        def rule(interpreter: Interpreter, eqn: JaxprEqn, x: Value, *_: Value) -> Value:
+        def rule(_: Interpreter, eqn: JaxprEqn, x: Value, *_fill: Value) -> Value:
             shape = shape_of(eqn.outvars[0])
             if isinstance(x, Flow):
-                return derived(interpreter, eqn, x, rearrange(eqn.params, x.spread, shape)[0])
+                array = rearrange(eqn.params, x.spread, shape)[0].array
+                unit = derived_unit(eqn, x)
+                return v.replace(x, mantissa=array, shape=shape, unit=unit, ancestors=x.lineage)
             if not isinstance(x, Weight):
                 return unknown(eqn)[0]
             spread, axes = rearrange(eqn.params, Spread(x.array, x.shape), shape)
             return viewed(x, spread, axes)
 
-        rules_for(names)(rule)
+        rules_for(name)(rule)
         return rearrange
 
     return register
@@ -120,15 +123,13 @@ def _reverse(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
     return Spread(lax.rev(x.array, params["dimensions"]), shape), same_axes(len(shape))
 
 
-@rearranges("slice")
-def _slice(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
-    steps = params["strides"] or (1,) * len(shape)
-    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
-    index = tuple(
-        slice(0, min(1, shape[i])) if x.uniform(i) else slice(*bound)
-        for i, bound in enumerate(bounds)
-    )
-    return Spread(x.array[index], shape), same_axes(len(shape))
+@rules_for("slice")
+def _slice(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    shape = shape_of(eqn.outvars[0])
+    steps = eqn.params["strides"] or (1,) * len(shape)
+    bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], steps, strict=True)
+    slices = [slice(*bound) for bound in bounds]
+    return _part(interpreter, eqn, x, slices, shape)
 
 
 @rearranges("pad")
@@ -154,11 +155,24 @@ def _tile(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
 
 @rules_for("split")
 def _split(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
-    axis, start = eqn.params["axis"], 0
+    axis = eqn.params["axis"]
+    ends = list(itertools.accumulate(int(size) for size in eqn.params["sizes"]))
     parts: list[Value] = []
-    for size, var in zip(eqn.params["sizes"], eqn.outvars, strict=True):
-        parts.append(_part(interpreter, eqn, x, axis, start, start + int(size), shape_of(var)))
-        start += int(size)
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        slices = [slice(None)] * len(x.shape)
+        slices[axis] = slice(start, end)
+        parts.append(_part(interpreter, eqn, x, slices, shape_of(eqn.outvars[i]), i))
+    return parts
+
+
+@rules_for("unstack")
+def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
+    axis = eqn.params["axis"]
+    parts: list[Value] = []
+    for i, var in enumerate(eqn.outvars):
+        slices = [slice(None)] * len(x.shape)
+        slices[axis] = slice(i, i + 1)
+        parts.append(_part(interpreter, eqn, x, slices, shape_of(var), i, dropped=axis))
     return parts
 
 
@@ -166,36 +180,25 @@ def _part(
     interpreter: Interpreter,
     eqn: JaxprEqn,
     x: Value,
-    axis: int,
-    start: int,
-    stop: int,
+    slices: Sequence[slice],
     shape: Shape,
+    which: int = 0,
+    dropped: int | None = None,
 ) -> Value:
-    """A run of positions along one axis, which a scalar shape drops."""
+    """Some positions of a value, without an axis of which one position is left."""
     if not isinstance(x, Flow | Weight):
-        return unknown(eqn)[0]
+        return v.Free(shape)
     spread = x.spread if isinstance(x, Flow) else Spread(x.array, x.shape)
-    array = spread.array
-    if not spread.uniform(axis):
-        array = lax.slice_in_dim(array, start, stop, axis=axis)
-    dropped = len(shape) < len(x.shape)
-    if dropped:
-        array = jnp.squeeze(array, axis)
+    # One number stands for as many positions as there are.
+    index = tuple(slice(0, 1) if spread.uniform(i) else s for i, s in enumerate(slices))
+    axes = same_axes(len(x.shape))
+    array = spread.array[index]
+    if dropped is not None:
+        array, axes = jnp.squeeze(array, dropped), axes[:dropped] + axes[dropped + 1 :]
     part = Spread(array, shape)
     if isinstance(x, Weight):
-        axes = tuple(
-            a for i, a in enumerate(same_axes(len(x.shape))) if not (dropped and i == axis)
-        )
         return viewed(x, part, axes)
-    return derived(interpreter, eqn, x, part, which=start)
-
-
-@rules_for("unstack")
-def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
-    return [
-        _part(interpreter, eqn, x, eqn.params["axis"], i, i + 1, shape_of(var))
-        for i, var in enumerate(eqn.outvars)
-    ]
+    return derived(interpreter, eqn, x, part, x.rest, which)
 
 
 @rules_for("concatenate")
