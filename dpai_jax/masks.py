@@ -116,8 +116,9 @@ _largest_jitted = jax.jit(largest)
 
 def _ordered_bits(score: Array) -> Array:
     """Unsigned integers in the order of the scores."""
-    bits = lax.bitcast_convert_type(score.astype(jnp.float32) + 0.0, jnp.uint32)  # -0. is 0.
+    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0. is 0.
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 

@@ -60,7 +60,7 @@ def prune(
     *,
     prunable: Callable[[str, Any], bool] | None = None,
     gates: str = "balanced",
-    progress: bool | None = None,
+    progress: bool | Report | None = None,
 ) -> Result:
     """Prunes a network before it is trained.
 
@@ -83,7 +83,8 @@ def prune(
       key: random key; `jax.random.key(0)` if not given. The same key gives the same masks.
       prunable: narrows what is pruned (see `trace`).
       gates: see `trace`.
-      progress: whether to show progress on standard error; by default if that is a terminal.
+      progress: whether to show progress on standard error, by default if that is a terminal; or a
+        function that takes it, `progress(step, steps, numbers)`.
 
     Returns:
       The masks, and what is known about them.
@@ -101,15 +102,18 @@ def prune(
     if not math.isfinite(topology(net, mask_trees.ones(net)).log_paths):
         raise ValueError("fn has no path from x to its output even with all weights kept")
     name = type(method).__name__
-    shown = sys.stderr.isatty() if progress is None else progress
-    line = ProgressLine(name) if shown else None
-    report: Report = line if line is not None else _silent
+    line = ProgressLine(name) if _is_shown(progress) else None
+    report = progress if callable(progress) else line or _silent
     key = jax.random.key(0) if key is None else key
     pruned = method.run(Problem(net, params, sparsity, key, report))
     result = _checked(net, sparsity, pruned, start)
     if line is not None:
         line.close(_summary(name, result))
     return result
+
+
+def _is_shown(progress: bool | Report | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress is True
 
 
 def _silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
