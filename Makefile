@@ -12,24 +12,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 
-# One line for a download worth waiting for and for each stage: a minute never passes in silence.
-PIP_PROGRESS := awk '/^Collecting/ && ++n % 20 == 0 {print "  found " n " packages"} \
-	/Downloading.*\([0-9]{2,}\.[0-9]+ MB\)/ {print "  downloading " $$2 " " $$3 " " $$4} \
-	/^Installing/ {print "  unpacking " n " packages"} {fflush()}'
+# Goes before a slow, silent command: says every 20 seconds that it still runs.
+PULSE := while sleep 20 >/dev/null 2>&1; do echo "  still at it, $$SECONDS s"; done & \
+	trap "kill $$!" EXIT;
 
 demo: $(READY)  ## prune and train a small ResNet on real data, dense against DPaI against random
 	@$(BIN)/python -m experiments demo
 
 test: lint  ## lint, types, then all tests, on two cores
 	@echo "pytest: two processes"
-	@$(BIN)/python -m pytest -n 2 --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 lint: $(READY)  ## ruff's rules, ruff's format, and types
 	@echo "ruff: rules and format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "mypy: types (up to a minute the first time)"
-	@$(BIN)/mypy dpai_jax experiments
+	@$(PULSE) $(BIN)/mypy dpai_jax experiments
 
 format: $(READY)  ## rewrite the code to ruff's format, and fix what ruff can fix
 	@$(BIN)/ruff check --fix .
@@ -54,7 +53,7 @@ $(PACKAGES): requirements.txt
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear "$(VENV)"
 	@echo "Installing requirements.txt (one to three minutes)"
-	@$(PIP) install -r requirements.txt | $(PIP_PROGRESS)
+	@$(PULSE) $(PIP) install --quiet -r requirements.txt
 	@touch $@
 
 $(READY): $(PACKAGES) setup.cfg pyproject.toml

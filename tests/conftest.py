@@ -1,0 +1,38 @@
+"""Settings that every test runs under. They must come before JAX starts its backend."""
+
+import os
+
+# The tests' numbers are held on the CPU; another platform can be asked for by the environment.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Eight simulated devices, so that sharded networks and masks are tested on any machine.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+from collections.abc import Iterator  # noqa: E402
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# A count of one rank must never broadcast silently against one of another.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No deadline, as an example's first call compiles. The same examples in every run, so that a
+# failure can be had again; hence no database. Few of them, as most compile a new network.
+hypothesis.settings.register_profile(
+    "dpai_jax", deadline=None, derandomize=True, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("dpai_jax")
+
+
+@pytest.fixture(autouse=True)
+def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Strict promotion of dtypes, so that no mask or index becomes a count by accident.
+
+    Optax's Adam and its kin promote their integer step count themselves; a test that runs them is
+    marked `standard_promotion`.
+    """
+    standard = request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if standard else "strict"):
+        yield

@@ -1,0 +1,163 @@
+"""What is installed is what the project says: versions, ranges, the wheel's files, lazy imports."""
+
+import configparser
+import email
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("dpai_jax", "experiments")
+PYTHONS = ("3.11", "3.13")
+
+
+def read_setup() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup
+
+
+def applies(requirement: Requirement, python: str) -> bool:
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+def read_pins(python: str) -> dict[str, Version]:
+    """The version that requirements.txt gives each package on one Python."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins: dict[str, Version] = {}
+    for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
+        if applies(requirement, python):
+            name = canonicalize_name(requirement.name)
+            assert name not in pins, f"{name} is pinned twice"
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==", f"{requirement} is not pinned"
+            pins[name] = Version(specifier.version)
+    return pins
+
+
+def read_ranges() -> list[Requirement]:
+    """The requirements of the library and of its extras."""
+    setup = read_setup()
+    texts = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    return [Requirement(line) for text in texts for line in text.splitlines() if line]
+
+
+def needs(requirement: Requirement) -> list[Requirement]:
+    """What the installed package behind a requirement needs, its asked extras included."""
+    extras = {"", *requirement.extras}
+    needed = map(Requirement, importlib.metadata.requires(requirement.name) or ())
+    return [
+        r
+        for r in needed
+        if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+
+
+def run_python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    """What a fresh interpreter prints that runs `code`, with `path` in front of its modules."""
+    first = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else ""
+    command = [sys.executable, "-c", first + code]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def python_files(package: str, root: Path = ROOT) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in (root / package).rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built without a network from a copy of its tracked sources."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in (*PACKAGES, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--wheel-dir", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def test_importing_the_library_loads_no_heavy_or_optional_package() -> None:
+    banned = {"flax", "matplotlib", "orbax", "sklearn", "tensorflow_datasets"}
+    code = "import sys, dpai_jax; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(run_python(code, cwd=ROOT).split())
+    assert {"dpai_jax", "jax"} <= loaded
+    assert not loaded & banned
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_ranges_of_setup_cfg_admit_every_pin(python: str) -> None:
+    pins = read_pins(python)
+    for requirement in read_ranges():
+        if applies(requirement, python):
+            assert pins[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_every_package_that_is_needed_is_pinned() -> None:
+    """From setup.cfg's ranges on, pip has nothing left to choose; holds for the running Python."""
+    pins = read_pins(platform.python_version().rpartition(".")[0])
+    waiting, seen = read_ranges(), set()
+    while waiting:
+        requirement = waiting.pop()
+        if str(requirement) not in seen:
+            seen.add(str(requirement))
+            assert canonicalize_name(requirement.name) in pins
+            waiting += needs(requirement)
+
+
+def test_the_pins_cover_both_ends_of_the_jax_releases_supported() -> None:
+    (supported,) = [r.specifier for r in read_ranges() if r.name == "jax"]
+    oldest, newest = (read_pins(python)["jax"].release[:2] for python in PYTHONS)
+    assert (oldest, newest) == ((0, 10), (0, 12))
+    assert "0.9.9" not in supported
+    assert "0.13.0" not in supported
+
+
+def test_the_wheel_states_the_version_licence_and_ranges_of_setup_cfg(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (path,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        stated = email.message_from_bytes(archive.read(path))
+    assert stated["Version"] == read_setup()["metadata"]["version"]
+    assert stated["Requires-Python"] == ">=3.11"
+    assert stated["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    requirements = map(Requirement, stated.get_all("Requires-Dist", []))
+    assert {r.name: r.specifier for r in requirements} == {
+        r.name: r.specifier for r in read_ranges()
+    }
+
+
+def test_the_wheel_holds_every_module_its_type_marker_and_no_tests(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = set().union(*map(python_files, PACKAGES))
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert "dpai_jax/py.typed" in names
+    assert {name.partition("/")[0] for name in names} == set(PACKAGES)
+
+
+def test_the_library_imports_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    code = "import dpai_jax; print(dpai_jax.__file__)"
+    where = run_python(code, cwd=tmp_path, path=installed)
+    assert Path(where) == installed / "dpai_jax" / "__init__.py"
