@@ -1,0 +1,87 @@
+"""What one training job is. Imports nothing heavy, so that `--help` stays quick."""
+
+import dataclasses
+import hashlib
+import json
+
+DENSE = "dense"
+"""The method that removes no weight."""
+
+
+class ConfigError(ValueError):
+    """A job can't be run as it is configured. The message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One job: prune a network at initialization, then train it.
+
+    Attributes:
+        dataset: Name of the data set.
+        model: Name of the network.
+        width: Channels of the network's first stage.
+        method: Name of the pruning method; "dense" prunes nothing.
+        sparsity: Fraction of the prunable weights to remove. "dense" sets it to 0.
+        seed: Seed of the initial weights, the pruning and the order of the data.
+        epochs: Passes over the training split.
+        batch_size: Images in a training step. An epoch's incomplete last batch is dropped.
+        learning_rate: Peak learning rate of SGD.
+        momentum: Momentum of SGD, not Nesterov's.
+        weight_decay: Factor of the weights added to the gradients.
+        warmup: Fraction of the steps in which the learning rate rises, before it falls to zero
+            along a cosine.
+    """
+
+    dataset: str = "digits"
+    model: str = "resnet20"
+    width: int = 16
+    method: str = "dpai"
+    sparsity: float = 0.99
+    seed: int = 0
+    epochs: int = 30
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.method == DENSE:
+            object.__setattr__(self, "sparsity", 0.0)
+
+    def check(self) -> None:
+        """Raises a `ConfigError` that names the first field whose value makes no sense."""
+        for name in ("width", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ConfigError(f"sparsity must lie in [0, 1); got {self.sparsity}.")
+        if not self.learning_rate > 0.0:
+            raise ConfigError(f"learning_rate must be positive; got {self.learning_rate}.")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(f"momentum must lie in [0, 1); got {self.momentum}.")
+        if not self.weight_decay >= 0.0:
+            raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}.")
+        if not 0.0 <= self.warmup < 1.0:
+            raise ConfigError(f"warmup must lie in [0, 1); got {self.warmup}.")
+
+    @property
+    def label(self) -> str:
+        """What tells the job from its neighbours in a comparison: "dpai 99%"."""
+        return self.method if self.method == DENSE else f"{self.method} {percent(self.sparsity)}"
+
+    @property
+    def name(self) -> str:
+        """A name for files, one per configuration."""
+        digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        parts = [self.dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
+        return "-".join([*parts, digest[:8]])
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        """The fields by name, as they are written to results files."""
+        return dataclasses.asdict(self)
+
+
+def percent(fraction: float) -> str:
+    """Writes a sparsity as it is read in tables: 0.9684 as "96.84%", 0.9 as "90%"."""
+    return f"{100 * fraction:.4g}%"

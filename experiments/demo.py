@@ -1,0 +1,67 @@
+"""The demo: one network unpruned, pruned at random and pruned by DPaI, each trained on digits."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+import rich.console
+
+from experiments import jobs, report
+from experiments.board import Board
+from experiments.config import DENSE, Config
+
+SPARSITIES = (0.9, 0.99)
+METHODS = ("random", "dpai")
+BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
+
+
+def configs(seeds: int) -> list[Config]:
+    """Returns the demo's jobs, seed by seed."""
+    pruned = [(method, sparsity) for sparsity in SPARSITIES for method in METHODS]
+    return [
+        dataclasses.replace(BASE, method=method, sparsity=sparsity, seed=seed)
+        for seed in range(seeds)
+        for method, sparsity in [(DENSE, 0.0), *pruned]
+    ]
+
+
+def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Console) -> None:
+    """Runs the jobs that have no result yet, then shows a table and draws a picture.
+
+    Args:
+        folder: Where results, checkpoints and the picture go.
+        seeds: How often each job is run, each time with other weights and masks.
+        again: Run finished jobs again.
+        console: Where to show it all.
+    """
+    todo = configs(seeds)
+    begin = time.monotonic()
+    console.print(f"ResNet-20 on 8x8 digits: {len(todo)} jobs, a few minutes on two cores.")
+    with Board(console, todo) as board:
+        records = [
+            jobs.run(config, folder, again=again, report=board.report(config)) for config in todo
+        ]
+    title = "ResNet-20 on digits"
+    picture = folder / "demo.png"
+    report.draw(records, picture, title)
+    console.print()
+    console.print(report.table(records, title))
+    closing = f"""\
+Finished in {time.monotonic() - begin:.0f} s.
+Picture:  {picture}
+Results:  {folder / jobs.RESULTS}
+Go on with:
+  {next_command()}"""
+    console.print(closing, soft_wrap=True, highlight=False, markup=False)
+
+
+def next_command() -> str:
+    """Returns a command for one more job, by the Python that runs this one."""
+    python = pathlib.Path(sys.executable)
+    if python.is_relative_to(pathlib.Path.cwd()):
+        python = python.relative_to(pathlib.Path.cwd())
+    return (
+        f"{python} -m experiments train --dataset {BASE.dataset} --model {BASE.model} "
+        "--method dpai --sparsity 0.98 --seed 1"
+    )

@@ -1,0 +1,250 @@
+"""Prunes a network, trains what is left and measures it."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dpai_jax as dpai
+from dpai_jax.methods.base import Method
+from experiments import datasets, methods, models, steps
+from experiments.checkpoint import Checkpoints
+from experiments.config import Config, ConfigError
+from experiments.steps import Recipe, TrainState
+
+Metrics = dict[str, float]
+Report = Callable[[str, int, int, Metrics], None]
+"""Told a stage, the epochs done, the epochs in all and the newest metrics.
+
+Stages are "start", "prune" before the pruning, "train" before the first epoch and after each, and
+"known" for a job that had been finished before.
+"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A configuration with what its names stand for.
+
+    Attributes:
+        config: The configuration.
+        data: Its data set.
+        model: Its network.
+        method: Its pruning method.
+        recipe: Its optimizer's numbers.
+    """
+
+    config: Config
+    data: datasets.Dataset
+    model: nn.Module
+    method: Method
+    recipe: Recipe
+
+
+def train_and_evaluate(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    *,
+    report: Report | None = None,
+    checkpoint_seconds: float = 15.0,
+) -> dict[str, Any]:
+    """Prunes and trains one network; an interrupted call resumes where its checkpoint stands.
+
+    A resumed job ends with bitwise the weights of one that was never interrupted.
+
+    Args:
+        config: The job.
+        workdir: Folder of the job's checkpoints; the trained weights stay there.
+        report: Told how the job goes.
+        checkpoint_seconds: Least time between two checkpoints. There is always one after the
+            pruning and one after the last epoch.
+
+    Returns:
+        Metrics by name: accuracies between 0 and 1 after the last epoch and at the epoch of best
+        validation accuracy, the topology, seconds, and the history, one dict per epoch.
+
+    Raises:
+        ConfigError: A value in `config` makes no sense, or `workdir` belongs to another job.
+    """
+    say = report or (lambda *_: None)
+    say("start", 0, config.epochs, {})
+    job = resolve(config)
+    with Checkpoints(pathlib.Path(workdir), config) as checkpoints:
+        state, progress = _begin(job, checkpoints, say)
+        history = progress["history"]
+        say("train", len(history), config.epochs, history[-1] if history else {})
+        clock = saved = time.monotonic()
+        while len(history) < config.epochs:
+            state, metrics = train_epoch(job, state, len(history))
+            history.append(metrics | evaluate(job, state, history))
+            now = time.monotonic()
+            progress["train_seconds"] += now - clock
+            clock = now
+            if now - saved >= checkpoint_seconds or len(history) == config.epochs:
+                _save(config, checkpoints, state, progress)
+                saved = time.monotonic()
+            say("train", len(history), config.epochs, history[-1])
+    return {**summarize(history), **progress}
+
+
+def resolve(config: Config) -> Job:
+    """Looks up all that a configuration names.
+
+    Raises:
+        ConfigError: A value makes no sense, or a name is unknown.
+    """
+    config.check()
+    method = methods.method(config.method)
+    data = datasets.load(config.dataset)
+    model = models.create(config.model, data.num_classes, config.width)
+    images = len(data.train.labels)
+    if config.batch_size > images:
+        raise ConfigError(
+            f"batch_size must not exceed the {images} training images; got {config.batch_size}."
+        )
+    total = config.epochs * (images // config.batch_size)
+    recipe = Recipe(
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        warmup_steps=int(config.warmup * total),
+        steps=total,
+    )
+    return Job(config, data, model, method, recipe)
+
+
+def prune(job: Job, variables: Any) -> dpai.Result:
+    """Prunes a job's freshly initialized network: masks parallel to its variables."""
+    # The bare method, not a closure: jobs that share a network then share its trace.
+    return dpai.prune(
+        job.model.apply,
+        variables,
+        jax.ShapeDtypeStruct((1, *job.data.image_shape), jnp.float32),
+        sparsity=job.config.sparsity,
+        method=job.method,
+        key=jax.random.key(job.config.seed),
+        progress=False,
+    )
+
+
+def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Metrics]:
+    """Takes one pass over the training split; returns the means of the steps' metrics."""
+    batches = datasets.batches(
+        job.data.train,
+        job.config.batch_size,
+        seed=job.config.seed,
+        epoch=epoch,
+        shift=job.data.shift,
+    )
+    measured = []
+    for images, labels in batches:
+        state, metrics = steps.train_step(job.model, job.recipe, state, images, labels)
+        measured.append(metrics)
+    means = jax.tree.map(lambda *values: float(np.mean(jax.device_get(values))), *measured)
+    return state, means
+
+
+def evaluate(job: Job, state: TrainState, history: list[Metrics]) -> Metrics:
+    """Measures the validation split and, where its result may be reported, the test split."""
+
+    def measure(split: datasets.Split) -> float:
+        return accuracy(job.model, state, split, job.config.batch_size)
+
+    metrics = {"validation_accuracy": measure(job.data.validation)}
+    best = max((past["validation_accuracy"] for past in history), default=-1.0)
+    if metrics["validation_accuracy"] > best or len(history) + 1 == job.config.epochs:
+        metrics["test_accuracy"] = measure(job.data.test)
+    return metrics
+
+
+def accuracy(model: nn.Module, state: TrainState, split: datasets.Split, batch_size: int) -> float:
+    """Returns the fraction of a split that the network labels rightly."""
+    # Padded to whole batches, so that one compiled program serves every split; no class is -1.
+    missing = -len(split.labels) % batch_size
+    images = np.pad(split.images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(split.labels, (0, missing), constant_values=-1)
+    starts = range(0, len(labels), batch_size)
+    correct = [
+        steps.count_correct(model, state, images[i : i + batch_size], labels[i : i + batch_size])
+        for i in starts
+    ]
+    return int(sum(jax.device_get(correct))) / len(split.labels)
+
+
+def summarize(history: list[Metrics]) -> Metrics:
+    """Picks the numbers to report: the last epoch's, and the best one's by validation."""
+    # The first of several equal epochs wins: that is where the test split was measured.
+    best = max(range(len(history)), key=lambda epoch: history[epoch]["validation_accuracy"])
+    return {
+        "test_accuracy": history[-1]["test_accuracy"],
+        "validation_accuracy": history[-1]["validation_accuracy"],
+        "train_loss": history[-1]["train_loss"],
+        "best_epoch": best + 1,
+        "best_validation_accuracy": history[best]["validation_accuracy"],
+        "best_test_accuracy": history[best]["test_accuracy"],
+    }
+
+
+def describe(result: dpai.Result) -> dict[str, Any]:
+    """Returns a pruned network's topology as plain numbers, with each layer's output features."""
+    topology = result.topology
+    layers = [
+        dataclasses.asdict(counts)
+        | {"outputs": math.prod(layer.shape[axis] for axis in (*layer.stack, *layer.outputs))}
+        for counts, layer in zip(topology.layers, result.net.layers, strict=True)
+    ]
+    totals = ("log_paths", "weights", "effective", "nodes", "kernels")
+    return {name: getattr(topology, name) for name in totals} | {"layers": layers}
+
+
+def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
+    """Checks that the masks keep what was asked for and that all else is exactly zero.
+
+    Raises:
+        RuntimeError: They don't. This is a defect of the training or the library.
+    """
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
+    prunable = [(np.asarray(leaf), np.asarray(mask)) for leaf, mask in leaves if mask.ndim]
+    kept = sum(int(mask.sum()) for _, mask in prunable)
+    asked = round((1.0 - sparsity) * sum(mask.size for _, mask in prunable))
+    alive = sum(int(np.count_nonzero(leaf[~mask])) for leaf, mask in prunable)
+    if kept != asked or alive:
+        raise RuntimeError(
+            f"The masks keep {kept} weights where {asked} were asked for, "
+            f"and {alive} pruned weights are not zero."
+        )
+
+
+def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the checkpoint's state and progress, or prunes and starts."""
+    variables = steps.initialize(job.model, job.config.seed, job.data.image_shape)
+    if (progress := checkpoints.progress()) is not None:
+        masks = checkpoints.masks()
+        fresh = steps.start(job.recipe, variables, masks)
+        template = jax.eval_shape(lambda: fresh.replace(masks=None))
+        return checkpoints.state(template).replace(masks=masks), progress
+    report("prune", 0, job.config.epochs, {})
+    result = prune(job, variables)
+    progress = {
+        "prune_seconds": result.seconds,
+        "train_seconds": 0.0,
+        "topology": describe(result),
+        "history": [],
+    }
+    state = steps.start(job.recipe, variables, result.masks["params"])
+    _save(job.config, checkpoints, state, progress)
+    return state, progress
+
+
+def _save(
+    config: Config, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]
+) -> None:
+    check_pruned(state.params, state.masks, config.sparsity)
+    checkpoints.save(len(progress["history"]), state.replace(masks=None), state.masks, progress)

@@ -1,0 +1,129 @@
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+
+from experiments import demo, jobs, results, train
+from experiments.__main__ import main
+from experiments.config import Config
+
+# Optax's schedules promote their integer step count.
+pytestmark = pytest.mark.standard_promotion
+
+TINY = ["--model", "tiny", "--width", "2", "--epochs", "1"]
+
+
+def test_help_names_the_commands_without_importing_jax():
+    code = (
+        "import sys; from experiments.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "train" in done.stdout
+    assert "demo" in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+def test_the_module_runs_and_documents_each_option():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    for option in ("--dataset", "--model", "--method", "--sparsity", "--seed", "--folder"):
+        assert option in done.stdout
+
+
+def test_train_prints_a_table_and_appends_one_line(tmp_path, capsys):
+    command = ["train", *TINY, "--method", "random", "--sparsity", "0.5"]
+    command += ["--folder", str(tmp_path)]
+    main(command)
+    shown = capsys.readouterr().out
+    (record,) = results.read(tmp_path / "results.jsonl")
+    assert record["config"]["sparsity"] == 0.5
+    assert f"{record['metrics']['test_accuracy'] * 100:.1f}" in shown
+    assert "results.jsonl" in shown
+
+    main(command)
+    assert "finished before" in capsys.readouterr().out
+    assert results.read(tmp_path / "results.jsonl") == [record]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnits"], "error: dataset must be one of ['digits']; got 'mnits'."),
+        (["--sparsity", "2"], "error: sparsity must lie in [0, 1); got 2.0."),
+    ],
+)
+def test_a_bad_value_ends_with_one_line(tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *arguments, "--folder", str(tmp_path)])
+    assert caught.value.code == message
+
+
+def _instead_of_training(monkeypatch, calls):
+    """Makes training instant, keeping what a job hands out and gets back."""
+
+    def train_and_evaluate(config, *_, **__):
+        calls.append(config)
+        layers = [{"name": "head/kernel", "nodes": 5, "outputs": 10}]
+        topology = {"log_paths": 9.0, "nodes": 5, "kernels": 7, "weights": 11, "layers": layers}
+        return {"test_accuracy": 0.5, "prune_seconds": 0.1, "topology": topology}
+
+    monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+
+
+def test_a_job_run_again_forgets_its_checkpoint(monkeypatch, tmp_path):
+    calls = []
+    _instead_of_training(monkeypatch, calls)
+    config = Config()
+    jobs.run(config, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / config.name
+    checkpoint.mkdir(parents=True)
+    jobs.run(config, tmp_path)
+    assert len(calls) == 1
+    jobs.run(config, tmp_path, again=True)
+    assert len(calls) == 2
+    assert not checkpoint.exists()
+    assert len(results.read(tmp_path / "results.jsonl")) == 2
+
+
+def test_the_demo_compares_dense_random_and_dpai_at_two_sparsities():
+    pairs = {(config.method, config.sparsity) for config in demo.configs(seeds=1)}
+    pruned = {(method, sparsity) for method in ("random", "dpai") for sparsity in (0.9, 0.99)}
+    assert pairs == {("dense", 0.0)} | pruned
+    assert len(demo.configs(seeds=3)) == 15
+
+
+def test_an_interrupted_demo_goes_on_with_the_jobs_that_are_left(monkeypatch, tmp_path, capsys):
+    calls = []
+    _instead_of_training(monkeypatch, calls)
+    for config in demo.configs(seeds=1)[:2]:
+        jobs.run(config, tmp_path)
+    calls.clear()
+    main(["demo", "--folder", str(tmp_path)])
+    assert calls == demo.configs(seeds=1)[2:]
+    shown = capsys.readouterr().out
+    assert shown.count("finished before") == 2
+    assert "-m experiments train --dataset digits" in shown
+    assert matplotlib.image.imread(tmp_path / "demo.png").shape[2] == 4
+    assert len(results.read(tmp_path / "results.jsonl")) == 5
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_and_evaluate", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--folder", str(tmp_path)])
+    assert caught.value.code == 130
+    assert "goes on from here" in capsys.readouterr().err
+    assert results.find(tmp_path / "results.jsonl", Config()) is None

@@ -1,0 +1,106 @@
+import io
+import struct
+
+import pytest
+import rich.console
+
+from experiments import report
+from experiments.board import Board
+from experiments.config import Config
+
+
+def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5):
+    layers = [
+        {"name": f"params/stage{index}/kernel", "nodes": 10 + index, "outputs": 16}
+        for index in range(1, 5)
+    ]
+    topology = {"log_paths": log_paths, "nodes": 1234, "kernels": 56789, "weights": 270608}
+    return {
+        "config": Config(method=method, sparsity=sparsity, seed=seed).as_dict(),
+        "metrics": {
+            "test_accuracy": accuracy,
+            "prune_seconds": 12.34,
+            "topology": topology | {"layers": layers},
+        },
+    }
+
+
+def _show(table, width):
+    console = rich.console.Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_the_table_fits_eighty_columns_and_shows_every_number():
+    records = [_record("dense", 0.0), _record("dpai", 0.9), _record("random", 0.9968)]
+    text = _show(report.table(records, "ResNet-20"), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for shown in (
+        "dense",
+        "0%",
+        "90%",
+        "99.68%",
+        "90.0",
+        "270,608",
+        "1,234",
+        "56,789",
+        "30.5",
+        "12.3",
+        "–",
+    ):
+        assert shown in text
+
+
+def test_seeds_are_averaged_and_their_deviation_shown():
+    records = [_record("dpai", 0.9, seed, accuracy) for seed, accuracy in enumerate((0.8, 0.9))]
+    (line,) = [line for line in _show(report.table(records, ""), 90).splitlines() if "dpai" in line]
+    assert "85.0 ± 7.1" in line
+
+
+def test_rows_are_sorted_by_sparsity_and_keep_the_order_of_methods():
+    records = [_record("random", 0.99), _record("dpai", 0.9), _record("random", 0.9)]
+    rows = [(row.sparsity, row.method) for row in report.group(records)]
+    assert rows == [(0.9, "dpai"), (0.9, "random"), (0.99, "random")]
+
+
+def test_a_network_without_a_path_says_so():
+    assert "no path" in _show(report.table([_record("random", 0.99, log_paths=None)], ""), 80)
+
+
+def test_the_picture_is_written_as_png(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    records = [_record("dense", 0.0), _record("dpai", 0.9), _record("other", 0.9)]
+    report.draw(records, path, "ResNet-20")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > height > 400
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_control_codes_go_to_terminals_only(terminal):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    config = Config(epochs=2)
+    with Board(console, [config]) as board:
+        tell = board.report(config)
+        tell("prune", 0, 2, {})
+        tell("train", 0, 2, {})
+        tell("train", 2, 2, {"validation_accuracy": 0.5, "test_accuracy": 0.25})
+    text = console.file.getvalue()
+    assert ("\x1b" in text) == terminal
+    assert "dpai 99%" in text
+    assert "epoch 2/2, validation 50.0%, test 25.0%" in text
+
+
+def test_plain_lines_come_at_stages_and_at_the_end():
+    console = rich.console.Console(file=io.StringIO(), force_terminal=False)
+    config = Config(epochs=50)
+    with Board(console, [config, Config(seed=1)]) as board:
+        tell = board.report(config)
+        tell("start", 0, 50, {})
+        for epoch in range(1, 51):
+            tell("train", epoch, 50, {"validation_accuracy": 0.5, "test_accuracy": 0.5})
+    first, last = console.file.getvalue().splitlines()
+    assert first.endswith("1/2 dpai 99%, seed 0: setting up")
+    assert "epoch 50/50" in last

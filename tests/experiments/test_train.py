@@ -1,0 +1,222 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import dpai_jax as dpai
+from experiments import steps, train
+from experiments.config import Config, ConfigError
+
+# Optax's schedules promote their integer step count.
+pytestmark = pytest.mark.standard_promotion
+
+TINY = Config(model="tiny", width=8, method="random", sparsity=0.8, epochs=4, batch_size=32)
+
+
+def _final(workdir):
+    """The arrays of the newest checkpoint, read by orbax alone."""
+    with ocp.CheckpointManager(workdir) as manager:
+        restore = ocp.args.StandardRestore()
+        items = ocp.args.Composite(state=restore, masks=restore)
+        return manager.restore(manager.latest_step(), args=items)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Metrics, folder and reports of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    reports = []
+    metrics = train.train_and_evaluate(
+        TINY, workdir, report=lambda *arguments: reports.append(arguments)
+    )
+    return metrics, workdir, reports
+
+
+def test_training_lowers_the_loss_and_beats_guessing(whole_run):
+    metrics, _, _ = whole_run
+    losses = [epoch["train_loss"] for epoch in metrics["history"]]
+    assert len(losses) == 4
+    assert losses[-1] < 0.7 * losses[0]
+    assert metrics["train_loss"] == losses[-1]
+    assert metrics["history"][-1]["train_accuracy"] > 0.3
+
+
+def test_pruned_weights_are_exactly_zero_and_the_others_trained(whole_run):
+    final = _final(whole_run[1])
+    params = jax.tree.leaves(final.state["params"])
+    masks = jax.tree.leaves(final.masks)
+    pairs = [(p, m) for p, m in zip(params, masks, strict=True) if m.ndim]
+    size = sum(m.size for _, m in pairs)
+    assert sum(int(m.sum()) for _, m in pairs) == round(0.2 * size)
+    assert all(not np.any(p[~m]) for p, m in pairs)
+    assert all(np.all(p[m] != 0) for p, m in pairs)
+
+
+def test_metrics_describe_the_topology(whole_run):
+    metrics, workdir, _ = whole_run
+    topology = metrics["topology"]
+    masks = [np.asarray(m) for m in jax.tree.leaves(_final(workdir).masks) if m.ndim]
+    assert len(topology["layers"]) == len(masks) == 3
+    assert topology["weights"] == sum(int(m.sum()) for m in masks)
+    assert 0 < topology["nodes"] <= sum(m.shape[-1] for m in masks)
+    assert sorted(layer["outputs"] for layer in topology["layers"]) == sorted(
+        m.shape[-1] for m in masks
+    )
+
+
+def test_the_run_reports_each_stage_and_epoch(whole_run):
+    reports = [(stage, done, total) for stage, done, total, _ in whole_run[2]]
+    epochs = [("train", done, 4) for done in range(5)]
+    assert reports == [("start", 0, 4), ("prune", 0, 4), *epochs]
+
+
+def test_a_resumed_run_ends_with_bitwise_the_same_state(whole_run, tmp_path):
+    def interrupt(_stage, done, *_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(TINY, tmp_path, report=interrupt, checkpoint_seconds=0.0)
+    stages = []
+    metrics = train.train_and_evaluate(
+        TINY, tmp_path, report=lambda stage, done, *_: stages.append((stage, done))
+    )
+    assert stages == [("start", 0), ("train", 2), ("train", 3), ("train", 4)]
+    assert metrics["history"] == whole_run[0]["history"]
+    assert metrics["topology"] == whole_run[0]["topology"]
+    expected, found = _final(whole_run[1]), _final(tmp_path)
+    assert jax.tree.structure(expected.state) == jax.tree.structure(found.state)
+    jax.tree.map(np.testing.assert_array_equal, expected.state, found.state)
+    jax.tree.map(np.testing.assert_array_equal, expected.masks, found.masks)
+
+
+def test_a_finished_run_is_not_trained_again(whole_run):
+    metrics, workdir, _ = whole_run
+    assert train.train_and_evaluate(TINY, workdir) == metrics
+
+
+def test_a_folder_of_another_job_is_refused(whole_run):
+    other = dataclasses.replace(TINY, seed=1)
+    with pytest.raises(ConfigError, match=r"holds a checkpoint of another job, .*seed=0"):
+        train.train_and_evaluate(other, whole_run[1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dataset", "mnits", r"dataset must be one of"),
+        ("model", "resnet", r"model must be one of"),
+        ("method", "magic", r"method must be one of .*'dpai'.*; got 'magic'"),
+        ("batch_size", 1258, r"batch_size must not exceed the 1257 training images; got 1258"),
+        ("sparsity", 1.5, r"sparsity must lie in \[0, 1\); got 1.5"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused_before_it_starts(tmp_path, field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(dataclasses.replace(TINY, **{field: value}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_epoch_and_the_best_by_validation_are_both_reported():
+    history = [
+        {"train_loss": 3.0, "validation_accuracy": 0.2, "test_accuracy": 0.3},
+        {"train_loss": 2.0, "validation_accuracy": 0.6, "test_accuracy": 0.5},
+        {"train_loss": 1.0, "validation_accuracy": 0.6},
+        {"train_loss": 0.5, "validation_accuracy": 0.4, "test_accuracy": 0.9},
+    ]
+    assert train.summarize(history) == {
+        "test_accuracy": 0.9,
+        "validation_accuracy": 0.4,
+        "train_loss": 0.5,
+        "best_epoch": 2,
+        "best_validation_accuracy": 0.6,
+        "best_test_accuracy": 0.5,
+    }
+
+
+def test_the_check_finds_a_weight_that_came_back_and_a_wrong_count():
+    masks = {"kernel": jnp.array([[True, False], [False, False]]), "bias": jnp.array(True)}
+    params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 0.0]]), "bias": jnp.ones(2)}
+    train.check_pruned(params, masks, 0.75)
+    with pytest.raises(RuntimeError, match="keep 1 weights where 2 were asked for"):
+        train.check_pruned(params, masks, 0.5)
+    revived = params | {"kernel": jnp.array([[2.0, 0.0], [1e-30, 0.0]])}
+    with pytest.raises(RuntimeError, match="1 pruned weights are not zero"):
+        train.check_pruned(revived, masks, 0.75)
+
+
+def test_the_optimizer_is_sgd_with_momentum_decay_warmup_and_cosine():
+    recipe = steps.Recipe(0.4, momentum=0.9, weight_decay=0.01, warmup_steps=2, steps=6)
+    masks = {"kernel": jnp.array([[True, False, True]])}
+    params = {"kernel": jnp.array([[1.0, 0.0, -2.0]])}
+    optimizer = steps.make_optimizer(recipe, masks)
+    state = optimizer.init(params)
+    expected, velocity = np.array([[1.0, 0.0, -2.0]]), np.zeros((1, 3))
+    mask = np.array([[1.0, 0.0, 1.0]])
+    cosine = [0.5 * (1 + np.cos(np.pi * step / 4)) for step in range(4)]
+    for step, factor in enumerate([0.0, 0.5, *cosine]):
+        gradient = np.array([[0.3, 5.0, -0.1 * step]])
+        velocity = 0.9 * velocity + (gradient + 0.01 * expected) * mask
+        expected = expected - 0.4 * factor * velocity
+        grads = {"kernel": jnp.asarray(gradient, jnp.float32)}
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
+
+
+TRACED = []
+
+
+class Counted(nn.Module):
+    """A linear network without batch statistics that notes when it is traced."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        TRACED.append(train)
+        return nn.Dense(10, name="head")(x.reshape(len(x), -1))
+
+
+def _linear_state(recipe, keep_rows):
+    variables = steps.initialize(Counted(), 0, (8, 8, 1))
+    kept = jnp.broadcast_to(jnp.arange(64)[:, None] < keep_rows, (64, 10))
+    masks = {"head": {"kernel": kept, "bias": jnp.array(True)}}
+    return steps.start(recipe, variables, masks)
+
+
+def test_jobs_that_differ_in_their_masks_share_one_compiled_step(digits):
+    recipe = steps.Recipe(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
+    images, labels = digits.train.images[:32], digits.train.labels[:32]
+    states = [_linear_state(recipe, keep_rows) for keep_rows in (20, 40)]
+    TRACED.clear()
+    for keep_rows, state in zip((20, 40), states, strict=True):
+        after, _ = steps.train_step(Counted(), recipe, state, images, labels)
+        kernel = after.params["head"]["kernel"]
+        assert not np.any(kernel[keep_rows:])
+        assert np.any(kernel[:keep_rows])
+    assert TRACED == [True]
+
+
+def test_jobs_that_share_a_network_share_its_trace(monkeypatch):
+    monkeypatch.setattr(dpai, "prune", lambda fn, params, x, **_: dpai.trace(fn, params, x))
+    jobs = [
+        train.resolve(TINY),
+        train.resolve(dataclasses.replace(TINY, seed=5, method="dpai", sparsity=0.5)),
+        train.resolve(dataclasses.replace(TINY, width=4)),
+    ]
+    nets = [train.prune(job, steps.initialize(job.model, 0, (8, 8, 1))) for job in jobs]
+    assert nets[0] is nets[1]
+    assert nets[0] is not nets[2]
+
+
+def test_accuracy_is_the_fraction_of_right_labels_whatever_the_batch(digits):
+    recipe = steps.Recipe(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
+    state = _linear_state(recipe, 64)
+    head = jax.tree.map(np.asarray, state.params["head"])
+    logits = digits.test.images.reshape(360, 64) @ head["kernel"] + head["bias"]
+    expected = np.mean(logits.argmax(-1) == digits.test.labels)
+    for batch_size in (7, 64, 400):
+        assert train.accuracy(Counted(), state, digits.test, batch_size) == expected
