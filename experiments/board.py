@@ -58,14 +58,15 @@ class Board:
             nonlocal row, last_line
             note = _note(stage, done, total, metrics)
             if row is None:
-                # Without a total the bar pulses, until the first epoch begins.
+                # Without a total the bar pulses, until the first step.
                 row = self._bars.add_task(self._labels[config], total=None, note=note)
-            if stage in _STAGES:
-                self._bars.update(row, note=note)
-            else:
+            if done or stage not in _STAGES:
                 self._bars.update(row, total=total, completed=done, note=note)
+            else:
+                self._bars.update(row, note=note)
             now = time.monotonic()
-            if stage in _STAGES or done == total or now - last_line >= LINE_SECONDS:
+            ends = done == total or (stage in _STAGES and not done)
+            if ends or now - last_line >= LINE_SECONDS:
                 last_line = now
                 self._line(config, note)
 
@@ -80,7 +81,7 @@ class Board:
 
 def _note(stage: str, done: int, total: int, metrics: Metrics) -> str:
     if stage in _STAGES:
-        return _STAGES[stage]
+        return f"{_STAGES[stage]}, step {done}/{total}" if done else _STAGES[stage]
     if stage == "known":
         return f"finished before, test {metrics['test_accuracy']:.1%}"
     note = f"epoch {done}/{total}"

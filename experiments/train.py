@@ -22,10 +22,10 @@ from experiments.steps import Recipe, TrainState
 
 Metrics = dict[str, float]
 Report = Callable[[str, int, int, Metrics], None]
-"""Told a stage, the epochs done, the epochs in all and the newest metrics.
+"""Told a stage, how much of it is done, how much there is in all, and the newest metrics.
 
-Stages are "start", "prune" before the pruning, "train" before the first epoch and after each, and
-"known" for a job that had been finished before.
+Stages are "start", "prune" before the pruning and after some of its steps, "train" before the first
+epoch and after each, and "known" for a job that had been finished before.
 """
 
 
@@ -120,7 +120,7 @@ def resolve(config: Config) -> Job:
     return Job(config, data, model, method, recipe)
 
 
-def prune(job: Job, variables: Any) -> dpai.Result:
+def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     """Prunes a job's freshly initialized network: masks parallel to its variables."""
     # The bare method, not a closure: jobs that share a network then share its trace.
     return dpai.prune(
@@ -130,7 +130,7 @@ def prune(job: Job, variables: Any) -> dpai.Result:
         sparsity=job.config.sparsity,
         method=job.method,
         key=jax.random.key(job.config.seed),
-        progress=False,
+        progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
     )
 
 
@@ -230,8 +230,8 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         fresh = steps.start(job.recipe, variables, masks)
         template = jax.eval_shape(lambda: fresh.replace(masks=None))
         return checkpoints.state(template).replace(masks=masks), progress
-    report("prune", 0, job.config.epochs, {})
-    result = prune(job, variables)
+    report("prune", 0, 1, {})
+    result = prune(job, variables, report)
     progress = {
         "prune_seconds": result.seconds,
         "train_seconds": 0.0,
