@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpai_jax.masks import apply_masks, check_masks, masked
+from dpai_jax.masks import apply_masks, masked
 
 PyTree = Any
 
@@ -46,40 +46,55 @@ def keep_pruned(
     """
     optimizer = optax.with_extra_args_support(optimizer)
     structure: Any = jax.tree.structure(masks)
-    shapes = [jnp.shape(mask) for mask in jax.tree.leaves(masks)]
 
     def is_parallel(node: Any) -> bool:
-        if jax.tree.structure(node) != structure:
-            return False
-        pairs = zip(jax.tree.leaves(node), shapes, strict=True)
-        return all(shape in ((), jnp.shape(leaf)) for leaf, shape in pairs)
+        return jax.tree.structure(node, is_leaf=_is_left_out) == structure
 
     def mask_state(state: Any) -> Any:
         return jax.tree.map(
-            lambda node: jax.tree.map(masked, node, masks) if is_parallel(node) else node,
+            lambda node: (
+                jax.tree.map(_masked_moment, node, masks, is_leaf=_is_left_out)
+                if is_parallel(node)
+                else node
+            ),
             state,
             is_leaf=is_parallel,
         )
 
     def init(params: PyTree) -> Any:
-        return optimizer.init(apply_masks(params, masks))
+        return mask_state(optimizer.init(apply_masks(params, masks)))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, Any]:
-        check_masks(updates, masks)
-        gradients = jax.tree.map(masked, updates, masks)
-        updates, state = optimizer.update(gradients, state, params, **extra)
-        updates = jax.tree.map(masked, updates, masks)
-        if params is not None:
+        gradients = apply_masks(updates, masks)
+        kept = None if params is None else apply_masks(params, masks)
+        updates, state = optimizer.update(gradients, state, kept, **extra)
+        if params is None:
+            updates = apply_masks(updates, masks)
+        else:
             updates = jax.tree.map(_to_zero, updates, params, masks)
         return updates, mask_state(state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _is_left_out(node: Any) -> bool:
+    """Whether a node of a state stands for a parameter that the optimiser leaves to another."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def _masked_moment(moment: Any, mask: Any) -> Any:
+    """A part of the state, masked where it has a number for each weight."""
+    if _is_left_out(moment) or jnp.shape(moment) != jnp.shape(mask):
+        return moment
+    return masked(moment, mask)
+
+
 def _to_zero(update: Any, param: Any, mask: Any) -> Any:
     """The update with, for pruned weights, the one that ends at zero."""
     if jnp.ndim(mask) == 0:
         return update
-    return jnp.where(mask, update, -param.astype(update.dtype))
+    # In bfloat16 the negative of a float32 weight would not be its negative.
+    dtype = jnp.promote_types(update.dtype, param.dtype)
+    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))

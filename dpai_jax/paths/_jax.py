@@ -39,6 +39,11 @@ def shape_of(var: Any) -> tuple[int, ...]:
     return tuple(getattr(var.aval, "shape", ()))
 
 
+def dtype_of(var: Any) -> Any:
+    """The dtype of a variable of a jaxpr."""
+    return var.aval.dtype
+
+
 def is_real(var: Any) -> bool:
     """Whether a variable holds real (or complex) numbers, rather than integers or truth values."""
     return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))

@@ -8,7 +8,7 @@ result. Rules are looked up by primitive; `register_rule` adds one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,6 +60,12 @@ class Interpreter:
     gates: str
     saturating: bool = False
     uses: list[Use] = dataclasses.field(default_factory=list)
+    _units: dict[Any, object] = dataclasses.field(default_factory=dict)
+    _callers: list[JaxprEqn] = dataclasses.field(default_factory=list)
+
+    def unit(self, *origin: Hashable) -> object:
+        """The unit of this origin: the same one for the same operation on the same units."""
+        return self._units.setdefault(origin, object())
 
     def flow(
         self,
@@ -102,9 +108,17 @@ class Interpreter:
         environment.update(zip(opened.constvars, map(constant, consts), strict=True))
         environment.update(zip(opened.invars, args, strict=True))
         for eqn in opened.eqns:
+            self._callers.append(eqn)
             results = self.apply(eqn, *map(read, eqn.invars))
+            self._callers.pop()
             environment.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in opened.outvars]
+
+    def source_line(self) -> str:
+        """The line of the user's program that is being evaluated."""
+        # A library's compiled function may know no line of the user's; its caller does.
+        lines = (source_line(eqn) for eqn in reversed(self._callers))
+        return next((line for line in lines if line), "an unknown line")
 
     def apply(self, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
         """The results of one equation."""
@@ -115,7 +129,7 @@ class Interpreter:
             if any(isinstance(arg, Flow) for arg in args):
                 raise NotImplementedError(
                     f"no path semantics for the primitive {eqn.primitive.name!r}, used at "
-                    f"{source_line(eqn)}; give it one with dpai_jax.paths.register_rule"
+                    f"{self.source_line()}; give it one with dpai_jax.paths.register_rule"
                 )
             return unknown(eqn)
         results = rule(self, eqn, *args)
@@ -126,21 +140,17 @@ def derived(
     interpreter: Interpreter, eqn: JaxprEqn, x: Flow, spread: Spread, rest: float, which: int = 0
 ) -> Flow:
     """What an operation without a kernel makes of one flow: a view or a statistic of it."""
-    unit = derived_unit(eqn, x, which)
+    unit = derived_unit(interpreter, eqn, x, which)
     return interpreter.flow(spread, x.exponent, unit=unit, ancestors=x.lineage, rest=rest)
 
 
-def derived_unit(eqn: JaxprEqn, x: Flow, which: int = 0) -> Any:
-    """The name of the unit that is an operation's result, or one of them.
-
-    The same operation on the same unit gives the same unit, so its name is made of both.
-    """
-    unit = (eqn.primitive.name, which, tuple(sorted(eqn.params.items())), x.unit)
+def derived_unit(interpreter: Interpreter, eqn: JaxprEqn, x: Flow, which: int = 0) -> object:
+    """The unit that is an operation's result, or one of them."""
     try:
-        hash(unit)
+        return interpreter.unit(eqn.primitive, which, tuple(sorted(eqn.params.items())), x.unit)
     except TypeError:
+        # The operation's parameters can't be compared.
         return object()
-    return unit
 
 
 def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:

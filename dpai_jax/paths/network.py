@@ -280,7 +280,7 @@ def _weight(index: int, mask: Array) -> Weight:
 
 def _layer(use: Use, name: str, shape: tuple[int, ...]) -> Layer:
     named = {*use.inputs, *use.outputs, *use.taps}
-    stack = tuple(i for i in range(len(shape)) if i not in named)
+    stack = tuple(i for i, size in enumerate(shape) if i not in named and size > 1)
     return Layer(name, use.leaf, shape, use.inputs, use.outputs, use.taps, stack, use.groups)
 
 

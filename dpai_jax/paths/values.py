@@ -95,10 +95,12 @@ class Free:
     Attributes:
       shape: its shape.
       known: its value, where it is computed from constants alone.
+      rest: of a comparison of flows, which picks between cases, the outcome where they are at rest.
     """
 
     shape: Shape
     known: Known | None = None
+    rest: float | None = None
 
     @property
     def scalar(self) -> float | None:
@@ -222,8 +224,8 @@ def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
 
 def largest_exponent(exponents: Array, filled: Array) -> Array:
     """The largest of a vector of exponents, those of empty flows left out."""
-    largest = jnp.max(jnp.where(filled, exponents, _LOWEST))
-    return jnp.where(largest == _LOWEST, exponents[0], largest)
+    largest = jnp.max(jnp.where(filled, exponents, _LOWEST), initial=_LOWEST)
+    return jnp.where(largest == _LOWEST, 0, largest)
 
 
 _LOWEST = -(2**30)

@@ -19,7 +19,7 @@ from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, Use, rules_for
-from dpai_jax.paths.rules.elementwise import product_terms
+from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.values import Axes, Flow, Free, Spread, Value, Weight
 
 Bilinear = Callable[[Spread, Spread], Spread]
@@ -85,7 +85,10 @@ def _contract_flows(interpreter: Interpreter, lhs: Flow, rhs: Flow, bilinear: Bi
 def _spread(value: Value) -> Spread:
     if isinstance(value, Flow):
         return value.spread
-    return Spread(value.array, value.shape) if isinstance(value, Weight) else v.ones(value.shape)
+    if isinstance(value, Weight):
+        return Spread(value.array, value.shape)
+    present = nonzero(value)
+    return v.ones(value.shape) if present is None else Spread(jnp.asarray(present), value.shape)
 
 
 def _record(

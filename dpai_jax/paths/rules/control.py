@@ -35,6 +35,9 @@ def _call(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Val
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, index: Value, *args: Value) -> Sequence[Value]:
     """The branch that is taken, or the sum over all of them where that is not known."""
     branches = eqn.params["branches"]
+    if eqn.params.get("branches_platforms") is not None:
+        # One computation, written once for each platform.
+        return interpreter.evaluate(branches[-1], *args)
     if isinstance(index, Free) and index.scalar is not None:
         taken = min(max(int(index.scalar), 0), len(branches) - 1)
         return interpreter.evaluate(branches[taken], *args)
@@ -68,6 +71,7 @@ class _Scan:
     def __init__(self, interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value]):
         self.interpreter = interpreter
         self.eqn = eqn
+        self.token = object()
         n_consts, n_carry = scan_arity(eqn.params)
         self.consts = args[:n_consts]
         self.start = args[n_consts : n_consts + n_carry]
@@ -83,7 +87,9 @@ class _Scan:
 
         def body(carry: list[Any], steps: list[Any]) -> tuple[list[Any], list[Any]]:
             after, ys[:] = self._step(_filled(forms, carry), steps)
-            return _arrays(map(_conform, after, forms)), _arrays(ys)
+            conformed = [_conform(*pair) for pair in zip(after, forms, strict=True)]
+            # Sums alone would let counts grow out of float32 over many steps.
+            return _arrays(map(self._settled, conformed)), _arrays(ys)
 
         params = self.eqn.params
         carry, stacked = lax.scan(
@@ -102,7 +108,7 @@ class _Scan:
         self, carry: Sequence[Value], steps: Sequence[Any]
     ) -> tuple[list[Value], list[Value]]:
         """What the body makes of a carry and of one step of the inputs: carry and outputs."""
-        xs = [_slice(x, step) for x, step in zip(self.xs, steps, strict=True)]
+        xs = [_slice(x, step, self.token) for x, step in zip(self.xs, steps, strict=True)]
         jaxpr = self.eqn.params["jaxpr"]
         results = self.interpreter.evaluate(jaxpr, *self.consts, *self._with_fixed(carry), *xs)
         # Only counts and counters leave the loop: of all else the shape is enough.
@@ -122,29 +128,52 @@ class _Scan:
     def _stable_forms(self) -> list[Value]:
         """Carries of forms that the body keeps."""
         forms = [
-            Free(start.shape) if fixed or isinstance(start, Weight) else _one_unit(start, i)
+            Free(start.shape) if fixed or isinstance(start, Weight) else self._one_unit(start, i)
             for i, (fixed, start) in enumerate(zip(self.fixed, self.start, strict=True))
         ]
-        steps = jax.tree.map(lambda array: array[0], self._scanned())
         while True:
-            after = self._abstract_step(forms, steps)
+            after = self._abstract_step(forms)
             merged = [
-                form if fixed else _merged(form, value, i)
+                form if fixed else self._merged(form, value, i)
                 for i, (fixed, form, value) in enumerate(zip(self.fixed, forms, after, strict=True))
             ]
             if all(_form(a) == _form(b) for a, b in zip(forms, merged, strict=True)):
                 return forms
             forms = merged
 
-    def _abstract_step(self, forms: Sequence[Value], steps: Sequence[Any]) -> list[Value]:
+    def _abstract_step(self, forms: Sequence[Value]) -> list[Value]:
         """What the body makes of a carry, of which only the forms can be used."""
         after: list[Value] = []
 
-        def body(arrays: list[Any]) -> None:
+        def body(arrays: list[Any], steps: list[Any]) -> None:
             after[:] = self._step(_filled(forms, arrays), steps)[0]
 
-        jax.eval_shape(body, _arrays(map(_conform, self.start, forms)))
+        scanned = self._scanned()
+        steps = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), scanned)
+        jax.eval_shape(body, _arrays(map(_conform, self.start, forms)), steps)
         return after
+
+    def _one_unit(self, value: Value, carry: int) -> Value:
+        """A value as the loop carries it: the same unit at every step."""
+        if isinstance(value, Flow):
+            return v.replace(value, unit=(self.token, carry), ancestors=frozenset())
+        return value
+
+    def _merged(self, before: Value, after: Value, carry: int) -> Value:
+        """The form of which both values are special cases."""
+        if isinstance(before, Free) and isinstance(after, Free):
+            return before if before.known and after.known else Free(before.shape)
+        a, b = _as_flow(before), _as_flow(after)
+        shape = jnp.broadcast_shapes(a.mantissa.shape, b.mantissa.shape)
+        rest = joined_rest([a.rest, b.rest])
+        mantissa = jnp.zeros(shape, jnp.float32)
+        return Flow(mantissa, jnp.int32(0), before.shape, (self.token, carry), rest=rest)
+
+    def _settled(self, value: Value) -> Value:
+        if not isinstance(value, Flow):
+            return value
+        settled = self.interpreter.flow(value.spread, value.exponent)
+        return v.replace(settled, unit=value.unit, rest=value.rest)
 
     def _stacked(self, y: Value, arrays: Any, shape: Shape) -> Value:
         """One value of the results of all steps, each of which has an exponent of its own."""
@@ -156,33 +185,16 @@ class _Scan:
         return self.interpreter.flow(Spread(mantissa * scale, shape), largest, rest=y.rest)
 
 
-def _slice(x: Value, step: Any) -> Value:
+def _slice(x: Value, step: Any, token: object) -> Value:
     """What one step sees of a value that is scanned over."""
     if isinstance(x, Free):
         return Free(x.shape[1:]) if x.known is None else constant(step)
     if isinstance(x, Weight):
         return Weight(step, tuple((leaf, axes[1:]) for leaf, axes in x.sources))
     mantissa = jnp.squeeze(x.mantissa, 0) if x.spread.uniform(0) else step
-    unit = ("step", x.unit)
-    return Flow(mantissa, x.exponent, x.shape[1:], unit, rest=x.rest, filled=x.filled)
-
-
-def _one_unit(value: Value, carry: int) -> Value:
-    """A value as a loop carries it: the same unit at every step."""
-    if isinstance(value, Flow):
-        return v.replace(value, unit=("carry", carry), ancestors=frozenset())
-    return value
-
-
-def _merged(before: Value, after: Value, carry: int) -> Value:
-    """The form of which both values are special cases."""
-    if isinstance(before, Free) and isinstance(after, Free):
-        return before if before.known and after.known else Free(before.shape)
-    a, b = _as_flow(before), _as_flow(after)
-    shape = jnp.broadcast_shapes(a.mantissa.shape, b.mantissa.shape)
-    mantissa = jnp.zeros(shape, jnp.float32)
-    rest = joined_rest([a.rest, b.rest])
-    return Flow(mantissa, jnp.int32(0), before.shape, ("carry", carry), rest=rest)
+    return Flow(
+        mantissa, x.exponent, x.shape[1:], ("step", token, x.unit), rest=x.rest, filled=x.filled
+    )
 
 
 def _as_flow(value: Value) -> Flow:

@@ -21,10 +21,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, is_real, shape_of
-from dpai_jax.paths.constants import constant, unknown
+from dpai_jax.paths._jax import dtype_of, find_primitives, is_real, shape_of
+from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
-from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Free, Known, Spread, Value, Weight
 
 MUL, DIV, SELECT = find_primitives("mul div select_n")
 _PRODUCTS = "div mul mulhi pow"
@@ -59,7 +59,7 @@ def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
 def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     # A comparison of token ids is how a one-hot code is made; any other is a switch.
     if is_real(eqn.invars[0]):
-        return unknown(eqn)[0]
+        return Free(shape_of(eqn.outvars[0]), rest=_rest(eqn, args))
     return _elementwise(interpreter, eqn, *args)
 
 
@@ -78,7 +78,8 @@ def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """A product of each entry; a quotient is the product with a reciprocal."""
     if eqn.primitive is MUL and any(isinstance(a, Free) and a.scalar == 0 for a in args):
-        return constant(np.zeros((1,) * len(shape_of(eqn.outvars[0])), np.float32))
+        shape = shape_of(eqn.outvars[0])
+        return Free(shape, Known.of(np.zeros((1,) * len(shape), dtype_of(eqn.outvars[0]))))
     rest = _rest(eqn, args)
     divides = eqn.primitive is DIV
     return _combine(interpreter, eqn, args, rest, functools.partial(multiply, divides=divides))
@@ -102,9 +103,23 @@ def _combine(
 def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     """A function of one kernel that keeps its shape is the same kernel; of several, none."""
     weights = [arg for arg in args if isinstance(arg, Weight)]
-    first = weights[0]
-    same = all(weight.sources == first.sources for weight in weights)
-    return first if same and first.shape == shape_of(eqn.outvars[0]) else unknown(eqn)[0]
+    first, shape = weights[0], shape_of(eqn.outvars[0])
+    if first.shape != shape or any(weight.sources != first.sources for weight in weights):
+        return unknown(eqn)[0]
+    if eqn.primitive is MUL:
+        # A constant that is zero in places (an autoregressive mask) takes weights away.
+        for arg in args:
+            if isinstance(arg, Free) and (present := nonzero(arg)) is not None:
+                return Weight(first.array * present, first.sources)
+    return first
+
+
+def nonzero(value: Free) -> np.ndarray | None:
+    """One where a known constant is not zero, zero where it is; nothing where it never is."""
+    if value.known is None or value.known.traced:
+        return None
+    present = np.asarray(value.known.value) != 0
+    return None if present.all() else present.astype(np.float32)
 
 
 def _reshaped(flow: Flow, shape: v.Shape) -> Flow:
@@ -130,9 +145,15 @@ def add(interpreter: Interpreter, a: Flow, b: Flow) -> Flow:
     if base is not None:
         return base
     (x, y), exponent = v.align([a, b])
-    spread, filled = Spread(x + y, a.shape), a.filled | b.filled
-    ancestors = a.lineage & b.lineage
-    return interpreter.flow(spread, exponent, ancestors=ancestors, filled=filled)
+    # All sums of the same two units are one unit: max(a, b) + log1p(exp(-|a - b|)) passes once.
+    unit = interpreter.unit("sum", frozenset({a.unit, b.unit}))
+    return interpreter.flow(
+        Spread(x + y, a.shape),
+        exponent,
+        unit=unit,
+        ancestors=a.lineage & b.lineage,
+        filled=a.filled | b.filled,
+    )
 
 
 def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = False) -> Flow:
@@ -181,8 +202,7 @@ def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
     if not flows:
         return 0.0
     if eqn.primitive is SELECT:
-        cases = [arg.rest for arg in args[1:] if isinstance(arg, Flow)]
-        return joined_rest(cases or flows)
+        return _selected_rest(args[0], args[1:])
     rests = [arg.rest if isinstance(arg, Flow) else getattr(arg, "scalar", None) for arg in args]
     if (eqn.primitive in (MUL, DIV) and rests[0] == 0) or (eqn.primitive is MUL and rests[1] == 0):
         return 0.0
@@ -193,6 +213,22 @@ def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
     if any(math.isinf(rest) for rest in flows):
         return math.inf
     return _evaluate(eqn, rests)
+
+
+def _selected_rest(which: Value, cases: Sequence[Value]) -> float:
+    """What a choice between cases gives at rest."""
+    if isinstance(which, Free) and which.rest is not None and math.isfinite(which.rest):
+        return rest_of(cases[int(which.rest)])
+    flows = [case.rest for case in cases if isinstance(case, Flow)]
+    return joined_rest(flows) if flows else 0.0
+
+
+def rest_of(value: Value) -> float:
+    """What a value gives where no path reaches it: for one that is free, what it holds."""
+    if isinstance(value, Flow):
+        return value.rest
+    number = value.scalar if isinstance(value, Free) else None
+    return math.inf if number is None or not math.isfinite(number) else number
 
 
 def _evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> float:

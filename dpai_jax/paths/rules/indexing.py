@@ -14,12 +14,13 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, shape_of, source_line
+from dpai_jax.paths._jax import find_primitives, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
+from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
 from dpai_jax.paths.rules.reduction import total
 from dpai_jax.paths.rules.shape import same_axes, viewed
-from dpai_jax.paths.values import Axes, Flow, Free, Shape, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
 
 def known_indices(*indices: Value) -> list[Array] | None:
@@ -41,7 +42,11 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Va
         spread = Spread(operand.array, operand.shape)
         if known:
             gathered = _gather_at(spread, known[0], eqn.params, shape)
-            return viewed(operand, gathered, _gathered_axes(operand, eqn.params, shape))
+            dims = eqn.params["dimension_numbers"]
+            picked = frozenset(dims.start_index_map) & frozenset(dims.collapsed_slice_dims)
+            made_of = _gathered_axes(dims, len(operand.shape), len(shape))
+            axes = tuple(picked if axis is None else frozenset({axis}) for axis in made_of)
+            return viewed(operand, gathered, axes)
         if not isinstance(indices, Flow):
             return unknown(eqn)[0]
         # A table of tokens that is a kernel elsewhere too (a tied embedding).
@@ -70,25 +75,33 @@ def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) 
 
 def _gather_anywhere(x: Spread, params: dict[str, Any], shape: Shape) -> Spread:
     """A gather whose indices are not known: sums over the axes that it takes a part of."""
-    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
-    partial = [i for i, size in enumerate(sizes) if size < x.shape[i]]
+    made_of = _gathered_axes(params["dimension_numbers"], len(x.shape), len(shape))
+    batched = params["dimension_numbers"].operand_batching_dims
+    sizes = enumerate(params["slice_sizes"])
+    partial = [i for i, size in sizes if size < x.shape[i] and i not in batched]
     array = total(x, partial).array
-    dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
-    kept = jnp.squeeze(array, tuple(dropped))
-    target = [1] * len(shape)
-    for position, size in zip(dims.offset_dims, kept.shape, strict=True):
-        target[position] = size
-    return Spread(kept.reshape(target), shape)
+    # Axes that are summed and dropped go last, where they are of size one.
+    order = [axis for axis in made_of if axis is not None]
+    order += [axis for axis in range(len(x.shape)) if axis not in order]
+    moved = iter(array.transpose(order).shape)
+    target = [1 if axis is None else next(moved) for axis in made_of]
+    return Spread(array.transpose(order).reshape(target), shape)
 
 
-def _gathered_axes(operand: Value, params: dict[str, Any], shape: Shape) -> Axes:
-    dims = params["dimension_numbers"]
+def _gathered_axes(dims: Any, operand_rank: int, rank: int) -> list[int | None]:
+    """For each axis of a gather's result the operand's axis that it runs along, if there is one."""
     dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
-    kept = [i for i in range(len(operand.shape)) if i not in dropped]
-    axes = [frozenset[int]()] * len(shape)
-    for position, axis in zip(dims.offset_dims, kept, strict=True):
-        axes[position] = frozenset({axis})
-    return tuple(axes)
+    kept = iter(axis for axis in range(operand_rank) if axis not in dropped)
+    batching = dict(zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True))
+    axes: list[int | None] = []
+    index_axis = 0
+    for position in range(rank):
+        if position in dims.offset_dims:
+            axes.append(next(kept))
+        else:
+            axes.append(batching.get(index_axis))
+            index_axis += 1
+    return axes
 
 
 @rules_for("dynamic_slice")
@@ -118,7 +131,7 @@ def _dynamic_slice(
 def _dynamic_update_slice(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, update: Value, *starts: Value
 ) -> Value:
-    known = _required(eqn, operand, update, *starts)
+    known = _required(interpreter, eqn, operand, update, *starts)
     if known is None:
         return unknown(eqn)[0]
     (x, y), exponent, ancestors, rest = _written(operand, update)
@@ -137,7 +150,7 @@ _SCATTER = find_primitives("scatter")[0]
 def _scatter(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Value:
-    known = _required(eqn, operand, update, indices)
+    known = _required(interpreter, eqn, operand, update, indices)
     if known is None:
         return unknown(eqn)[0]
     (x, y), exponent, ancestors, rest = _written(operand, update)
@@ -148,7 +161,7 @@ def _scatter(
 
 
 def _required(
-    eqn: JaxprEqn, operand: Value, update: Value, *indices: Value
+    interpreter: Interpreter, eqn: JaxprEqn, operand: Value, update: Value, *indices: Value
 ) -> Sequence[Array] | None:
     """The indices of a write; nothing where no flow takes part."""
     if not isinstance(operand, Flow) and not isinstance(update, Flow):
@@ -156,9 +169,9 @@ def _required(
     known = known_indices(*indices)
     if known is None:
         raise NotImplementedError(
-            f"no path semantics for {eqn.primitive.name!r} at positions that are not computed from "
-            f"constants, used at {source_line(eqn)}; write with constant indices, or give the "
-            "primitive a rule with dpai_jax.paths.register_rule"
+            f"no path semantics for {eqn.primitive.name!r} at positions that are not computed "
+            f"from constants, used at {interpreter.source_line()}; write with constant indices, "
+            "or give the primitive a rule with dpai_jax.paths.register_rule"
         )
     return known
 
@@ -173,5 +186,5 @@ def _written(operand: Value, update: Value) -> tuple[list[Array], Array, frozens
         for value in (operand, update)
     ]
     ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
-    rest = flows[0].rest if len({flow.rest for flow in flows}) == 1 else 0.0
+    rest = joined_rest([rest_of(operand), rest_of(update)])
     return counts, exponent, ancestors, rest

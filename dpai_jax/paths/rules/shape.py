@@ -8,6 +8,7 @@ alike, the second tells how a kernel's axes reach a contraction.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
-from dpai_jax.paths.rules.elementwise import joined_rest
+from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight
 
 # The result, and for each of its axes the axes of the operand it is made of.
@@ -31,11 +32,11 @@ def rearranges(name: str) -> Callable[[Rearrangement], Rearrangement]:
     """Registers the rule of a shape operation on one operand."""
 
     def register(rearrange: Rearrangement) -> Rearrangement:
-        def rule(_: Interpreter, eqn: JaxprEqn, x: Value, *_fill: Value) -> Value:
+        def rule(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
             shape = shape_of(eqn.outvars[0])
             if isinstance(x, Flow):
                 array = rearrange(eqn.params, x.spread, shape)[0].array
-                unit = derived_unit(eqn, x)
+                unit = derived_unit(interpreter, eqn, x)
                 return v.replace(x, mantissa=array, shape=shape, unit=unit, ancestors=x.lineage)
             if not isinstance(x, Weight):
                 return unknown(eqn)[0]
@@ -67,7 +68,7 @@ def _reshape(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
     sizes, axes = [1] * len(shape), [frozenset[int]()] * len(shape)
     for before, after in reshape_groups(x.shape, shape):
         if not all(x.uniform(i) for i in before):
-            x = x.full(*before) if before else x
+            x = x.full(*before)
             for j in after:
                 sizes[j] = shape[j]
         for j in after:
@@ -76,25 +77,25 @@ def _reshape(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
 
 
 def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of one shape that hold the entries of runs of axes of another."""
+    """The smallest runs of axes of one shape that hold the entries of runs of axes of another.
+
+    Axes of size one hold nothing, and are in no run.
+    """
     groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        before, after = [], []
-        size_before = size_after = 1
-        if i < len(old):
-            before, size_before, i = [i], old[i], i + 1
-        if j < len(new) and (not before or size_before != 1 or new[j] == 1):
-            after, size_after, j = [j], new[j], j + 1
-        while size_before != size_after:
-            if (size_before < size_after or j >= len(new)) and i < len(old):
-                before.append(i)
-                size_before, i = size_before * old[i], i + 1
-            else:
-                after.append(j)
-                size_after, j = size_after * new[j], j + 1
-        groups.append((before, after))
+    before = [i for i, size in enumerate(old) if size != 1]
+    after = [j for j, size in enumerate(new) if size != 1]
+    while before or after:
+        run_before, run_after = before[:1], after[:1]
+        del before[:1], after[:1]
+        while (a := _size(old, run_before)) != (b := _size(new, run_after)):
+            grows, rest = (run_before, before) if a < b and before else (run_after, after)
+            grows.append(rest.pop(0))
+        groups.append((run_before, run_after))
     return groups
+
+
+def _size(shape: Shape, axes: Sequence[int]) -> int:
+    return math.prod(shape[i] for i in axes)
 
 
 @rearranges("transpose")
@@ -132,19 +133,18 @@ def _slice(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     return _part(interpreter, eqn, x, slices, shape)
 
 
-@rearranges("pad")
-def _pad(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
-    config = params["padding_config"]
-    x = (
-        x.full(*(i for i, pads in enumerate(config) if tuple(pads) != (0, 0, 0)))
-        if _pads(config)
-        else x
-    )
-    return Spread(lax.pad(x.array, jnp.float32(0), config), shape), same_axes(len(shape))
-
-
-def _pads(config: Sequence[Any]) -> bool:
-    return any(tuple(pads) != (0, 0, 0) for pads in config)
+@rules_for("pad")
+def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Value:
+    if not isinstance(x, Flow | Weight):
+        return unknown(eqn)[0]
+    config, shape = eqn.params["padding_config"], shape_of(eqn.outvars[0])
+    padded = [i for i, pads in enumerate(config) if tuple(pads) != (0, 0, 0)]
+    spread = x.spread if isinstance(x, Flow) else Spread(x.array, x.shape)
+    spread = spread.full(*padded) if padded else spread
+    spread = Spread(lax.pad(spread.array, jnp.float32(0), config), shape)
+    if isinstance(x, Weight):
+        return viewed(x, spread, same_axes(len(shape)))
+    return derived(interpreter, eqn, x, spread, joined_rest([x.rest, rest_of(fill)]))
 
 
 @rearranges("tile")
@@ -242,7 +242,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
         for piece, part in zip(pieces, parts, strict=True)
     ]
     ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
-    rest = joined_rest([flow.rest for flow in flows])
+    rest = joined_rest([rest_of(part) for part in parts])
     spread = Spread(lax.concatenate(pieces, axis), shape)
     return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
 
