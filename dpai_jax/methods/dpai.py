@@ -102,7 +102,8 @@ class DPaI:
     Attributes:
       alpha: weight of effective nodes and kernels against paths, in [0, 1].
       beta: weight of kernels against nodes, in [0, 1].
-      steps: the largest number of steps T.
+      steps: the largest number of steps T. The published code takes 3000; beyond some hundreds the
+        scores' growth gathers the weights of a layer on ever fewer nodes.
       optimizer: makes the scores follow the direction of `ascent`: any optax optimiser.
         `optax.sgd(η)` is the plain ascent of the paper's Algorithm 1.
       allocation: weights to keep per layer, `allocation(net, sparsity)`.
@@ -118,7 +119,7 @@ class DPaI:
 
     alpha: float = 0.99
     beta: float = 0.5
-    steps: int = 3000
+    steps: int = 300
     optimizer: optax.GradientTransformation = _ADAM
     allocation: Callable[[Network, float], PyTree] = erk
     patience: int = 50

@@ -84,6 +84,8 @@ def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     groups: list[tuple[list[int], list[int]]] = []
     before = [i for i, size in enumerate(old) if size != 1]
     after = [j for j, size in enumerate(new) if size != 1]
+    if 0 in old:
+        return [(before, after)]
     while before or after:
         run_before, run_after = before[:1], after[:1]
         del before[:1], after[:1]
