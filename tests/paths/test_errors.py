@@ -1,0 +1,170 @@
+"""Bad input to tracing and counting raises at once, in one sentence that names it and its value."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import dpai_jax as dpai
+
+Params = dict[str, Any]
+
+PARAMS: Params = {"hidden": jnp.ones((3, 4)), "bias": jnp.ones((4,)), "out": jnp.ones((4, 2))}
+MASKS: Params = {"hidden": np.ones((3, 4), bool), "bias": True, "out": np.ones((4, 2), bool)}
+X = jnp.ones((5, 3))
+
+
+def network(params: Params, x: jax.Array) -> jax.Array:
+    return jax.nn.relu(x @ params["hidden"] + params["bias"][None]) @ params["out"]
+
+
+def message(error: type[Exception], call: Callable[[], Any]) -> str:
+    """What a call raises, which must be one line: no dump of an array, no list of advice."""
+    with pytest.raises(error) as raised:
+        call()
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("fn", [None, PARAMS["hidden"].tolist(), "network"])
+def test_fn_that_is_not_callable(fn: Any) -> None:
+    text = message(TypeError, lambda: dpai.trace(fn, PARAMS, X))
+    assert text == f"fn must be a function fn(params, x), got {fn!r}"
+
+
+@pytest.mark.parametrize("leaf", ["relu", jnp.tanh])
+@pytest.mark.parametrize("argument", ["params", "x"])
+def test_leaf_that_is_not_an_array(argument: str, leaf: Any) -> None:
+    arguments = {"params": PARAMS, "x": {"image": X}}
+    arguments[argument] = arguments[argument] | {"extra": leaf}
+    text = message(TypeError, lambda: dpai.trace(lambda p, x: network(p, x["image"]), **arguments))
+    assert text == f"{argument} must be a pytree of arrays, but its leaf extra is {leaf!r}"
+
+
+@pytest.mark.parametrize(
+    ("fn", "params"),
+    [
+        (lambda params, x: x, {}),
+        (lambda params, x: x * params["bias"][None, :3], PARAMS),
+        (lambda params, x: x + (params["hidden"] @ params["out"])[None, :, 0], PARAMS),
+        (lambda params, x: x @ params["codes"].astype(float), {"codes": jnp.ones((3, 4), int)}),
+    ],
+    ids=["no parameters", "only biases used", "kernels beside the input", "integers"],
+)
+def test_no_prunable_leaf(fn: Any, params: Params) -> None:
+    text = message(ValueError, lambda: dpai.trace(fn, params, X))
+    assert text.startswith("params has no prunable leaf")
+    assert "two or more dimensions" in text
+
+
+def test_prunable_that_accepts_no_leaf() -> None:
+    text = message(
+        ValueError, lambda: dpai.trace(network, PARAMS, X, prunable=lambda name, leaf: False)
+    )
+    assert text.startswith("params has no prunable leaf")
+    assert "prunable accepts" in text
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda params, x: params["hidden"] @ params["out"],
+        lambda params, x: jnp.argmax(network(params, x), axis=-1),
+        lambda params, x: network(params, x) > 0,
+        lambda params, x: (),
+    ],
+    ids=["of parameters alone", "an index", "a comparison", "nothing"],
+)
+def test_output_that_does_not_depend_on_x(fn: Any) -> None:
+    text = message(ValueError, lambda: dpai.trace(fn, PARAMS, X))
+    assert text.startswith("fn's output does not depend on x")
+
+
+@pytest.mark.parametrize("gates", ["paper", None, "Balanced"])
+def test_unknown_gates(gates: Any) -> None:
+    text = message(ValueError, lambda: dpai.trace(network, PARAMS, X, gates=gates))
+    assert text == f"gates must be one of balanced, jacobian, signal, got {gates!r}"
+
+
+@pytest.fixture(scope="module")
+def net() -> dpai.Network:
+    return dpai.trace(network, PARAMS, X)
+
+
+each_count = pytest.mark.parametrize(
+    "count", [dpai.log_paths, dpai.topology, dpai.effective_weights]
+)
+
+
+@each_count
+@pytest.mark.parametrize(
+    "masks",
+    [None, list(MASKS.values()), {"hidden": MASKS["hidden"]}, MASKS | {"bias": None}],
+    ids=["none", "a list", "a part", "a missing leaf"],
+)
+def test_masks_of_another_structure(net: dpai.Network, count: Any, masks: Any) -> None:
+    text = message(ValueError, lambda: count(net, masks))
+    assert text.startswith("masks must have the tree structure of params")
+    assert text.endswith(f"got {jax.tree.structure(masks)}")
+
+
+@each_count
+@pytest.mark.parametrize("mask", [np.ones((4, 3), bool), np.ones(12, bool), True])
+def test_mask_of_another_shape(net: dpai.Network, count: Any, mask: Any) -> None:
+    text = message(ValueError, lambda: count(net, MASKS | {"hidden": mask}))
+    assert text == f"masks must have shape (3, 4) at hidden, got {np.shape(mask)}"
+
+
+@pytest.mark.parametrize(
+    ("primitive", "operation"),
+    [
+        ("sort", lambda x: lax.sort(x)),
+        ("sort", lambda x: jnp.median(x, axis=0)),
+        ("top_k", lambda x: lax.top_k(x, 2)[0]),
+        ("fft", lambda x: jnp.fft.fft(x).real),
+        ("cholesky", lambda x: jnp.linalg.cholesky(x.T @ x)),
+        ("while", lambda x: lax.while_loop(lambda x: jnp.sum(x) < 9, lambda x: 2 * x, x)),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, jax.vmap])
+def test_primitive_without_path_semantics(primitive: str, operation: Any, wrap: Any) -> None:
+    def fn(params: Params, x: jax.Array) -> jax.Array:
+        return wrap(operation)(x @ params["hidden"])
+
+    shape = (2, 5, 3) if wrap is jax.vmap else (5, 3)
+    text = message(NotImplementedError, lambda: dpai.trace(fn, PARAMS, jnp.ones(shape)))
+    assert repr(primitive) in text
+    assert re.search(rf"{re.escape(Path(__file__).name)}:\d+", text)
+    assert "register_rule" in text
+
+
+def test_primitive_without_path_semantics_is_fine_beside_the_input() -> None:
+    def fn(params: Params, x: jax.Array) -> jax.Array:
+        ranks = jnp.sort(params["bias"])
+        return (x @ params["hidden"] + ranks[None]) @ params["out"]
+
+    assert dpai.log_paths(dpai.trace(fn, PARAMS, X), MASKS) == pytest.approx(np.log(5 * 3 * 4 * 2))
+
+
+def test_write_at_a_position_that_depends_on_the_input() -> None:
+    def fn(params: Params, x: jax.Array) -> jax.Array:
+        y = x @ params["hidden"]
+        return y.at[jnp.argmax(y[:, 0])].set(0.0)
+
+    text = message(NotImplementedError, lambda: dpai.trace(fn, PARAMS, X))
+    assert "'scatter'" in text
+    assert Path(__file__).name in text
+    assert "register_rule" in text
+
+
+@pytest.mark.parametrize("primitive", ["sort", None, lax.sort])
+def test_rule_for_what_is_not_a_primitive(primitive: Any) -> None:
+    text = message(TypeError, lambda: dpai.paths.register_rule(primitive))
+    assert text == f"primitive must be a jax.extend.core.Primitive, got {primitive!r}"

@@ -1,0 +1,436 @@
+"""DPaI against the method worked out the slow way, and as it runs on real networks."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax import lax
+
+import dpai_jax as dpai
+from tests.networks import by_name
+
+# One compilation for all scores, counts, α and β of a network. Methods with equal settings share
+# theirs too, so the optimisers are made once.
+ascent = jax.jit(dpai.ascent, static_argnums=0)
+FROZEN = optax.sgd(0.0)
+ADAM = optax.adam(0.05)
+
+MLP_SHAPES = {"1": (5, 6), "2": (6, 6), "3": (6, 3)}
+MLP_KEEP = {"1": 8, "2": 7, "3": 5}
+CONV_SHAPES = {"conv1": (3, 3, 2, 3), "conv2": (2, 2, 3, 4), "head": (16, 3)}
+CONV_KEEP = {"conv1": 9, "conv2": 8, "head": 10}
+
+
+def mlp(params, x):
+    x = jax.nn.relu(x @ params["1"])
+    x = jax.nn.gelu(x @ params["2"])
+    return x @ params["3"]
+
+
+def convnet(params, x):
+    convolve = functools.partial(
+        lax.conv_general_dilated, padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jax.nn.relu(convolve(x, params["conv1"], (1, 1)))
+    x = jax.nn.relu(convolve(x, params["conv2"], (2, 2)))
+    return x.reshape(1, -1) @ params["head"]
+
+
+def mlp_paths(masks):
+    """The number of paths, by multiplying it out."""
+    return float(np.sum(np.ones(5) @ masks["1"] @ masks["2"] @ masks["3"]))
+
+
+def convnet_paths(masks):
+    """The number of paths of a 4x4 image, position by position."""
+    image = np.ones((4, 4, 2))
+    first = np.zeros((4, 4, 3))
+    for y, x, i, j in itertools.product(range(4), range(4), range(3), range(3)):
+        row, column = y + i - 1, x + j - 1
+        if 0 <= row < 4 and 0 <= column < 4:
+            first[y, x] += image[row, column] @ masks["conv1"][i, j]
+    second = np.zeros((2, 2, 4))
+    for y, x, i, j in itertools.product(range(2), range(2), range(2), range(2)):
+        second[y, x] += first[2 * y + i, 2 * x + j] @ masks["conv2"][i, j]
+    return float(np.sum(second.reshape(-1) @ masks["head"]))
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles in half the time, to slower code."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def draw(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def top(scores, keep):
+    """The mask of the largest magnitudes, by sorting."""
+    order = np.argsort(-np.abs(scores).ravel(), kind="stable")
+    mask = np.zeros(scores.size)
+    mask[order[:keep]] = 1
+    return mask.reshape(scores.shape)
+
+
+def path_gradient(paths, masks):
+    """The derivative of the number of paths by each weight, in which it is linear."""
+    gradient = {}
+    for name, mask in masks.items():
+        gradient[name] = np.zeros(mask.shape)
+        for at in np.ndindex(*mask.shape):
+            present, absent = mask.copy(), mask.copy()
+            present[at], absent[at] = 1, 0
+            with_weight, without = masks | {name: present}, masks | {name: absent}
+            gradient[name][at] = paths(with_weight) - paths(without)
+    return gradient
+
+
+def ascent_by_hand(paths, scores, keep, alpha, beta):
+    """Lines 5 to 8 of Algorithm 1 in float64, and what is effective at these scores."""
+    masks = {name: top(s, keep[name]) for name, s in scores.items()}
+    count = paths(masks)
+    gradients = path_gradient(paths, masks)
+    directions, nodes, kernels = {}, {}, {}
+    for name, s in scores.items():
+        g = gradients[name] / count * np.sign(s)
+        effective = (masks[name] > 0) & (gradients[name] > 0)
+        inputs, outputs = s.ndim - 2, s.ndim - 1
+        nodes[name] = np.zeros(s.shape[outputs], bool)
+        kernels[name] = np.zeros((s.shape[inputs], s.shape[outputs]), bool)
+        for at in zip(*np.nonzero(effective), strict=True):
+            nodes[name][at[outputs]] = True
+            kernels[name][at[inputs], at[outputs]] = True
+        directions[name] = np.zeros(s.shape)
+        for at in np.ndindex(*s.shape):
+            no_node = not nodes[name][at[outputs]]
+            no_kernel = not kernels[name][at[inputs], at[outputs]]
+            node_term = (1 - beta) * g[at] * no_node
+            kernel_term = beta * g[at] * no_kernel
+            directions[name][at] = (1 - alpha) * g[at] + alpha * (node_term + kernel_term)
+    numbers = {
+        "log_paths": np.log(count),
+        "nodes": sum(n.sum() for n in nodes.values()),
+        "kernels": sum(k.sum() for k in kernels.values()),
+    }
+    return directions, masks, numbers
+
+
+PROBLEMS = {
+    "mlp": (mlp, mlp_paths, MLP_SHAPES, MLP_KEEP, (1, 5)),
+    "convnet": (convnet, convnet_paths, CONV_SHAPES, CONV_KEEP, (1, 4, 4, 2)),
+}
+
+
+@functools.cache
+def traced(name):
+    fn, _, shapes, _, x = PROBLEMS[name]
+    return dpai.trace(fn, draw(shapes), jax.ShapeDtypeStruct(x, jnp.float32))
+
+
+def assert_trees_close(actual, expected, rtol=1e-4):
+    compare = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6)
+    jax.tree.map(compare, actual, expected)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("alpha", "beta"), [(0.99, 0.5), (0.3, 0.8), (0, 0.5), (1, 0), (1, 1), (1, 0.5)]
+)
+def test_ascent_is_the_method_by_hand(name, alpha, beta):
+    _, paths, shapes, keep, _ = PROBLEMS[name]
+    for seed in (1, 3):
+        scores = draw(shapes, seed)
+        expected, _, _ = ascent_by_hand(paths, scores, keep, alpha, beta)
+        actual = ascent(traced(name), scores, keep, alpha, beta)
+        assert_trees_close(actual, expected)
+        assert any(np.any(direction != 0) for direction in expected.values())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_scores_of_these_tests_leave_nodes_kernels_and_kept_weights_ineffective(name):
+    _, paths, shapes, keep, _ = PROBLEMS[name]
+    for seed in (1, 3):
+        scores = draw(shapes, seed)
+        _, masks, numbers = ascent_by_hand(paths, scores, keep, 1, 0.5)
+        gradients = path_gradient(paths, masks)
+        wasted = [np.any((masks[name] > 0) & (gradients[name] == 0)) for name in masks]
+        assert any(wasted)
+        assert 0 < numbers["nodes"] < sum(shape[-1] for shape in shapes.values())
+        assert 0 < numbers["kernels"] < sum(keep.values())
+
+
+def test_scores_move_by_magnitude_so_that_their_sign_does_not_matter():
+    scores = draw(MLP_SHAPES)
+    flipped = jax.tree.map(np.negative, scores)
+    direction, opposite = (ascent(traced("mlp"), s, MLP_KEEP) for s in (scores, flipped))
+    jax.tree.map(np.testing.assert_array_equal, direction, jax.tree.map(jnp.negative, opposite))
+
+
+def test_without_any_path_scores_move_where_one_weight_would_make_one():
+    scores = draw(MLP_SHAPES)
+    scores["1"] = np.where(np.arange(6) < 2, 5.0, 0.1).astype(np.float32) * np.ones((5, 1), "f4")
+    scores["2"] = np.ones((6, 6), np.float32)
+    scores["2"][:2] = 0.1
+    keep = {"1": 10, "2": 24, "3": 18}
+    masks = {name: top(s, keep[name]) for name, s in scores.items()}
+    assert mlp_paths(masks) == 0
+    gradients = path_gradient(mlp_paths, masks)
+    direction = ascent(traced("mlp"), scores, keep)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(np.asarray(direction[name]) != 0, gradient > 0)
+
+
+def test_ascent_is_zero_where_nothing_can_be_pruned():
+    params = draw(MLP_SHAPES | {"bias": (3,)})
+    net = dpai.trace(lambda p, x: mlp(p, x) + p["bias"][None], params, jnp.ones((1, 5)))
+    scores = draw(MLP_SHAPES, 1)
+    with_bias = ascent(net, scores | {"bias": np.float32(0)}, MLP_KEEP | {"bias": 0})
+    bias = with_bias.pop("bias")
+    assert bias.shape == ()
+    assert bias == 0
+    assert_trees_close(with_bias, ascent(traced("mlp"), scores, MLP_KEEP), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_ascent_maps_over_scores_and_alphas():
+    net = traced("mlp")
+    draws = [draw(MLP_SHAPES, seed) for seed in (1, 2, 3)]
+    scores = jax.tree.map(lambda *s: jnp.stack(s), *draws)
+    alphas = jnp.asarray([0.0, 0.5, 1.0])
+    mapped = jax.jit(jax.vmap(lambda s, a: dpai.ascent(net, s, MLP_KEEP, alpha=a)))(scores, alphas)
+    for i, (one, alpha) in enumerate(zip(draws, alphas, strict=True)):
+        direction = jax.tree.map(lambda m, i=i: m[i], mapped)
+        assert_trees_close(direction, ascent(net, one, MLP_KEEP, alpha), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "keep", "message"),
+    [
+        ({"1": np.ones((5, 6))}, MLP_KEEP, "scores must have the tree structure of params"),
+        (draw(MLP_SHAPES), {"1": 8, "2": 7}, "keep must have the tree structure of params"),
+        (
+            draw(MLP_SHAPES | {"2": (6, 5)}),
+            MLP_KEEP,
+            r"scores must have shape \(6, 6\) at 2, got \(6, 5\)",
+        ),
+    ],
+)
+def test_scores_and_counts_that_do_not_fit_are_refused(scores, keep, message):
+    with pytest.raises(ValueError, match=message):
+        dpai.ascent(traced("mlp"), scores, keep)
+
+
+def prune(sparsity=0.8, fn=mlp, shapes=MLP_SHAPES, key=0, x=(1, 5), **settings):
+    method = dpai.DPaI(**settings)
+    return dpai.prune(
+        fn, draw(shapes), jnp.ones(x), sparsity, method, jax.random.key(key), progress=False
+    )
+
+
+def starting_scores(**arguments):
+    """The scores that a key draws, found by not moving them."""
+    return prune(steps=1, optimizer=FROZEN, **arguments).scores
+
+
+WIDE = {"1": (5, 32), "2": (32, 32), "3": (32, 10)}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.5),
+        ADAM,
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.sgd(optax.cosine_decay_schedule(0.5, 4)),
+        optax.chain(optax.clip_by_global_norm(0.1), optax.lion(0.05)),
+    ],
+    ids=["sgd", "adam", "momentum", "schedule", "chain"],
+)
+def test_scores_follow_the_ascent_by_any_optimiser(optimizer):
+    result = prune(steps=4, optimizer=optimizer, alpha=0.7, beta=0.2)
+    keep = dpai.erk(result.net, 0.8)
+    scores = starting_scores()
+    state = optimizer.init(scores)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(4):
+            direction = ascent(result.net, scores, keep, 0.7, 0.2)
+            descent = jax.tree.map(jnp.negative, direction)
+            updates, state = optimizer.update(descent, state, scores)
+            scores = optax.apply_updates(scores, updates)
+    assert_trees_close(result.scores, scores, rtol=1e-5)
+
+
+def test_plain_ascent_adds_the_direction_worked_out_by_hand():
+    scores = jax.tree.map(np.asarray, starting_scores())
+    keep = dpai.erk(traced("mlp"), 0.8)
+    result = prune(steps=1, optimizer=optax.sgd(0.5), alpha=0.9, beta=0.4)
+    direction, _, numbers = ascent_by_hand(mlp_paths, scores, keep, 0.9, 0.4)
+    assert_trees_close(
+        result.scores, jax.tree.map(lambda s, d: s + 0.5 * d, scores, direction), rtol=1e-5
+    )
+    for name, number in numbers.items():
+        np.testing.assert_allclose(result.history[name][0], number, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*layer collapse")
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.9, 0.99])
+def test_exactly_as_many_weights_are_kept_as_asked(sparsity):
+    result = prune(sparsity, shapes=WIDE, steps=5, optimizer=ADAM)
+    size = 5 * 32 + 32 * 32 + 32 * 10
+    keep = dpai.erk(result.net, sparsity)
+    kept = jax.tree.map(lambda mask: int(np.sum(mask)), result.masks)
+    assert kept == keep
+    assert sum(kept.values()) == round((1 - sparsity) * size)
+
+
+def test_masks_are_those_of_the_largest_magnitudes():
+    result = prune(steps=5, optimizer=ADAM)
+    keep = dpai.erk(result.net, 0.8)
+    for name, scores in result.scores.items():
+        np.testing.assert_array_equal(result.masks[name], top(np.asarray(scores), keep[name]) > 0)
+
+
+def test_the_same_key_gives_the_same_masks_and_another_one_others():
+    first, again, other = (
+        prune(shapes=WIDE, steps=5, optimizer=ADAM, key=key) for key in (3, 3, 4)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first.masks, again.masks)
+    jax.tree.map(np.testing.assert_array_equal, first.scores, again.scores)
+    differ = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.masks, other.masks)
+    assert all(jax.tree.leaves(differ))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_history_ends_with_the_topology_of_the_result(name):
+    fn, paths, shapes, _, x = PROBLEMS[name]
+    result = prune(0.8, fn, shapes, x=x, steps=12, patience=100, optimizer=ADAM)
+    assert result.stopped == ""
+    # The starting scores, and after each step.
+    assert {name: len(values) for name, values in result.history.items()} == dict.fromkeys(
+        ("log_paths", "nodes", "kernels", "changed"), 13
+    )
+    assert result.history["log_paths"][-1] == pytest.approx(result.topology.log_paths, abs=1e-4)
+    assert result.history["nodes"][-1] == result.topology.nodes
+    assert result.history["kernels"][-1] == result.topology.kernels
+    masks = jax.tree.map(lambda mask: np.asarray(mask, np.float64), result.masks)
+    assert result.topology.log_paths == pytest.approx(np.log(paths(masks)), abs=1e-4)
+
+
+def test_the_history_tells_how_many_mask_entries_changed():
+    start, result = (
+        starting_scores(shapes=WIDE),
+        prune(shapes=WIDE, steps=1, optimizer=optax.adam(0.5)),
+    )
+    keep = dpai.erk(result.net, 0.8)
+    differences = [
+        np.sum(top(np.asarray(start[name]), keep[name]) != np.asarray(mask))
+        for name, mask in result.masks.items()
+    ]
+    np.testing.assert_array_equal(result.history["changed"], [sum(keep.values()), sum(differences)])
+    assert any(differences)
+
+
+def test_ascent_makes_more_nodes_and_kernels_effective():
+    result = prune(0.95, shapes=WIDE, steps=150, optimizer=ADAM)
+    start, end = ({name: v[i] for name, v in result.history.items()} for i in (0, -1))
+    assert end["nodes"] > start["nodes"]
+    assert end["kernels"] > start["kernels"]
+    control = dpai.prune(
+        mlp, draw(WIDE), jnp.ones((1, 5)), 0.95, dpai.Random(), jax.random.key(0), progress=False
+    )
+    assert result.topology.effective > control.topology.effective
+
+
+def test_it_stops_early_where_nothing_can_change_and_says_so():
+    result = prune(0.0, steps=500, patience=5, optimizer=ADAM)
+    assert "mask" in result.stopped
+    assert 6 <= len(result.history["nodes"]) < 40
+    assert np.all(result.history["changed"][1:] == 0)
+    assert np.all(jax.tree.leaves(jax.tree.map(jnp.all, result.masks)))
+
+
+def test_more_patience_waits_longer():
+    short, long = (prune(0.0, steps=500, patience=patience, optimizer=ADAM) for patience in (5, 60))
+    assert len(short.history["nodes"]) < 60 <= len(long.history["nodes"])
+
+
+def scanned(params, x):
+    x, _ = lax.scan(lambda x, k: (x + jax.nn.relu(x @ k), None), x, params["blocks"])
+    return x @ params["head"]
+
+
+def unrolled(params, x):
+    for kernel in params["blocks"]:
+        x = x + jax.nn.relu(x @ kernel)
+    return x @ params["head"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_scanned_layers_and_their_unrolled_twin_get_the_same_masks():
+    stacked = draw({"blocks": (3, 8, 8), "head": (8, 4)})
+    apart = stacked | {"blocks": list(stacked["blocks"])}
+    nets = [
+        dpai.trace(fn, params, jnp.ones((1, 8)))
+        for fn, params in ((scanned, stacked), (unrolled, apart))
+    ]
+    counts = np.asarray([9, 7, 8])
+    keep = [
+        {"blocks": counts.reshape(3, 1, 1), "head": 6},
+        {"blocks": list(counts), "head": 6},
+    ]
+    scores = [stacked, apart]
+    for _ in range(3):
+        directions = [ascent(*problem) for problem in zip(nets, scores, keep, strict=True)]
+        scores = [
+            jax.tree.map(lambda s, d: s + 0.3 * d, s, d)
+            for s, d in zip(scores, directions, strict=True)
+        ]
+    one, other = (
+        dpai.binarize(jax.tree.map(jnp.abs, s), k) for s, k in zip(scores, keep, strict=True)
+    )
+    np.testing.assert_allclose(scores[0]["blocks"], np.stack(scores[1]["blocks"]), rtol=1e-5)
+    np.testing.assert_array_equal(one["blocks"], np.stack(other["blocks"]))
+    np.testing.assert_array_equal(one["head"], other["head"])
+    assert np.any(np.asarray(scores[0]["blocks"]) != stacked["blocks"])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", ["linen/siamese", "nnx/lora", "haiku/audio", "equinox/resnet"])
+def test_it_prunes_networks_of_every_library(name):
+    case = by_name(name)
+    fn, params, x = case.make()
+    result = dpai.prune(fn, params, x, 0.8, dpai.DPaI(steps=3), progress=False)
+    assert {layer.name for layer in result.net.layers} == case.layers
+    assert jax.tree.structure(result.masks) == jax.tree.structure(params)
+    size = sum(layer.size for layer in result.net.layers)
+    assert result.topology.weights == round(0.2 * size)
+    assert result.history["nodes"][-1] == result.topology.nodes
+    masked = dpai.apply_masks(params, result.masks)
+    zeros = sum(
+        int(np.sum(np.asarray(leaf)[~np.asarray(mask)] == 0))
+        for leaf, mask in zip(jax.tree.leaves(masked), jax.tree.leaves(result.masks), strict=True)
+        if np.ndim(mask)
+    )
+    assert zeros == size - round(0.2 * size)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_weight_outside_zero_to_one_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got {value}"):
+        dpai.DPaI(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "patience"])
+def test_fewer_than_one_step_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        dpai.DPaI(**{name: 0})
