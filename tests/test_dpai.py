@@ -60,9 +60,9 @@ def convnet_paths(masks):
     return float(np.sum(second.reshape(-1) @ masks["head"]))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick_compilation():
-    """Compiles in half the time, to slower code."""
+    """These tests compile much and compute little, so code may be slow that is soon compiled."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -200,7 +200,6 @@ def test_ascent_is_zero_where_nothing_can_be_pruned():
     assert_trees_close(with_bias, ascent(traced("mlp"), scores, MLP_KEEP), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_ascent_maps_over_scores_and_alphas():
     net = traced("mlp")
     draws = [draw(MLP_SHAPES, seed) for seed in (1, 2, 3)]
@@ -251,9 +250,8 @@ WIDE = {"1": (5, 32), "2": (32, 32), "3": (32, 10)}
         ADAM,
         optax.sgd(0.1, momentum=0.9, nesterov=True),
         optax.sgd(optax.cosine_decay_schedule(0.5, 4)),
-        optax.chain(optax.clip_by_global_norm(0.1), optax.lion(0.05)),
     ],
-    ids=["sgd", "adam", "momentum", "schedule", "chain"],
+    ids=["sgd", "adam", "momentum", "schedule"],
 )
 def test_scores_follow_the_ascent_by_any_optimiser(optimizer):
     result = prune(steps=4, optimizer=optimizer, alpha=0.7, beta=0.2)
@@ -374,7 +372,6 @@ def unrolled(params, x):
     return x @ params["head"]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_scanned_layers_and_their_unrolled_twin_get_the_same_masks():
     stacked = draw({"blocks": (3, 8, 8), "head": (8, 4)})
     apart = stacked | {"blocks": list(stacked["blocks"])}
@@ -403,7 +400,6 @@ def test_scanned_layers_and_their_unrolled_twin_get_the_same_masks():
     assert np.any(np.asarray(scores[0]["blocks"]) != stacked["blocks"])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["linen/siamese", "nnx/lora", "haiku/audio", "equinox/resnet"])
 def test_it_prunes_networks_of_every_library(name):
     case = by_name(name)
