@@ -144,6 +144,7 @@ class Flow:
       rest: what the unit gives where no path reaches it, φ(0) of the activation functions since the
         last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
       filled: boolean scalar, false only if the mantissa is zero.
+      views: those of its ancestors that it holds whole, rearranged: transposed, reshaped, repeated.
     """
 
     mantissa: Array
@@ -153,6 +154,7 @@ class Flow:
     ancestors: frozenset[Hashable] = frozenset()
     rest: float = 0.0
     filled: Array | np.bool = np.True_
+    views: frozenset[Hashable] = frozenset()
 
     @property
     def spread(self) -> Spread:
@@ -179,7 +181,7 @@ class Flow:
 Value = Free | Weight | Flow
 
 jax.tree_util.register_dataclass(
-    Flow, ["mantissa", "exponent", "filled"], ["shape", "unit", "ancestors", "rest"]
+    Flow, ["mantissa", "exponent", "filled"], ["shape", "unit", "ancestors", "views", "rest"]
 )
 jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
 

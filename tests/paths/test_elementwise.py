@@ -418,6 +418,32 @@ def test_a_variance_is_a_statistic_however_it_is_written():
         assert "x" in evaluate(fn, x).lineage
 
 
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.T - jnp.mean(x, 1)[None],
+        lambda x: x.T[None] / jnp.max(x, 1)[None, None],
+        lambda x: x.reshape(8, 3) * jnp.sum(jnp.square(x)),
+        lambda x: jnp.exp(x).T.reshape(6, 4) / jnp.exp(x).sum(1).reshape(1, 4),
+    ],
+)
+def test_a_statistic_normalises_a_rearrangement_of_what_it_was_taken_of(fn, gates):
+    x = flow(draw(0, 4, 6))
+    result = evaluate(fn, x, gates=gates)
+    assert counts(result).sum() == pytest.approx(counts(x).sum())
+    assert sorted(counts(result).flat) == pytest.approx(sorted(counts(x).flat))
+
+
+def test_two_rearrangements_of_a_unit_are_two_units():
+    x = flow(draw(0, 4))
+    own = counts(x)
+    differences = evaluate(lambda x: x[:, None] - x[None, :], x)
+    np.testing.assert_array_equal(counts(differences), own[:, None] + own[None, :])
+    products = evaluate(lambda x: x[:, None] * x[None, :], x)
+    np.testing.assert_array_equal(counts(products), own[:, None] + own[None, :])
+
+
 def test_centring_leaves_a_gradient_of_one():
     def centre(array: Any) -> Flow:
         return evaluate(lambda x: x - x.mean(1, keepdims=True), flow(array, unit="x"))

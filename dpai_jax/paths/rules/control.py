@@ -156,7 +156,9 @@ class _Scan:
     def _one_unit(self, value: Value, carry: int) -> Value:
         """A value as the loop carries it: the same unit at every step."""
         if isinstance(value, Flow):
-            return v.replace(value, unit=(self.token, carry), ancestors=frozenset())
+            return v.replace(
+                value, unit=(self.token, carry), ancestors=frozenset(), views=frozenset()
+            )
         return value
 
     def _merged(self, before: Value, after: Value, carry: int) -> Value:

@@ -134,9 +134,16 @@ def _reshaped(flow: Flow, shape: v.Shape) -> Flow:
 
 def related(a: Flow, b: Flow) -> Flow | None:
     """The unit whose paths pass when it is combined with itself or with a statistic of it."""
-    if a.unit == b.unit or a.unit in b.ancestors:
+    if a.unit == b.unit or _normalises(b, a):
         return a
-    return b if b.unit in a.ancestors else None
+    return b if _normalises(a, b) else None
+
+
+def _normalises(statistic: Flow, x: Flow) -> bool:
+    """Whether a flow was derived from another, or from what that one is a rearrangement of."""
+    # Two rearrangements of one unit, as in the differences of all pairs, are no statistics.
+    wholes = x.views & (statistic.ancestors - statistic.views)
+    return x.unit in statistic.ancestors or bool(wholes)
 
 
 def add(interpreter: Interpreter, a: Flow, b: Flow) -> Flow:

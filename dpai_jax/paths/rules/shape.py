@@ -36,8 +36,14 @@ def rearranges(name: str) -> Callable[[Rearrangement], Rearrangement]:
             shape = shape_of(eqn.outvars[0])
             if isinstance(x, Flow):
                 array = rearrange(eqn.params, x.spread, shape)[0].array
-                unit = derived_unit(interpreter, eqn, x)
-                return v.replace(x, mantissa=array, shape=shape, unit=unit, ancestors=x.lineage)
+                return v.replace(
+                    x,
+                    mantissa=array,
+                    shape=shape,
+                    unit=derived_unit(interpreter, eqn, x),
+                    ancestors=x.lineage,
+                    views=x.views | {x.unit},
+                )
             if not isinstance(x, Weight):
                 return unknown(eqn)[0]
             spread, axes = rearrange(eqn.params, Spread(x.array, x.shape), shape)
