@@ -10,31 +10,56 @@ One call turns a network function, its parameters and a sparsity into masks:
 64
 """
 
-from dpai_jax.allocation import erk, uniform
-from dpai_jax.masks import apply_masks, binarize
-from dpai_jax.methods import DPaI, Random, ascent
+from dpai_jax.allocation import er, erk, uniform, weights_to_keep
+from dpai_jax.masks import apply_masks, binarize, shuffled
+from dpai_jax.methods import (
+    FORCE,
+    IMP,
+    NTKSAP,
+    SNIP,
+    DPaI,
+    GraSP,
+    IterativeSNIP,
+    Magnitude,
+    ProsPr,
+    Random,
+    SynFlow,
+    ascent,
+)
 from dpai_jax.optimizer import keep_pruned
 from dpai_jax.paths import Layer, Network, log_paths, trace
 from dpai_jax.prune import Result, prune
 from dpai_jax.topology import LayerTopology, Topology, effective_weights, topology
 
 __all__ = [
+    "FORCE",
+    "IMP",
+    "NTKSAP",
+    "SNIP",
     "DPaI",
+    "GraSP",
+    "IterativeSNIP",
     "Layer",
     "LayerTopology",
+    "Magnitude",
     "Network",
+    "ProsPr",
     "Random",
     "Result",
+    "SynFlow",
     "Topology",
     "apply_masks",
     "ascent",
     "binarize",
     "effective_weights",
+    "er",
     "erk",
     "keep_pruned",
     "log_paths",
     "prune",
+    "shuffled",
     "topology",
     "trace",
     "uniform",
+    "weights_to_keep",
 ]

@@ -18,6 +18,8 @@ PyTree = Any
 def weights_to_keep(net: Network, sparsity: float) -> int:
     """The number of weights that a network keeps at a sparsity, `round((1 − sparsity)·N)`.
 
+    As the `allocation` of a method it leaves the choice to one threshold over all layers.
+
     Args:
       net: the traced network.
       sparsity: fraction of all prunable weights to remove, in [0, 1).
@@ -39,6 +41,28 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
             f"layers ({layers}): each needs at least one"
         )
     return total
+
+
+def er(net: Network, sparsity: float) -> PyTree:
+    """Weights to keep per layer by the Erdős-Rényi rule.
+
+    Density is proportional to (in + out)/(in·out), whatever a convolution's taps, capped at one
+    and solved again for the layers that are not full.
+
+    Args:
+      net: the traced network.
+      sparsity: fraction of all prunable weights to remove, in [0, 1).
+
+    Returns:
+      As `erk`.
+
+    Raises:
+      ValueError: as `erk`.
+
+    References:
+      Mocanu et al., Nature Communications 2018; Evci et al., Rigging the Lottery, ICML 2020.
+    """
+    return _allocate(net, sparsity, [_features(layer) * _taps(layer) for layer in net.layers])
 
 
 def erk(net: Network, sparsity: float) -> PyTree:
@@ -84,9 +108,17 @@ def uniform(net: Network, sparsity: float) -> PyTree:
 
 def _kernel_sum(layer: Layer) -> int:
     """The sum of a kernel's sizes: its taps along each axis, its inputs and its outputs."""
+    return sum(layer.shape[i] for i in layer.taps) + _features(layer)
+
+
+def _features(layer: Layer) -> int:
+    """The number of a kernel's input features and output features."""
     inputs = math.prod(layer.shape[i] for i in layer.inputs)
-    outputs = math.prod(layer.shape[i] for i in layer.outputs)
-    return sum(layer.shape[i] for i in layer.taps) + inputs + outputs
+    return inputs + math.prod(layer.shape[i] for i in layer.outputs)
+
+
+def _taps(layer: Layer) -> int:
+    return math.prod(layer.shape[i] for i in layer.taps)
 
 
 def _allocate(net: Network, sparsity: float, shares: Sequence[int]) -> PyTree:

@@ -7,6 +7,7 @@ on whole trees and broadcasts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,16 +23,17 @@ from dpai_jax.paths.trees import check_structure, named_leaves
 PyTree = Any
 
 
-def binarize(scores: PyTree, keep: PyTree) -> PyTree:
-    """The masks that keep the weights of the highest scores in each layer, as many as asked.
+def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
+    """The masks that keep the weights of the highest scores, in each layer or over all layers.
 
-    Exactly as many: of equal scores those of lower index (in C order) come first. Pure, and
-    jittable.
+    Exactly as many as asked: of equal scores those of lower index (in C order, layer by layer)
+    come first. Pure, and jittable.
 
     Args:
       scores: pytree parallel to the parameters: a floating array at each layer, and a scalar at a
         leaf that is not prunable.
-      keep: pytree parallel to it of the number of weights to keep, as `erk` returns it.
+      keep: pytree parallel to it of the number of weights to keep, as `erk` returns it; or one
+        number for all layers together, as `weights_to_keep` returns it.
 
     Returns:
       Pytree of boolean masks.
@@ -42,29 +44,50 @@ def binarize(scores: PyTree, keep: PyTree) -> PyTree:
         (outside of `jax.jit`).
     """
     named, treedef = named_leaves(scores)
-    check_structure(keep, treedef, "keep", "scores")
-    leaves = [
-        (name, score, count)
-        for (name, score), count in zip(named, treedef.flatten_up_to(keep), strict=True)
-    ]
-    for leaf in leaves:
-        _check_leaf(*leaf)
-    layers = [(score, count) for _, score, count in leaves if jnp.ndim(score)]
-    masks = iter(_largest_jitted([s for s, _ in layers], [jnp.int32(k) for _, k in layers]))
+    for name, score in named:
+        _check_scores(name, score)
+    layers = [(name, score) for name, score in named if jnp.ndim(score)]
+    if is_total(keep) and jax.tree.structure(keep) != treedef:
+        _check_count("all layers", sum(math.prod(jnp.shape(score)) for _, score in layers), keep)
+        counts: Any = jnp.int32(keep)
+    else:
+        check_structure(keep, treedef, "keep", "scores")
+        each = zip(named, treedef.flatten_up_to(keep), strict=True)
+        kept = [(name, score, count) for (name, score), count in each if jnp.ndim(score)]
+        for name, score, count in kept:
+            _check_count(name, math.prod(jnp.shape(score)) // math.prod(np.shape(count)), count)
+        counts = [jnp.int32(count) for _, _, count in kept]
+    masks = iter(_select_jitted([score for _, score in layers], counts))
     return treedef.unflatten(
-        [next(masks) if jnp.ndim(score) else jnp.ones((), bool) for _, score, _ in leaves]
+        [next(masks) if jnp.ndim(score) else jnp.ones((), bool) for _, score in named]
     )
 
 
-def _check_leaf(name: str, score: Any, keep: Any) -> None:
+def is_total(keep: Any) -> bool:
+    """Whether the number of weights to keep is one for all layers together."""
+    return jax.tree_util.all_leaves([keep]) and jnp.ndim(keep) == 0
+
+
+def _check_scores(name: str, score: Any) -> None:
     if not jnp.issubdtype(jnp.result_type(score), jnp.floating):
         raise TypeError(f"scores must be floating, but {name} is {jnp.result_type(score)}")
-    if jnp.ndim(score) and not isinstance(keep, jax.core.Tracer):
-        size = math.prod(jnp.shape(score)) // math.prod(np.shape(keep))
-        if np.min(keep) < 0 or np.max(keep) > size:
-            raise ValueError(f"keep must be in [0, {size}] for {name}, got {keep}")
     if not isinstance(score, jax.core.Tracer) and bool(jnp.any(jnp.isnan(score))):
         raise ValueError(f"scores must be numbers, but {name} has a NaN")
+
+
+def _check_count(name: str, size: int, keep: Any) -> None:
+    if not isinstance(keep, jax.core.Tracer) and (np.min(keep) < 0 or np.max(keep) > size):
+        raise ValueError(f"keep must be in [0, {size}] for {name}, got {keep}")
+
+
+def select(scores: Sequence[Array], keep: Sequence[Array] | Array) -> list[Array]:
+    """The masks of the highest scores: `largest`, or one number for all layers together."""
+    if isinstance(keep, Sequence):
+        return largest(scores, keep)
+    (mask,) = largest([jnp.concatenate([score.ravel() for score in scores])], [keep])
+    ends = list(itertools.accumulate(score.size for score in scores))
+    parts = jnp.split(mask, ends[:-1])
+    return [part.reshape(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
 def largest(scores: Sequence[Array], keep: Sequence[Array]) -> list[Array]:
@@ -111,7 +134,7 @@ def largest(scores: Sequence[Array], keep: Sequence[Array]) -> list[Array]:
     return [a | tie for a, tie in zip(above, ties, strict=True)]
 
 
-_largest_jitted = jax.jit(largest)
+_select_jitted = jax.jit(select)
 
 
 def _ordered_bits(score: Array) -> Array:
@@ -186,6 +209,32 @@ def check_masks(params: PyTree, masks: PyTree) -> None:
             raise ValueError(
                 f"masks must have shape {jnp.shape(param)} at {name}, got {jnp.shape(mask)}"
             )
+
+
+def shuffled(masks: PyTree, key: Array) -> PyTree:
+    """The masks with the entries of each leaf in random order: the same densities, by chance.
+
+    The control that tells what of a method lies in the density of each layer, and what in the
+    choice of its weights.
+
+    Args:
+      masks: pytree of boolean masks.
+      key: random key.
+
+    Returns:
+      Pytree like `masks`; each leaf keeps as many weights as before.
+
+    References:
+      Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?,
+      ICLR 2021.
+    """
+    leaves, treedef = jax.tree.flatten(masks)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    moved = [
+        jax.random.permutation(k, jnp.ravel(leaf)).reshape(jnp.shape(leaf))
+        for k, leaf in zip(keys, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(treedef, moved)
 
 
 def ones(net: Network) -> PyTree:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax import Array
 
 from dpai_jax import masks as mask_trees
 from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Method, Problem, Pruned, Report
+from dpai_jax.methods.base import Loss, Method, Problem, Pruned, Report
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
@@ -58,6 +58,9 @@ def prune(
     method: Method | None = None,
     key: Array | None = None,
     *,
+    loss_fn: Loss | None = None,
+    batches: Iterable[PyTree] = (),
+    repair: bool = False,
     prunable: Callable[[str, Any], bool] | None = None,
     gates: str = "balanced",
     progress: bool | Report | None = None,
@@ -81,6 +84,11 @@ def prune(
       sparsity: the fraction of prunable weights to remove, in [0, 1).
       method: how; `DPaI()` if not given.
       key: random key; `jax.random.key(0)` if not given. The same key gives the same masks.
+      loss_fn: for methods that prune by a loss (SNIP, GraSP, ...), `loss_fn(params, batch)`, a
+        scalar.
+      batches: the batches for it, each any pytree.
+      repair: whether to move kept weights that no path passes to where one does, as
+        `dpai_jax.repair`.
       prunable: narrows what is pruned (see `trace`).
       gates: see `trace`.
       progress: whether to show progress on standard error, by default if that is a terminal; or a
@@ -101,11 +109,18 @@ def prune(
     weights_to_keep(net, sparsity)
     if not math.isfinite(topology(net, mask_trees.ones(net)).log_paths):
         raise ValueError("fn has no path from x to its output even with all weights kept")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function loss_fn(params, batch), got {loss_fn!r}")
     name = type(method).__name__
     line = ProgressLine(name) if _is_shown(progress) else None
     report = progress if callable(progress) else line or _silent
     key = jax.random.key(0) if key is None else key
-    pruned = method.run(Problem(net, params, sparsity, key, report))
+    data = tuple(batches)
+    pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, loss_fn, data))
+    if repair:
+        rank = pruned.scores if pruned.rank is None else pruned.rank
+        masks = repair_masks(net, pruned.masks, rank, jax.random.fold_in(key, 1))
+        pruned = dataclasses.replace(pruned, masks=masks)
     result = _checked(net, sparsity, pruned, start)
     if line is not None:
         line.close(_summary(name, result))

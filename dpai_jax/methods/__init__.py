@@ -1,6 +1,27 @@
 """Pruning methods, one file each."""
 
 from dpai_jax.methods.dpai import DPaI, ascent
+from dpai_jax.methods.force import FORCE
+from dpai_jax.methods.grasp import GraSP
+from dpai_jax.methods.imp import IMP
+from dpai_jax.methods.magnitude import Magnitude
+from dpai_jax.methods.ntksap import NTKSAP
+from dpai_jax.methods.prospr import ProsPr
 from dpai_jax.methods.random import Random
+from dpai_jax.methods.snip import SNIP, IterativeSNIP
+from dpai_jax.methods.synflow import SynFlow
 
-__all__ = ["DPaI", "Random", "ascent"]
+__all__ = [
+    "FORCE",
+    "IMP",
+    "NTKSAP",
+    "SNIP",
+    "DPaI",
+    "GraSP",
+    "IterativeSNIP",
+    "Magnitude",
+    "ProsPr",
+    "Random",
+    "SynFlow",
+    "ascent",
+]

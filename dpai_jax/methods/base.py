@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,13 @@ from jax import Array
 from dpai_jax.paths import Network
 
 PyTree = Any
+
+# How many weights to keep: a pytree parallel to the parameters with a number for each layer, or one
+# number for all layers together, and so one threshold.
+Allocation = Callable[[Network, float], PyTree]
+
+# A loss, `loss_fn(params, batch)`.
+Loss = Callable[[PyTree, PyTree], Array]
 
 # Called with the step, the number of steps, and what was measured there.
 Report = Callable[[int, int, Mapping[str, float]], None]
@@ -32,6 +39,10 @@ class Problem:
       sparsity: the fraction of prunable weights to remove, in [0, 1).
       key: a random key.
       report: takes progress.
+      fn: the network, `fn(params, x)`.
+      x: its input, of which only the shape is meant.
+      loss_fn: the loss, `loss_fn(params, batch)`, or nothing.
+      batches: the batches for it.
     """
 
     net: Network
@@ -39,6 +50,39 @@ class Problem:
     sparsity: float
     key: Array
     report: Report
+    fn: Callable[[PyTree, PyTree], PyTree]
+    x: PyTree
+    loss_fn: Loss | None = None
+    batches: Sequence[PyTree] = ()
+
+    def data(self) -> tuple[Loss, Sequence[PyTree]]:
+        """The loss and the batches, for a method that prunes by them.
+
+        Raises:
+          ValueError: if they were not given.
+        """
+        if self.loss_fn is None or not self.batches:
+            missing = "loss_fn" if self.loss_fn is None else "batches"
+            given = "none" if self.loss_fn is None else "no batch"
+            raise ValueError(
+                f"this method prunes by loss_fn(params, batch) on batches, but {missing} holds "
+                f"{given}"
+            )
+        return self.loss_fn, self.batches
+
+    def weights(self) -> list[Array]:
+        """The layers' weights at initialisation.
+
+        Raises:
+          TypeError: if `params` holds shapes in place of values.
+        """
+        weights = self.net.leaves(self.params)
+        for layer, w in zip(self.net.layers, weights, strict=True):
+            if isinstance(w, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"this method prunes by the values of params, but {layer.name} is {w!r}"
+                )
+        return weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +94,14 @@ class Pruned:
       scores: pytree of the scores that they were made of.
       history: arrays of one length, what was measured along the way; empty for one-shot methods.
       stopped: why it ended before its last step, or an empty string.
+      rank: pytree by which weights are preferred, the highest first; the scores if not given.
     """
 
     masks: PyTree
     scores: PyTree
     history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     stopped: str = ""
+    rank: PyTree = None
 
 
 class Method(Protocol):

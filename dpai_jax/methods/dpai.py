@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,11 @@ import optax
 from jax import Array
 
 from dpai_jax.allocation import erk
-from dpai_jax.masks import from_layers, largest
-from dpai_jax.methods.base import Problem, Pruned, normal_scores, score_tree
-from dpai_jax.paths import Layer, Network
+from dpai_jax.masks import from_layers, is_total, select
+from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores, score_tree
+from dpai_jax.paths import Network
 from dpai_jax.paths.network import check_parallel
 from dpai_jax.paths.trees import check_structure
-from dpai_jax.topology import has_kernel, has_node
 
 PyTree = Any
 
@@ -30,7 +29,12 @@ _READ_EVERY = 10
 
 
 def ascent(
-    net: Network, scores: PyTree, keep: PyTree, alpha: float = 0.99, beta: float = 0.5
+    net: Network,
+    scores: PyTree,
+    keep: PyTree | int,
+    alpha: float = 0.99,
+    beta: float = 0.5,
+    gamma: float = math.inf,
 ) -> PyTree:
     """The direction in which one step of DPaI moves the scores.
 
@@ -38,15 +42,19 @@ def ascent(
 
         d = (1 − α)·g + α·((1 − β)·g·[node ineffective] + β·g·[kernel ineffective]).
 
-    The brackets are the limit γ → ∞ of the derivative of the paper's indicators of effective nodes
-    and kernels. Pure, and jittable with `net` static.
+    A node is effective by the indicator tanh(γ·N) of N = Σ m·∂ log R_P/∂m over its incoming
+    weights, the share of all paths that pass it, and a kernel by that over its taps. The bracket is
+    the indicator's slope up to the factor γ, 1 − tanh²(γ·N); for γ → ∞ one where N = 0, else zero.
+    Pure, and jittable with `net` static.
 
     Args:
       net: the traced network.
       scores: pytree of scores parallel to the parameters.
-      keep: pytree of the number of weights to keep per layer (see `dpai_jax.erk`).
+      keep: pytree of the number of weights to keep per layer (see `dpai_jax.erk`), or one number
+        for all layers together.
       alpha: weight of nodes and kernels against paths, in [0, 1].
       beta: weight of kernels against nodes, in [0, 1].
+      gamma: how sharp the indicators are, positive.
 
     Returns:
       Pytree like `scores`; zero where nothing can be pruned.
@@ -58,32 +66,46 @@ def ascent(
       DPaI (ICLR 2025), Algorithm 1, lines 5 to 8.
     """
     leaves = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
+    counts = _counts(net, keep)
+    return score_tree(net, _direction(net, leaves, counts, alpha, beta, gamma)[0])
+
+
+def _counts(net: Network, keep: PyTree | int) -> list[Array] | Array:
+    """The numbers of weights to keep, layer by layer or in all."""
+    if is_total(keep) and jax.tree.structure(keep) != net.treedef:
+        return jnp.int32(keep)
     check_structure(keep, net.treedef, "keep", "params")
-    return score_tree(net, _direction(net, leaves, net.leaves(keep), alpha, beta)[0])
+    return [jnp.int32(k) for k in net.leaves(keep)]
 
 
 def _direction(
-    net: Network, scores: list[Array], keep: list[Any], alpha: float, beta: float
+    net: Network,
+    scores: list[Array],
+    keep: list[Array] | Array,
+    alpha: float,
+    beta: float,
+    gamma: float,
 ) -> tuple[list[Array], list[Array], dict[str, Array]]:
     """One step's direction, the masks it is taken at, and what was measured there."""
-    masks = largest([jnp.abs(s) for s in scores], [jnp.int32(k) for k in keep])
+    masks = select([jnp.abs(s) for s in scores], keep)
     ones = [m.astype(jnp.float32) for m in masks]
     log_paths, gradients = jax.value_and_grad(net.log_count)(ones)
     directions, nodes, kernels = [], [], []
     for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
-        node, kernel = _effective(layer, m, g)
-        push = jnp.where(node, 0.0, 1 - beta) + jnp.where(kernel, 0.0, beta)
+        passing = jnp.where(m, g, 0.0)
+        kernel = jnp.sum(passing, layer.taps, keepdims=True)
+        node = jnp.sum(kernel, layer.inputs, keepdims=True)
+        push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
         directions.append(((1 - alpha) + alpha * push) * g * jnp.sign(s))
-        nodes.append(jnp.sum(node, dtype=jnp.int32))
-        kernels.append(jnp.sum(kernel, dtype=jnp.int32))
+        nodes.append(jnp.sum(node > 0, dtype=jnp.int32))
+        kernels.append(jnp.sum(kernel > 0, dtype=jnp.int32))
     measured = {"log_paths": log_paths, "nodes": sum(nodes), "kernels": sum(kernels)}
     return directions, masks, measured
 
 
-def _effective(layer: Layer, mask: Array, gradient: Array) -> tuple[Array, Array]:
-    """Which nodes and kernels of a layer are effective, by the gradient of the path count."""
-    effective = mask & (gradient > 0)
-    return has_node(layer, effective), has_kernel(layer, effective)
+def _slope(share: Array, gamma: float) -> Array:
+    """The slope, but for the factor γ, of the indicator of what has this share of the paths."""
+    return jnp.where(share > 0, 1 - jnp.square(jnp.tanh(gamma * share)), 1.0)
 
 
 class _State(NamedTuple):
@@ -100,14 +122,19 @@ class DPaI:
     """Differentiable Pruning at Initialization.
 
     Attributes:
-      alpha: weight of effective nodes and kernels against paths, in [0, 1].
-      beta: weight of kernels against nodes, in [0, 1].
+      alpha: weight of effective nodes and kernels against paths, in [0, 1]; 0 leaves paths alone.
+      beta: weight of kernels against nodes, in [0, 1]; 0 leaves kernels out, and 1 nodes.
+      gamma: how sharp the indicators of effective nodes and kernels are, positive (see `ascent`).
       steps: the largest number of steps T. The published code takes 3000; beyond some hundreds the
         scores' growth gathers the weights of a layer on ever fewer nodes.
       optimizer: makes the scores follow the direction of `ascent`: any optax optimiser.
         `optax.sgd(η)` is the plain ascent of the paper's Algorithm 1.
-      allocation: weights to keep per layer, `allocation(net, sparsity)`.
+      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
+        any function that returns a pytree of the numbers for the layers, or
+        `dpai_jax.weights_to_keep` for one threshold over all layers.
       patience: ends after so many steps in a row that changed no mask.
+      scores: pytree parallel to the parameters of the scores to start from; drawn from N(0, 1) if
+        not given.
 
     Raises:
       ValueError: if a number is out of its range.
@@ -119,15 +146,20 @@ class DPaI:
 
     alpha: float = 0.99
     beta: float = 0.5
+    gamma: float = math.inf
     steps: int = 300
     optimizer: optax.GradientTransformation = _ADAM
-    allocation: Callable[[Network, float], PyTree] = erk
+    allocation: Allocation = erk
     patience: int = 50
+    # A compiled step does not hang on where the scores start.
+    scores: PyTree = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.gamma > 0:
+            raise ValueError(f"gamma must be positive, got {self.gamma}")
         for name in ("steps", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -135,9 +167,8 @@ class DPaI:
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
         net = problem.net
-        keep = self.allocation(net, problem.sparsity)
-        scores = net.leaves(normal_scores(net, problem.key))
-        counts = [jnp.asarray(k, jnp.int32) for k in net.leaves(keep)]
+        counts = _counts(net, self.allocation(net, problem.sparsity))
+        scores = self._start(net, problem.key)
         state = _State(
             scores,
             self.optimizer.init(scores),
@@ -162,14 +193,26 @@ class DPaI:
             name: np.asarray(jax.device_get([numbers[name] for numbers in measured]))
             for name in measured[0]
         }
-        return Pruned(from_layers(net, state.masks), scores, history, stopped)
+        masks, rank = from_layers(net, state.masks), jax.tree.map(jnp.abs, scores)
+        return Pruned(masks, scores, history, stopped, rank)
+
+    def _start(self, net: Network, key: Array) -> list[Array]:
+        if self.scores is None:
+            return net.leaves(normal_scores(net, key))
+        scores = check_parallel(net, self.scores, "scores")
+        for layer, s in zip(net.layers, scores, strict=True):
+            if bool(jnp.any(jnp.isnan(s))):
+                raise ValueError(f"scores must be numbers, but {layer.name} has a NaN")
+        return [jnp.array(s, jnp.float32) for s in scores]
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def _step(
-        self, net: Network, state: _State, keep: list[Array]
+        self, net: Network, state: _State, keep: list[Array] | Array
     ) -> tuple[_State, dict[str, Array]]:
         """One step of Algorithm 1."""
-        directions, masks, measured = _direction(net, state.scores, keep, self.alpha, self.beta)
+        directions, masks, measured = _direction(
+            net, state.scores, keep, self.alpha, self.beta, self.gamma
+        )
         changes = [jnp.sum(a != b) for a, b in zip(masks, state.masks, strict=True)]
         changed = functools.reduce(jnp.add, changes)
         descent = jax.tree.map(jnp.negative, directions)

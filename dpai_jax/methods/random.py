@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 from dpai_jax.allocation import erk
 from dpai_jax.masks import binarize
-from dpai_jax.methods.base import Problem, Pruned, normal_scores
-from dpai_jax.paths import Network
+from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +15,14 @@ class Random:
 
     Attributes:
       allocation: weights to keep per layer, `allocation(net, sparsity)`: `dpai_jax.erk`,
-        `dpai_jax.uniform`, or another function of the same kind.
+        `dpai_jax.er`, `dpai_jax.uniform`, or another function of the same kind.
 
     References:
       Evci et al., Rigging the Lottery, ICML 2020 (ERK); Frankle et al., Pruning Neural Networks at
       Initialization: Why Are We Missing the Mark?, ICLR 2021.
     """
 
-    allocation: Callable[[Network, float], Any] = erk
+    allocation: Allocation = erk
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""

@@ -54,11 +54,14 @@ class Interpreter:
       gates: how a factor that is alive everywhere takes part in a product (`dpai_jax.trace`).
       saturating: whether counts clip to {0, 1}, forward and backward: which units a path reaches,
         free of rounding, instead of how many paths do.
+      entering: whether the gradient of a kernel is the number of paths that enter at each of its
+        weights (of largest one at each use), instead of the derivative of what is counted.
       uses: every use of a kernel in a contraction, in the order of evaluation.
     """
 
     gates: str
     saturating: bool = False
+    entering: bool = False
     uses: list[Use] = dataclasses.field(default_factory=list)
     _units: dict[Any, object] = dataclasses.field(default_factory=dict)
     _callers: list[JaxprEqn] = dataclasses.field(default_factory=list)

@@ -131,6 +131,29 @@ class Network:
 
         return [(g > 0.5).astype(g.dtype) for g in jax.grad(count)(masks)]
 
+    def incoming(self, masks: list[Array]) -> list[Array]:
+        """The number of paths that enter each layer at each of its weights, kept or pruned.
+
+        That of a weight is the number of paths into its input feature, summed over the positions
+        at which the layer reads it there; the layers behind have no part in it.
+
+        Args:
+          masks: the layers' masks as float32, one at the least of which leads on in each layer.
+
+        Returns:
+          For each layer an array of its shape, in units of its largest entry: 1 is the largest. Of
+          a kernel used several times it is the mean over the uses, each in its own units. Zero
+          where no path enters, and throughout for a kernel whose paths do not count (see `gates`).
+        """
+
+        def count(masks: list[Array]) -> Array:
+            flows = self._outputs(masks, Interpreter(self.gates, entering=True))
+            return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
+
+        entering = jax.grad(count)(masks)
+        largest = [jnp.max(e, initial=0.0) for e in entering]
+        return [e / jnp.where(m > 0, m, 1.0) for e, m in zip(entering, largest, strict=True)]
+
     def _outputs(self, masks: list[Array], interpreter: Interpreter) -> list[Flow]:
         by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
         params = [

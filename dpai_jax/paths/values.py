@@ -212,6 +212,17 @@ def saturate(array: Array) -> Array:
 saturate.defvjp(lambda array: (saturate(array), None), lambda _, g: ((g > 0.5).astype(g.dtype),))
 
 
+@jax.custom_vjp
+def with_gradient(array: Array, gradient: Array) -> Array:
+    """The array itself; its gradient, if anything is asked of what it led to, is the one given."""
+    return array
+
+
+with_gradient.defvjp(
+    lambda array, gradient: (array, gradient), lambda gradient, _: (gradient, jnp.zeros_like(gradient))
+)
+
+
 def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
     """The mantissas of several flows under one exponent."""
     # A flow that is empty has no say, or it might push the others out of float32's range; its

@@ -7,10 +7,12 @@ with V) is a product followed by a sum.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
@@ -60,10 +62,16 @@ def _contract(
         flow, other = rhs, lhs
     else:
         return unknown(eqn)[0]
+    a, b = _spread(lhs), _spread(rhs)
+    if interpreter.entering and isinstance(other, Weight):
+        if other is rhs:
+            b = _entered(b, functools.partial(bilinear, a))
+        else:
+            a = _entered(a, lambda weight: bilinear(weight, b))
     # A matrix of known numbers (a mean, a rotation) is no kernel: what it gives is a statistic.
     known = isinstance(other, Free) and other.known is not None
     return interpreter.flow(
-        bilinear(_spread(lhs), _spread(rhs)),
+        bilinear(a, b),
         flow.exponent,
         ancestors=flow.lineage if known else frozenset(),
         rest=math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0,
@@ -80,6 +88,18 @@ def _contract_flows(interpreter: Interpreter, lhs: Flow, rhs: Flow, bilinear: Bi
     rest = math.inf if lhs.always_alive and rhs.always_alive else 0.0
     spread = Spread(array, first.shape)
     return interpreter.flow(spread, exponent, ancestors=lhs.lineage & rhs.lineage, rest=rest)
+
+
+def _entered(weight: Spread, contract: Callable[[Spread], Spread]) -> Spread:
+    """A kernel whose gradient is the number of paths that enter at each of its weights."""
+
+    def paths(array: Array) -> Array:
+        return jnp.sum(contract(Spread(array, weight.shape)).array)
+
+    entering = jax.grad(paths)(weight.array)
+    largest = jnp.max(entering, initial=0.0)
+    entering = entering / jnp.where(largest > 0, largest, 1.0)
+    return Spread(v.with_gradient(weight.array, entering), weight.shape)
 
 
 def _spread(value: Value) -> Spread:

@@ -1,0 +1,31 @@
+"""Magnitude pruning, before training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.methods.base import Allocation, Problem, Pruned
+from dpai_jax.methods.saliency import one_shot
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    """Keeps the weights of the largest |θ|.
+
+    Attributes:
+      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.weights_to_keep` for one
+        threshold over all layers, `dpai_jax.erk`, `dpai_jax.uniform` or the like for one a layer.
+
+    References:
+      Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015.
+    """
+
+    allocation: Allocation = weights_to_keep
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network (see `dpai_jax.prune`); the scores are |θ|."""
+        saliencies = [jnp.abs(w).astype(jnp.float32) for w in problem.weights()]
+        return one_shot(problem, saliencies, self.allocation)

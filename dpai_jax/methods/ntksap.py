@@ -1,0 +1,120 @@
+"""NTK-SAP: pruning that keeps the spectrum of the neural tangent kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.methods.base import Allocation, Problem, Pruned
+from dpai_jax.methods.saliency import PyTree, exponential, gradual, put
+from dpai_jax.paths import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKSAP:
+    """Keeps the weights on which the output's response to a change of the weights hangs most.
+
+    The score is |∂/∂m ‖f(x; θ⊙m) − f(x; (θ + εz)⊙m)‖²|, an estimate of a weight's part in the trace
+    of the neural tangent kernel, with x and z drawn from N(0, 1). Each step draws x, z and the
+    weights anew, so that no one initialisation decides. Step t of T keeps the fraction d^(t/T) of
+    the weights, d being the density asked for; what a step removed stays removed, and has the score
+    −∞. Scores are not normalised. Needs no data.
+
+    Attributes:
+      steps: T.
+      epsilon: ε, the size of the change.
+      init: draws parameters, `init(key)`. If not given, each kernel is drawn from a normal
+        distribution of its own mean and deviation in `params`, and the rest stays as it is.
+      allocation: see `SNIP`.
+
+    Raises:
+      ValueError: if `steps` is less than 1 or `epsilon` is not positive.
+
+    References:
+      Wang et al., NTK-SAP: Improving neural network pruning by aligning training dynamics, ICLR
+      2023.
+    """
+
+    steps: int = 100
+    epsilon: float = 1e-2
+    init: Callable[[Array], PyTree] | None = None
+    allocation: Allocation = weights_to_keep
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network (see `dpai_jax.prune`).
+
+        Raises:
+          ValueError: if an input of the network is not floating.
+        """
+        problem.weights()
+        for leaf in jax.tree.leaves(problem.x):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(f"NTKSAP draws x from N(0, 1), but x has the dtype {leaf.dtype}")
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem.x)
+        net = problem.net
+
+        def saliency(masks: list[Array], t: int) -> list[Array]:
+            drawn, noise, inputs = jax.random.split(jax.random.fold_in(problem.key, t), 3)
+            if self.init is None:
+                weights = _redraw(drawn, problem.weights())
+                params = put(net, problem.params, weights)
+            else:
+                params = self.init(drawn)
+            x = _normal_like(inputs, shapes)
+            z = _normal_like(noise, net.leaves(params))
+            return _response(problem.fn, net, params, z, self.epsilon, x, masks)
+
+        return gradual(
+            problem, saliency, exponential(problem.sparsity, self.steps), self.allocation
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _response(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    net: Network,
+    params: PyTree,
+    z: list[Array],
+    epsilon: float,
+    x: PyTree,
+    masks: list[Array],
+) -> list[Array]:
+    weights = net.leaves(params)
+    moved = [w + jnp.asarray(epsilon, w.dtype) * d for w, d in zip(weights, z, strict=True)]
+
+    def distance(masks: list[Array]) -> Array:
+        outputs = [
+            fn(put(net, params, [w * m.astype(w.dtype) for w, m in zip(ws, masks, strict=True)]), x)
+            for ws in (weights, moved)
+        ]
+        squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), *outputs)
+        return functools.reduce(jnp.add, jax.tree.leaves(squares)).astype(jnp.float32)
+
+    return [jnp.abs(g) for g in jax.grad(distance)(masks)]
+
+
+@jax.jit
+def _redraw(key: Array, weights: list[Array]) -> list[Array]:
+    noise = _normal_like(key, weights)
+    return [jnp.mean(w) + jnp.std(w) * n for w, n in zip(weights, noise, strict=True)]
+
+
+def _normal_like(key: Array, tree: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, drawn)

@@ -1,0 +1,77 @@
+"""SNIP: the change of the loss where a weight is removed, to first order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.methods.base import Allocation, Problem, Pruned
+from dpai_jax.methods.saliency import exponential, gradual, mask_gradient, one_shot
+
+
+@dataclasses.dataclass(frozen=True)
+class SNIP:
+    """Single-shot network pruning by connection sensitivity |∂L/∂m| = |g·θ|.
+
+    The derivative is that of the mean loss of all batches, by the mask at one. Scores are not
+    normalised.
+
+    Attributes:
+      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.weights_to_keep` for one
+        threshold over all layers, `dpai_jax.erk` or the like for one a layer.
+
+    References:
+      Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019.
+    """
+
+    allocation: Allocation = weights_to_keep
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network (see `dpai_jax.prune`)."""
+        masks = [jnp.ones(layer.shape) for layer in problem.net.layers]
+        return one_shot(problem, sensitivity(problem, masks), self.allocation)
+
+
+def sensitivity(problem: Problem, masks: list[Array]) -> list[Array]:
+    """|∂L/∂m| at these masks, which is |g(m⊙θ)·θ|."""
+    return [jnp.abs(g) for g in mask_gradient(problem, masks)]
+
+
+@dataclasses.dataclass(frozen=True)
+class IterativeSNIP:
+    """SNIP in steps: the sensitivity is taken anew on what each step has left.
+
+    Step t of T keeps the fraction d^(t/T) of the weights, d being the density asked for. What a
+    step removed stays removed; its score is −∞.
+
+    Attributes:
+      steps: T.
+      allocation: see `SNIP`.
+
+    Raises:
+      ValueError: if `steps` is less than 1.
+
+    References:
+      de Jorge et al., Progressive Skeletonization: Trimming more fat from a network at
+      initialization, ICLR 2021; Verdenius et al., Pruning via Iterative Ranking of Sensitivity
+      Statistics, 2020.
+    """
+
+    steps: int = 100
+    allocation: Allocation = weights_to_keep
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network (see `dpai_jax.prune`)."""
+        return gradual(
+            problem,
+            lambda masks, _: sensitivity(problem, masks),
+            exponential(problem.sparsity, self.steps),
+            self.allocation,
+        )
