@@ -168,6 +168,43 @@ def test_the_scores_of_these_tests_leave_nodes_kernels_and_kept_weights_ineffect
         assert 0 < numbers["kernels"] < sum(keep.values())
 
 
+@pytest.mark.parametrize("gamma", [0.5, 20.0, 1e6])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+def test_soft_indicators_push_by_their_slope(beta, gamma):
+    """The slope of tanh(γ·N)/γ by differences, N being the share of the paths through a node."""
+    scores = draw(MLP_SHAPES, 3)
+    masks = {name: top(s, MLP_KEEP[name]) for name, s in scores.items()}
+    count = mlp_paths(masks)
+    gradients = path_gradient(mlp_paths, masks)
+    expected = {}
+    for name, s in scores.items():
+        g = gradients[name] / count
+        kernel = g * masks[name]
+        node = kernel.sum(0, keepdims=True)
+        h = 1e-6 / gamma
+        slopes = [(np.tanh(gamma * (n + h)) - np.tanh(gamma * (n - h))) / (2 * h * gamma)
+                  for n in (node, kernel)]  # fmt: skip
+        push = 0.25 + 0.75 * ((1 - beta) * slopes[0] + beta * slopes[1])
+        expected[name] = push * g * np.sign(s)
+    actual = dpai.ascent(traced("mlp"), scores, MLP_KEEP, 0.75, beta, gamma)
+    assert_trees_close(actual, expected, rtol=1e-3)
+
+
+def test_one_number_to_keep_is_one_threshold_over_all_layers():
+    """A direction is the same as with the number of weights above it counted in each layer."""
+    scores = draw(MLP_SHAPES, 5)
+    flat = np.concatenate([np.abs(s).ravel() for s in scores.values()])
+    threshold = np.sort(flat)[-20]
+    keep = {name: int(np.sum(np.abs(s) >= threshold)) for name, s in scores.items()}
+    assert keep != MLP_KEEP
+    assert sum(keep.values()) == 20
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        dpai.ascent(traced("mlp"), scores, 20),
+        dpai.ascent(traced("mlp"), scores, keep),
+    )
+
+
 def test_scores_move_by_magnitude_so_that_their_sign_does_not_matter():
     scores = draw(MLP_SHAPES)
     flipped = jax.tree.map(np.negative, scores)
@@ -265,6 +302,28 @@ def test_scores_follow_the_ascent_by_any_optimiser(optimizer):
             updates, state = optimizer.update(descent, state, scores)
             scores = optax.apply_updates(scores, updates)
     assert_trees_close(result.scores, scores, rtol=1e-5)
+
+
+def test_it_goes_on_from_given_scores():
+    two = prune(steps=2, optimizer=optax.sgd(0.5))
+    again = prune(
+        steps=1, optimizer=optax.sgd(0.5), scores=prune(steps=1, optimizer=optax.sgd(0.5)).scores
+    )
+    jax.tree.map(np.testing.assert_array_equal, two.scores, again.scores)
+    jax.tree.map(np.testing.assert_array_equal, two.masks, again.masks)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"1": np.ones((5, 6))}, "scores must have the tree structure of params"),
+        (draw(MLP_SHAPES | {"3": (3, 6)}), r"scores must have shape \(6, 3\) at 3, got \(3, 6\)"),
+        (draw(MLP_SHAPES) | {"2": np.full((6, 6), np.nan, "f4")}, "but 2 has a NaN"),
+    ],
+)
+def test_given_scores_that_do_not_fit_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        prune(scores=scores)
 
 
 def test_plain_ascent_adds_the_direction_worked_out_by_hand():

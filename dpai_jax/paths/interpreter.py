@@ -125,6 +125,8 @@ class Interpreter:
 
     def apply(self, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
         """The results of one equation."""
+        if not eqn.outvars:  # printing, checking
+            return []
         rule = _RULES.get(eqn.primitive)
         if all(isinstance(arg, Free) for arg in args) and eqn.primitive not in _INLINED:
             return fold(eqn, *args)

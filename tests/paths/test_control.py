@@ -676,3 +676,16 @@ def test_a_primitive_without_a_rule_makes_a_kernel_free():
 def test_a_rule_needs_a_primitive(primitive):
     with pytest.raises(TypeError, match="primitive must be"):
         register_rule(primitive)
+
+
+def test_printing_changes_nothing(capsys):
+    params = {"first": jnp.ones((3, 4)), "last": jnp.ones((4, 2))}
+
+    def fn(params, x):
+        hidden = x @ params["first"]
+        jax.debug.print("hidden {}", hidden)
+        return jax.nn.relu(hidden) @ params["last"]
+
+    net = dpai.trace(fn, params, jnp.ones((1, 3)))
+    assert float(dpai.log_paths(net, params)) == pytest.approx(np.log(3 * 4 * 2))
+    assert capsys.readouterr().out == ""
