@@ -3,7 +3,7 @@
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,12 +26,10 @@ def train(
         folder: Where results.jsonl and the checkpoints go.
         again: Run the job from the start even if it has a result.
     """
-    import rich.console
-
     from experiments import jobs, report
     from experiments.board import Board
 
-    console = rich.console.Console()
+    console = _console()
     with Board(console, [config]) as board:
         record = jobs.run(config, folder, again=again, report=board.report(config))
     metrics = record["metrics"]
@@ -41,6 +39,58 @@ Best epoch by validation: {metrics["best_epoch"]} of {config.epochs}, \
 test accuracy {metrics["best_test_accuracy"]:.1%}.
 Took {record["seconds"]:.0f} s. Result: {folder / jobs.RESULTS}"""
     console.print(closing, soft_wrap=True, highlight=False, markup=False)
+
+
+def compare(
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
+        "random",
+        "random+repair",
+        "magnitude",
+        "snip",
+        "grasp",
+        "synflow",
+        "dpai",
+        "dpai+repair",
+    ),
+    sparsities: tuple[float, ...] = (0.9, 0.99),
+    seeds: int = 3,
+    epochs: int = 20,
+    folder: pathlib.Path = pathlib.Path("runs/compare"),
+    again: bool = False,
+) -> None:
+    """Compare any methods on digits and ResNet-20: a table of means and deviations over seeds.
+
+    After an interruption the same command goes on where it stopped.
+
+    Args:
+        methods: Names of methods, each with +repair or +shuffled if you like, or "all" for all
+            of them.
+        sparsities: Fractions of the prunable weights to remove.
+        seeds: Repetitions of each job, with other weights and masks.
+        epochs: Passes over the training split in each job.
+        folder: Where results.jsonl and the checkpoints go.
+        again: Run every job from the start even if it has a result.
+    """
+    import dataclasses
+
+    from experiments import compare as comparison
+    from experiments import jobs, report
+    from experiments.methods import METHODS
+
+    names = tuple(METHODS) if methods == ("all",) else methods
+    base = dataclasses.replace(comparison.BASE, epochs=epochs)
+    if seeds < 1:
+        raise ConfigError(f"seeds must be at least 1; got {seeds}.")
+    todo = comparison.configs(names, sparsities, seeds, base)
+    console = _console()
+    records = comparison.run(todo, folder, again, console)
+    console.print()
+    console.print(
+        report.table(records, f"{base.model} on {base.dataset}, {seeds} seed{'s'[: seeds > 1]}")
+    )
+    console.print(
+        f"Results:  {folder / jobs.RESULTS}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def demo(
@@ -55,11 +105,17 @@ def demo(
         seeds: Repetitions of each job, with other weights and masks.
         again: Run every job from the start even if it has a result.
     """
-    import rich.console
-
     from experiments import demo as job_list
 
-    job_list.run(folder, seeds, again, rich.console.Console())
+    job_list.run(folder, seeds, again, _console())
+
+
+def _console() -> Any:
+    """Returns where commands show what they do; in files, tables have room."""
+    import rich.console
+
+    console = rich.console.Console()
+    return console if console.is_terminal else rich.console.Console(width=100)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -70,7 +126,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "demo": demo},
+            {"train": train, "compare": compare, "demo": demo},
             prog="python -m experiments",
             description="Prune networks at initialization, train them, compare them.",
             args=args,

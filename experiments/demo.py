@@ -1,29 +1,21 @@
 """The demo: one network unpruned, pruned at random and pruned by DPaI, each trained on digits."""
 
-import dataclasses
 import pathlib
 import sys
 import time
 
 import rich.console
 
-from experiments import jobs, report
-from experiments.board import Board
-from experiments.config import DENSE, Config
+from experiments import compare, jobs, report
+from experiments.config import Config
 
 SPARSITIES = (0.9, 0.99)
 METHODS = ("random", "dpai")
-BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
 
 
 def configs(seeds: int) -> list[Config]:
     """Returns the demo's jobs, seed by seed."""
-    pruned = [(method, sparsity) for sparsity in SPARSITIES for method in METHODS]
-    return [
-        dataclasses.replace(BASE, method=method, sparsity=sparsity, seed=seed)
-        for seed in range(seeds)
-        for method, sparsity in [(DENSE, 0.0), *pruned]
-    ]
+    return compare.configs(METHODS, SPARSITIES, seeds)
 
 
 def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Console) -> None:
@@ -38,10 +30,7 @@ def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Con
     todo = configs(seeds)
     begin = time.monotonic()
     console.print(f"ResNet-20 on 8x8 digits: {len(todo)} jobs, a few minutes on two cores.")
-    with Board(console, todo) as board:
-        records = [
-            jobs.run(config, folder, again=again, report=board.report(config)) for config in todo
-        ]
+    records = compare.run(todo, folder, again, console)
     title = "ResNet-20 on digits"
     picture = folder / "demo.png"
     report.draw(records, picture, title)
@@ -61,7 +50,8 @@ def next_command() -> str:
     python = pathlib.Path(sys.executable)
     if python.is_relative_to(pathlib.Path.cwd()):
         python = python.relative_to(pathlib.Path.cwd())
+    base = compare.BASE
     return (
-        f"{python} -m experiments train --dataset {BASE.dataset} --model {BASE.model} "
+        f"{python} -m experiments train --dataset {base.dataset} --model {base.model} "
         "--method dpai --sparsity 0.98 --seed 1"
     )

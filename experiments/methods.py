@@ -1,23 +1,79 @@
-"""Pruning methods by the names that configurations use. A new method is one line here."""
+"""Pruning methods by the names that configurations use. A new method is one line here.
+
+To each name "+repair" can be added, for masks whose every kept weight is effective, or "+shuffled",
+for the same number of weights in each layer at random places.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import dpai_jax as dpai
 from dpai_jax.methods.base import Method
 from experiments.config import DENSE, ConfigError
 
-METHODS: dict[str, Method] = {
+Train = Callable[[Any, Any], Any]
+"""Trains a network: from its variables and masks to its trained variables."""
+
+AFTERWARDS = ("repair", "shuffled")
+"""What can be done to the masks of any method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is pruned.
+
+    Attributes:
+        method: The method; or a function that makes it of one that trains the network.
+        batches: Batches of ten images a class that it may look at.
+        temperature: What the logits are divided by in its loss.
+        images: Images in the input that it draws for itself.
+        afterwards: What is done to its masks, one of `AFTERWARDS`, or nothing.
+    """
+
+    method: Method | Callable[[Train], Method]
+    batches: int = 0
+    temperature: float = 1.0
+    images: int = 1
+    afterwards: str = ""
+
+    def make(self, train: Train) -> Method:
+        """Returns the method, ready to run."""
+        return self.method(train) if callable(self.method) else self.method
+
+
+METHODS: Mapping[str, Recipe] = {
     # Nothing is removed at sparsity 0, whatever the scores.
-    DENSE: dpai.Random(),
-    "dpai": dpai.DPaI(),
-    "random": dpai.Random(allocation=dpai.erk),
+    DENSE: Recipe(dpai.Random()),
+    "random": Recipe(dpai.Random(dpai.erk)),
+    "random-er": Recipe(dpai.Random(dpai.er)),
+    "random-uniform": Recipe(dpai.Random(dpai.uniform)),
+    "magnitude": Recipe(dpai.Magnitude()),
+    "magnitude-erk": Recipe(dpai.Magnitude(dpai.erk)),
+    "snip": Recipe(dpai.SNIP(), batches=1),
+    "snip-erk": Recipe(dpai.SNIP(dpai.erk), batches=1),
+    "iterative-snip": Recipe(dpai.IterativeSNIP(), batches=1),
+    "force": Recipe(dpai.FORCE(), batches=1),
+    "grasp": Recipe(dpai.GraSP(), batches=1, temperature=200.0),
+    "synflow": Recipe(dpai.SynFlow()),
+    "synflow-erk": Recipe(dpai.SynFlow(allocation=dpai.erk)),
+    "ntk-sap": Recipe(dpai.NTKSAP(), images=64),
+    "prospr": Recipe(dpai.ProsPr(), batches=4),
+    "dpai": Recipe(dpai.DPaI()),
+    "imp": Recipe(dpai.IMP),
 }
 
 
-def method(name: str) -> Method:
-    """Returns the method of this name.
+def recipe(name: str) -> Recipe:
+    """Returns what a name stands for.
 
     Raises:
         ConfigError: No method has this name.
     """
-    if name not in METHODS:
-        raise ConfigError(f"method must be one of {sorted(METHODS)}; got {name!r}.")
-    return METHODS[name]
+    base, plus, afterwards = name.partition("+")
+    if base not in METHODS or (plus and afterwards not in AFTERWARDS):
+        raise ConfigError(
+            f"method must be one of {sorted(METHODS)}, with +repair or +shuffled if you like; "
+            f"got {name!r}."
+        )
+    return dataclasses.replace(METHODS[base], afterwards=afterwards)

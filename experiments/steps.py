@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -88,6 +89,22 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {"train_loss": loss, "train_accuracy": jnp.mean(logits.argmax(-1) == labels)}
     return TrainState(params, statistics, opt_state, state.masks), metrics
+
+
+@functools.lru_cache
+def pruning_loss(model: nn.Module, temperature: float) -> Callable[[Any, Any], jax.Array]:
+    """Returns the loss by which methods prune: as in training, its logits divided by a number.
+
+    The same function for the same arguments, so that jobs share what is compiled for it.
+    """
+
+    def loss_fn(variables: Any, batch: Any) -> jax.Array:
+        images, labels = batch
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, labels)
+        return losses.mean()
+
+    return loss_fn
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,6 +1,7 @@
 """Prunes a network, trains what is left and measures it."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import dpai_jax as dpai
-from dpai_jax.methods.base import Method
 from experiments import datasets, methods, models, steps
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, ConfigError
@@ -37,14 +37,14 @@ class Job:
         config: The configuration.
         data: Its data set.
         model: Its network.
-        method: Its pruning method.
+        pruning: How it is pruned.
         recipe: Its optimizer's numbers.
     """
 
     config: Config
     data: datasets.Dataset
     model: nn.Module
-    method: Method
+    pruning: methods.Recipe
     recipe: Recipe
 
 
@@ -101,7 +101,7 @@ def resolve(config: Config) -> Job:
         ConfigError: A value makes no sense, or a name is unknown.
     """
     config.check()
-    method = methods.method(config.method)
+    pruning = methods.recipe(config.method)
     data = datasets.load(config.dataset)
     model = models.create(config.model, data.num_classes, config.width)
     images = len(data.train.labels)
@@ -117,21 +117,45 @@ def resolve(config: Config) -> Job:
         warmup_steps=int(config.warmup * total),
         steps=total,
     )
-    return Job(config, data, model, method, recipe)
+    return Job(config, data, model, pruning, recipe)
 
 
 def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     """Prunes a job's freshly initialized network: masks parallel to its variables."""
     # The bare method, not a closure: jobs that share a network then share its trace.
-    return dpai.prune(
-        job.model.apply,
+    fn, key, pruning = job.model.apply, jax.random.key(job.config.seed), job.pruning
+
+    def images(number: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((number, *job.data.image_shape), jnp.float32)
+
+    result = dpai.prune(
+        fn,
         variables,
-        jax.ShapeDtypeStruct((1, *job.data.image_shape), jnp.float32),
+        images(pruning.images),
         sparsity=job.config.sparsity,
-        method=job.method,
-        key=jax.random.key(job.config.seed),
+        method=pruning.make(functools.partial(train_variables, job)),
+        key=key,
+        loss_fn=steps.pruning_loss(job.model, pruning.temperature),
+        batches=datasets.samples(
+            job.data.train, job.data.num_classes, pruning.batches, seed=job.config.seed
+        ),
+        repair=pruning.afterwards == "repair",
         progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
     )
+    masks = result.masks
+    if pruning.afterwards == "shuffled":
+        masks = dpai.shuffled(masks, key)
+    # Whatever a method looked at, paths are those of one image.
+    net = dpai.trace(fn, variables, images(1))
+    return dataclasses.replace(result, masks=masks, net=net, topology=dpai.topology(net, masks))
+
+
+def train_variables(job: Job, variables: Any, masks: Any) -> Any:
+    """Trains a network under masks from the given variables; returns the trained ones."""
+    state = steps.start(job.recipe, variables, masks["params"])
+    for epoch in range(job.config.epochs):
+        state, _ = train_epoch(job, state, epoch)
+    return variables | {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Metrics]:

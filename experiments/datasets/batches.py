@@ -39,3 +39,25 @@ def _shifted(images: np.ndarray, shift: int, rng: np.random.Generator) -> np.nda
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
     row, column = rng.integers(0, 2 * shift + 1, size=(2, count))
     return np.moveaxis(windows[np.arange(count), row, column], 1, -1)
+
+
+def samples(
+    split: Split, num_classes: int, number: int, *, seed: int, per_class: int = 10
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns batches that hold as many images of each class, for methods that prune by data.
+
+    No image is in two batches, unless a class has too few.
+
+    Args:
+        split: Images and labels to draw from.
+        num_classes: Number of labels.
+        number: How many batches.
+        seed: Seed of the draw.
+        per_class: Images of each class in a batch.
+    """
+    rng = np.random.default_rng(seed)
+    classes = [rng.permutation(np.flatnonzero(split.labels == c)) for c in range(num_classes)]
+    wanted = number * per_class
+    columns = np.stack([np.resize(index, wanted) for index in classes], axis=1)
+    chosen = [columns[i : i + per_class].ravel() for i in range(0, wanted, per_class)]
+    return [(split.images[index], split.labels[index]) for index in chosen]

@@ -7,6 +7,7 @@ import pytest
 from experiments import demo, jobs, results, train
 from experiments.__main__ import main
 from experiments.config import Config
+from experiments.methods import METHODS
 
 # Optax's schedules promote their integer step count.
 pytestmark = pytest.mark.standard_promotion
@@ -127,3 +128,38 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, capsys):
     assert caught.value.code == 130
     assert "goes on from here" in capsys.readouterr().err
     assert results.find(tmp_path / "results.jsonl", Config()) is None
+
+
+def test_compare_runs_every_method_at_every_sparsity_for_every_seed(monkeypatch, tmp_path, capsys):
+    calls = []
+    _instead_of_training(monkeypatch, calls)
+    command = ["compare", "--methods", "snip", "synflow+repair", "--sparsities", "0.9", "0.99"]
+    command += ["--seeds", "2", "--epochs", "3", "--folder", str(tmp_path)]
+    main(command)
+    pruned = {(m, s) for m in ("snip", "synflow+repair") for s in (0.9, 0.99)}
+    expected = {(m, s, seed) for seed in (0, 1) for m, s in {("dense", 0.0)} | pruned}
+    assert {(c.method, c.sparsity, c.seed) for c in calls} == expected
+    assert len(calls) == len(expected)
+    assert {c.epochs for c in calls} == {3}
+    shown = capsys.readouterr().out
+    assert "synflow+repair" in shown
+    assert "50.0 ± 0.0" in shown
+    main(command)
+    assert len(calls) == len(expected)
+
+
+def test_compare_refuses_a_name_before_the_first_job(monkeypatch, tmp_path):
+    calls = []
+    _instead_of_training(monkeypatch, calls)
+    for name in ("snipe", "snip+repaired"):
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", "--methods", "snip", name, "--folder", str(tmp_path)])
+        assert f"got '{name}'" in caught.value.code
+    assert not calls
+
+
+def test_all_methods_can_be_compared(monkeypatch, tmp_path):
+    calls = []
+    _instead_of_training(monkeypatch, calls)
+    main(["compare", "--methods", "all", "--seeds", "1", "--folder", str(tmp_path)])
+    assert {config.method for config in calls} == set(METHODS)

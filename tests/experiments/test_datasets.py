@@ -132,3 +132,24 @@ def test_augmented_images_are_shifted_by_at_most_the_asked_pixels(digits):
         assert matches
         used.update(matches)
     assert used == set(offsets)
+
+
+def test_samples_hold_as_many_images_of_each_class_and_none_twice(digits):
+    drawn = datasets.samples(digits.train, 10, 3, seed=0)
+    assert len(drawn) == 3
+    for images, labels in drawn:
+        assert images.shape == (100, 8, 8, 1)
+        np.testing.assert_array_equal(np.bincount(labels, minlength=10), 10)
+    rows = np.concatenate([images for images, _ in drawn]).reshape(300, -1)
+    known = {image.tobytes() for image in digits.train.images}
+    assert all(row.tobytes() in known for row in rows)
+    again, other = (datasets.samples(digits.train, 10, 3, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(again[2][0], drawn[2][0])
+    assert np.any(other[0][0] != drawn[0][0])
+
+
+def test_images_come_round_again_where_a_class_has_too_few(digits):
+    few = datasets.Split(digits.train.images[:60], digits.train.labels[:60])
+    drawn = datasets.samples(few, 10, 2, seed=0)
+    assert all(np.all(np.bincount(labels, minlength=10) == 10) for _, labels in drawn)
+    assert datasets.samples(few, 10, 0, seed=0) == []

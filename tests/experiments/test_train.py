@@ -10,6 +10,7 @@ import pytest
 import dpai_jax as dpai
 from experiments import steps, train
 from experiments.config import Config, ConfigError
+from experiments.methods import METHODS
 
 # Optax's schedules promote their integer step count.
 pytestmark = pytest.mark.standard_promotion
@@ -204,14 +205,16 @@ def test_jobs_that_differ_in_their_masks_share_one_compiled_step(digits):
     assert TRACED == [True]
 
 
-def test_jobs_that_share_a_network_share_its_trace(monkeypatch):
-    monkeypatch.setattr(dpai, "prune", lambda fn, params, x, **_: dpai.trace(fn, params, x))
+def test_jobs_that_share_a_network_share_its_trace():
     jobs = [
         train.resolve(TINY),
-        train.resolve(dataclasses.replace(TINY, seed=5, method="dpai", sparsity=0.5)),
+        train.resolve(dataclasses.replace(TINY, seed=5, method="magnitude", sparsity=0.5)),
         train.resolve(dataclasses.replace(TINY, width=4)),
     ]
-    nets = [train.prune(job, steps.initialize(job.model, 0, (8, 8, 1)), print) for job in jobs]
+    nets = [
+        train.prune(job, steps.initialize(job.model, 0, (8, 8, 1)), lambda *_: None).net
+        for job in jobs
+    ]
     assert nets[0] is nets[1]
     assert nets[0] is not nets[2]
 
@@ -224,3 +227,48 @@ def test_accuracy_is_the_fraction_of_right_labels_whatever_the_batch(digits):
     expected = np.mean(logits.argmax(-1) == digits.test.labels)
     for batch_size in (7, 64, 400):
         assert train.accuracy(Counted(), state, digits.test, batch_size) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
+def test_every_method_prunes_a_network_of_the_experiments(name):
+    """Two steps of each that takes steps; the loss is that of training."""
+    config = dataclasses.replace(TINY, method=name, sparsity=0.7, width=2, epochs=1)
+    job = train.resolve(config)
+    method = job.pruning.method
+    if not callable(method) and hasattr(method, "steps"):
+        short = dataclasses.replace(method, steps=2)
+        job = dataclasses.replace(job, pruning=dataclasses.replace(job.pruning, method=short))
+    variables = steps.initialize(job.model, 0, job.data.image_shape)
+    result = train.prune(job, variables, lambda *_: None)
+    masks = jax.tree.leaves(result.masks["params"])
+    sizes = [m.size for m in masks if m.ndim]
+    assert sum(int(m.sum()) for m in masks if m.ndim) == round(0.3 * sum(sizes))
+    assert jax.tree.structure(result.masks) == jax.tree.structure(variables)
+
+
+def test_shuffled_masks_have_the_densities_of_those_they_were_made_of():
+    def layers(name):
+        config = dataclasses.replace(TINY, method=name, sparsity=0.7)
+        job = train.resolve(config)
+        variables = steps.initialize(job.model, 0, job.data.image_shape)
+        return train.prune(job, variables, lambda *_: None)
+
+    plain, shuffled = layers("magnitude"), layers("magnitude+shuffled")
+    assert [layer.weights for layer in plain.topology.layers] == [
+        layer.weights for layer in shuffled.topology.layers
+    ]
+    assert shuffled.topology == dpai.topology(shuffled.net, shuffled.masks)
+    pairs = zip(jax.tree.leaves(plain.masks), jax.tree.leaves(shuffled.masks), strict=True)
+    assert any(np.any(a != b) for a, b in pairs)
+
+
+def test_the_loss_that_methods_prune_by_divides_logits_by_a_temperature(digits):
+    job = train.resolve(TINY)
+    variables = steps.initialize(job.model, 0, job.data.image_shape)
+    images, labels = digits.train.images[:20], digits.train.labels[:20]
+    logits, _ = job.model.apply(variables, images, train=True, mutable=["batch_stats"])
+    for temperature in (1.0, 200.0):
+        scaled = np.asarray(logits, np.float64) / temperature
+        expected = np.mean(np.log(np.exp(scaled).sum(1)) - scaled[np.arange(20), labels])
+        loss = steps.pruning_loss(job.model, temperature)(variables, (images, labels))
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
