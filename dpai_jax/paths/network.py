@@ -138,12 +138,12 @@ class Network:
         at which the layer reads it there; the layers behind have no part in it.
 
         Args:
-          masks: the layers' masks as float32, one at the least of which leads on in each layer.
+          masks: the layers' masks as float32.
 
         Returns:
-          For each layer an array of its shape, in units of its largest entry: 1 is the largest. Of
-          a kernel used several times it is the mean over the uses, each in its own units. Zero
-          where no path enters, and throughout for a kernel whose paths do not count (see `gates`).
+          For each layer an array of its shape, in units of its largest entry. Of a kernel used
+          several times it is the sum over the uses, each in units of its own largest. Zero where
+          no path enters, and throughout for a kernel whose paths do not count (see `gates`).
         """
 
         def count(masks: list[Array]) -> Array:

@@ -213,13 +213,14 @@ saturate.defvjp(lambda array: (saturate(array), None), lambda _, g: ((g > 0.5).a
 
 
 @jax.custom_vjp
-def with_gradient(array: Array, gradient: Array) -> Array:
+def with_gradient(array: Array, _gradient: Array) -> Array:
     """The array itself; its gradient, if anything is asked of what it led to, is the one given."""
     return array
 
 
 with_gradient.defvjp(
-    lambda array, gradient: (array, gradient), lambda gradient, _: (gradient, jnp.zeros_like(gradient))
+    lambda array, gradient: (array, gradient),
+    lambda gradient, _: (gradient, jnp.zeros_like(gradient)),
 )
 
 
