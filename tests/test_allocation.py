@@ -132,7 +132,7 @@ def test_any_network_keeps_exactly_what_is_asked(kernels, sparsity):
     sizes = [math.prod(kernel) for kernel in kernels]
     assume(asked(sparsity, sum(sizes)) >= len(kernels))
     net = network(kernels)
-    for allocation in (dpai.erk, dpai.uniform):
+    for allocation in (dpai.erk, dpai.er, dpai.uniform):
         keep = allocation(net, sparsity)
         assert all(type(kept) is int for kept in keep)
         assert sum(keep) == asked(sparsity, sum(sizes))
@@ -168,6 +168,17 @@ def test_density_is_proportional_to_sum_over_product_of_the_axes(sparsity):
     sizes = np.asarray([math.prod(kernel) for kernel in kernels])
     assert np.all(keep < sizes)
     scale = (keep / sizes) / (np.asarray(erk_shares(kernels)) / sizes)
+    np.testing.assert_allclose(scale, scale.mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.97])
+def test_the_rule_without_kernels_leaves_the_taps_out(sparsity):
+    kernels = [(3, 3, 256, 512), (1, 7, 300, 200), (5, 5, 64, 128), (2048, 1024), (700, 900)]
+    keep = np.asarray(dpai.er(network(kernels), sparsity))
+    sizes = np.asarray([math.prod(kernel) for kernel in kernels])
+    assert np.all(keep < sizes)
+    rule = np.asarray([(a + b) / (a * b) for *_, a, b in kernels])
+    scale = (keep / sizes) / rule
     np.testing.assert_allclose(scale, scale.mean(), rtol=1e-3)
 
 

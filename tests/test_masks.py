@@ -55,6 +55,30 @@ def test_ties_go_by_index_and_the_count_is_exact(scores, keep):
     np.testing.assert_array_equal(mask, by_sorting(scores, keep))
 
 
+@given(
+    stnp.arrays(np.float32, (4, 5), elements=st.sampled_from([-INF, -1, 0.0, 1, 2, INF])),
+    stnp.arrays(np.float32, (7,), elements=st.sampled_from([-1, 0.0, 0.5, 1, INF])),
+    st.integers(0, 27),
+)
+def test_one_number_is_that_of_all_layers_together(first, second, keep):
+    scores = {"a": jnp.asarray(first), "bias": jnp.float32(0), "c": jnp.asarray(second)}
+    masks = dpai.binarize(scores, keep)
+    expected = by_sorting(np.concatenate([first.ravel(), second]), keep)
+    np.testing.assert_array_equal(masks["a"], expected[:20].reshape(4, 5))
+    np.testing.assert_array_equal(masks["c"], expected[20:])
+    assert masks["bias"]
+
+
+def test_one_number_may_be_traced_and_must_be_possible():
+    scores = {"a": jnp.arange(6.0), "b": jnp.arange(4.0)}
+    masks = jax.jit(dpai.binarize)(scores, jnp.int32(3))
+    assert [int(m.sum()) for m in masks.values()] == [2, 1]
+    for keep in (-1, 11):
+        message = rf"keep must be in \[0, 10\] for all layers, got {keep}"
+        with pytest.raises(ValueError, match=message):
+            dpai.binarize(scores, keep)
+
+
 @pytest.mark.parametrize("keep", range(7))
 @pytest.mark.parametrize(
     "scores",
