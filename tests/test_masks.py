@@ -71,8 +71,8 @@ def test_one_number_is_that_of_all_layers_together(first, second, keep):
 
 def test_one_number_may_be_traced_and_must_be_possible():
     scores = {"a": jnp.arange(6.0), "b": jnp.arange(4.0)}
-    masks = jax.jit(dpai.binarize)(scores, jnp.int32(3))
-    assert [int(m.sum()) for m in masks.values()] == [2, 1]
+    masks = jax.jit(dpai.binarize)(scores, jnp.int32(4))
+    assert [int(m.sum()) for m in masks.values()] == [3, 1]
     for keep in (-1, 11):
         message = rf"keep must be in \[0, 10\] for all layers, got {keep}"
         with pytest.raises(ValueError, match=message):
