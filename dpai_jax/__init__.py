@@ -29,6 +29,7 @@ from dpai_jax.methods import (
 from dpai_jax.optimizer import keep_pruned
 from dpai_jax.paths import Layer, Network, log_paths, trace
 from dpai_jax.prune import Result, prune
+from dpai_jax.repair import repair
 from dpai_jax.topology import LayerTopology, Topology, effective_weights, topology
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "keep_pruned",
     "log_paths",
     "prune",
+    "repair",
     "shuffled",
     "topology",
     "trace",

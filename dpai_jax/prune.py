@@ -20,6 +20,7 @@ from dpai_jax.methods.base import Loss, Method, Problem, Pruned, Report
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
+from dpai_jax.repair import repair as repair_masks
 from dpai_jax.topology import Topology, topology
 
 PyTree = Any

@@ -200,3 +200,14 @@ def test_settings_out_of_range_are_refused(make, message):
 def test_a_training_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"train must be a function train\(params, masks\), got 3"):
         dpai.IMP(3)
+
+
+@pytest.mark.parametrize("where", ["linen", "scanned"])
+@pytest.mark.parametrize("name", METHODS)
+def test_repair_makes_every_kept_weight_effective_and_keeps_each_layer_s_number(name, where):
+    plain = prune(problem(where), METHODS[name], 0.9)
+    result = prune(problem(where), METHODS[name], 0.9, repair=True)
+    assert result.topology.effective == result.topology.weights
+    pairs = zip(plain.topology.layers, result.topology.layers, strict=True)
+    assert all(a.weights == b.weights and a.effective <= b.effective for a, b in pairs)
+    jax.tree.map(np.testing.assert_array_equal, plain.scores, result.scores)

@@ -1,0 +1,275 @@
+"""Repair: kept weights that no path passes are moved to where one does."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax.masks import from_layers
+from dpai_jax.paths import Layer, Network
+from dpai_jax.paths.network import check_parallel
+
+PyTree = Any
+
+# How often a new path is looked for from one layer before another's turn: by score, then at random.
+_TRIES = 8
+
+
+def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None = None) -> PyTree:
+    """Moves the kept weights that no path passes, within their layers, to where one does.
+
+    A kept weight that lies on no path from the input to the output is wasted. Such weights are
+    dropped, and as many are put back in the same layer:
+
+    1. where one weight by itself is effective at once, ∂ log R_P/∂m > 0, those of the highest
+       scores first; again and again, as each of them opens places in other layers;
+    2. where no such place is left, along new paths: as few new weights as complete one, for which
+       a layer that has none to spare gives up a weight that the others can do without.
+
+    Weights that cannot be placed stay where they were, kept and ineffective; `topology` tells how
+    many. So each layer keeps as many weights as before, and no fewer are effective in any of them.
+    Masks without ineffective weights come back as they are.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((2, 3)), "out": jnp.ones((3, 1))}
+      >>> net = dpai.trace(fn, params, jnp.ones((1, 2)))
+      >>> hidden = jnp.array([[True, True, False], [False, False, False]])
+      >>> masks = {"hidden": hidden, "out": jnp.array([[True], [False], [False]])}
+      >>> dpai.repair(net, masks)["hidden"].tolist()
+      [[True, False, False], [True, False, False]]
+
+    Args:
+      net: the traced network.
+      masks: pytree of masks parallel to the parameters; a weight is kept where it is not zero.
+      scores: pytree of scores parallel to the parameters: of two places that would do, the one of
+        the higher score is taken, and by chance if they are equal. For scores whose magnitude
+        counts, as those of `DPaI`, pass their absolute values. Without scores places are drawn.
+      key: random key; `jax.random.key(0)` if not given. The same key gives the same masks.
+
+    Returns:
+      Pytree of boolean masks like `masks`.
+
+    Raises:
+      ValueError: if the tree or the shapes of masks or scores are not those of the network, or a
+        score is NaN.
+    """
+    kept = _join(net, [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")])
+    key = jax.random.key(0) if key is None else key
+    seed = np.asarray(jax.random.bits(key, (4,), jnp.uint32))
+    work = _Repair(net, kept, _flat_scores(net, scores), np.random.default_rng(seed))
+    live = work.filled(kept & work.reached(kept))
+    while not work.is_full(live) and (longer := work.lengthened(live)) is not None:
+        live = work.filled(longer)
+    return from_layers(net, _split(net, jnp.asarray(work.topped_up(live, kept))))
+
+
+def _flat_scores(net: Network, scores: PyTree) -> np.ndarray:
+    if scores is None:
+        return np.zeros(net.size, np.float32)
+    leaves = [jnp.asarray(s, jnp.float32) for s in check_parallel(net, scores, "scores")]
+    for layer, s in zip(net.layers, leaves, strict=True):
+        if bool(jnp.any(jnp.isnan(s))):
+            raise ValueError(f"scores must be numbers, but {layer.name} has a NaN")
+    return _join(net, leaves)
+
+
+def _order(layer: Layer) -> tuple[int, ...]:
+    """The axes of a kernel, those over copies of the layer first."""
+    return (*layer.stack, *(i for i in range(len(layer.shape)) if i not in layer.stack))
+
+
+def _split(net: Network, flat: Array) -> list[Array]:
+    """From one row of all weights, in which those of each copy of a layer stand together."""
+    parts = jnp.split(flat, np.cumsum([layer.size for layer in net.layers])[:-1])
+    return [
+        part.reshape([layer.shape[i] for i in _order(layer)]).transpose(np.argsort(_order(layer)))
+        for layer, part in zip(net.layers, parts, strict=True)
+    ]
+
+
+def _join(net: Network, leaves: Sequence[Array]) -> np.ndarray:
+    """To one row of all weights (see `_split`)."""
+    rows = [
+        np.asarray(x).transpose(_order(layer)).ravel()
+        for layer, x in zip(net.layers, leaves, strict=True)
+    ]
+    return np.concatenate(rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reached(net: Network, masks: Array) -> list[Array]:
+    return [r > 0 for r in net.reached([m.astype(jnp.float32) for m in _split(net, masks)])]
+
+
+class _Repair:
+    """A repair at work. Masks are NumPy arrays, one row of all weights; a weight is its index.
+
+    Each layer, and each copy of layers stacked in one kernel, is a *slot*: a range of the row, with
+    its own number of weights to keep.
+
+    Attributes:
+      slots: the ranges.
+      counts: the number of weights to keep in each.
+      scores: the scores of the weights.
+      noise: what decides between equal scores.
+    """
+
+    def __init__(
+        self, net: Network, kept: np.ndarray, scores: np.ndarray, rng: np.random.Generator
+    ):
+        self.net, self.scores, self.rng = net, scores, rng
+        sizes = [layer.size // layer.copies for layer in net.layers for _ in range(layer.copies)]
+        ends = list(itertools.accumulate(sizes))
+        self.slots = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self.counts = self.used(kept)
+        self.noise = rng.random(kept.size, np.float32)
+
+    def used(self, masks: np.ndarray) -> np.ndarray:
+        """The number of weights kept in each slot."""
+        return np.array([np.count_nonzero(masks[slot]) for slot in self.slots])
+
+    def is_full(self, masks: np.ndarray) -> bool:
+        """Whether every slot has its number of weights."""
+        return np.array_equal(self.used(masks), self.counts)
+
+    def reached(self, masks: np.ndarray) -> np.ndarray:
+        """Which weights lie on a path, or would if they were kept."""
+        return _join(self.net, _reached(self.net, masks))
+
+    def is_effective(self, masks: np.ndarray) -> bool:
+        """Whether every weight kept lies on a path."""
+        return bool(np.all(self.reached(masks)[masks]))
+
+    def ranked(self, weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """The weights, those of the highest scores first."""
+        return weights[np.lexsort((self.noise[weights], scores[weights]))[::-1]]
+
+    def topped_up(self, masks: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+        """The masks with the best of the weights allowed, as many as are missing in each slot."""
+        result = masks.copy()
+        missing = self.counts - self.used(masks)
+        for i in np.flatnonzero(missing):
+            free = _within(self.slots[i], allowed & ~masks)
+            if free.size > missing[i]:
+                # Spares sorting all of a large layer.
+                least = np.partition(self.scores[free], -missing[i])[-missing[i]]
+                free = self.ranked(free[self.scores[free] >= least], self.scores)
+            result[free[: missing[i]]] = True
+        return result
+
+    def filled(self, masks: np.ndarray) -> np.ndarray:
+        """The masks with weights that are effective at once, until none is missing or to be had.
+
+        What is added in one round is effective whatever else is, so all of it is added together;
+        what it opens in other layers is for the next round.
+        """
+        while not self.is_full(masks):
+            longer = self.topped_up(masks, self.reached(masks))
+            if np.array_equal(longer, masks):
+                break
+            masks = longer
+        return masks
+
+    def lengthened(self, masks: np.ndarray) -> np.ndarray | None:
+        """The masks with one more path, through a slot with weights to spare; if there is one."""
+        targets = np.flatnonzero(self.counts - self.used(masks))
+        scores = self.scores
+        for _ in range(_TRIES):
+            for target in self.rng.permutation(targets):
+                longer = self._through(target, masks, scores)
+                if longer is not None:
+                    return longer
+            scores = self.rng.random(masks.size, np.float32)
+        return None
+
+    def _through(self, target: int, masks: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
+        """The masks with one more path, through a new weight of one slot."""
+
+        def opened(slots: Sequence[int]) -> np.ndarray:
+            wider = masks.copy()
+            for i in slots:
+                wider[self.slots[i]] = True
+            return wider
+
+        def entries(slots: Sequence[int]) -> np.ndarray:
+            return _within(self.slots[target], self.reached(opened(slots)) & ~masks)
+
+        # Slots with weights to spare come first; the target itself, which a path may pass twice
+        # where a kernel is shared, last.
+        full = self.used(masks) == self.counts
+        slots = self.rng.permutation(len(self.slots))
+        slots = slots[np.lexsort((full[slots], slots == target))]
+        through = _needed(slots, lambda slots: entries(slots).size > 0)
+        if through is None:
+            return None
+        entry = self.ranked(entries(through), scores)[0]
+
+        def joined(weights: Sequence[int]) -> np.ndarray:
+            longer = masks.copy()
+            longer[[entry, *weights]] = True
+            return longer
+
+        places = self.ranked(np.flatnonzero(opened(through) & ~joined([])), scores)
+        new = _needed(places, lambda weights: bool(self.reached(joined(weights))[entry]))
+        return None if new is None else self._relieved(joined(new), masks, scores)
+
+    def _relieved(
+        self, masks: np.ndarray, older: np.ndarray, scores: np.ndarray
+    ) -> np.ndarray | None:
+        """The masks without as many older weights as are too many in a slot, all others effective.
+
+        A weight that cannot be spared now can't be later either, so each is tried once.
+        """
+        if not self.is_effective(masks):
+            return None
+        excess = np.maximum(self.used(masks) - self.counts, 0)
+        for i in np.flatnonzero(excess):
+            for weight in self.ranked(_within(self.slots[i], older), scores)[::-1]:
+                masks[weight] = False
+                excess[i] -= 1
+                if not self.is_effective(masks):
+                    masks[weight] = True
+                    excess[i] += 1
+                elif excess[i] == 0:
+                    break
+        return None if np.any(excess) else masks
+
+
+def _within(slot: slice, flags: np.ndarray) -> np.ndarray:
+    """The weights of a slot for which a flag is set."""
+    return slot.start + np.flatnonzero(flags[slot])
+
+
+def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[int] | None:
+    """A smallest set, in that none of it can be left out, of items for which a condition holds.
+
+    The condition must hold of more items where it holds of fewer. Earlier items are preferred: the
+    last one that is taken is as early as it can be, and so on.
+
+    Returns:
+      The items, or nothing if the condition doesn't even hold of all.
+    """
+    taken: list[int] = []
+    end = len(items)
+    if not holds(items.tolist()):
+        return None
+    while not holds(taken):
+        low, high = 0, end
+        while low < high:
+            middle = (low + high) // 2
+            if holds([*taken, *items[:middle].tolist()]):
+                high = middle
+            else:
+                low = middle + 1
+        taken.append(int(items[high - 1]))
+        end = high - 1
+    return taken
