@@ -15,6 +15,7 @@ from dpai_jax.masks import apply_masks, binarize, shuffled
 from dpai_jax.methods import (
     FORCE,
     IMP,
+    NPB,
     NTKSAP,
     SNIP,
     DPaI,
@@ -35,6 +36,7 @@ from dpai_jax.topology import LayerTopology, Topology, effective_weights, topolo
 __all__ = [
     "FORCE",
     "IMP",
+    "NPB",
     "NTKSAP",
     "SNIP",
     "DPaI",

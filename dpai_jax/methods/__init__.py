@@ -5,6 +5,7 @@ from dpai_jax.methods.force import FORCE
 from dpai_jax.methods.grasp import GraSP
 from dpai_jax.methods.imp import IMP
 from dpai_jax.methods.magnitude import Magnitude
+from dpai_jax.methods.npb import NPB
 from dpai_jax.methods.ntksap import NTKSAP
 from dpai_jax.methods.prospr import ProsPr
 from dpai_jax.methods.random import Random
@@ -14,6 +15,7 @@ from dpai_jax.methods.synflow import SynFlow
 __all__ = [
     "FORCE",
     "IMP",
+    "NPB",
     "NTKSAP",
     "SNIP",
     "DPaI",

@@ -34,12 +34,13 @@ METHODS = {
     "SynFlow, ERK": dpai.SynFlow(5, dpai.erk),
     "NTK-SAP": dpai.NTKSAP(3),
     "ProsPr": dpai.ProsPr(2),
+    "NPB": dpai.NPB(),
     "IMP": dpai.IMP(train, 0.5),
     "DPaI": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1)),
     "DPaI, global": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1), allocation=dpai.weights_to_keep),
 }
 # Methods whose masks hang on the key.
-RANDOM = ("random", "random, uniform", "random, ER", "NTK-SAP", "DPaI", "DPaI, global")
+RANDOM = ("random", "random, uniform", "random, ER", "NTK-SAP", "NPB", "DPaI", "DPaI, global")
 # Methods that score by the weights, or by the loss at them.
 BY_WEIGHTS = ("SNIP", "iterative SNIP", "FORCE", "GraSP", "SynFlow", "ProsPr")
 
