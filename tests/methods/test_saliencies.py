@@ -156,6 +156,28 @@ def test_synflow_is_conserved():
         assert float(scores[name].sum()) == pytest.approx(1.0, rel=1e-5)
 
 
+def test_synflow_of_a_hundred_layers_is_right_though_its_flow_overflows_float32():
+    params = [draw((8, 8), i) for i in range(100)]
+
+    def fn(params, x):
+        for w in params:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.1, dpai.SynFlow(1), progress=False)
+    weights = [np.abs(np.asarray(w, np.float64)) for w in params]
+    into, outof = [np.ones(8)], [np.ones(8)]
+    for w in weights:
+        into.append(into[-1] @ w)
+    for w in reversed(weights):
+        outof.append(w @ outof[-1])
+    total = into[-1].sum()
+    assert total > np.finfo(np.float32).max
+    for i, (w, score) in enumerate(zip(weights, result.scores, strict=True)):
+        expected = into[i][:, None] * w * outof[99 - i][None, :] / total
+        np.testing.assert_allclose(score, expected, rtol=1e-4)
+
+
 def test_synflow_through_a_residual_convolutional_network_is_a_float64_forward():
     """|θ| in a network without biases, with ones at the input; the borders count."""
     params = {"stem": draw((3, 3, 1, 3), 0), "conv": draw((3, 3, 3, 3), 1), "head": draw((3, 2), 2)}
