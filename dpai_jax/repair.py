@@ -19,7 +19,7 @@ from dpai_jax.paths.network import check_parallel
 PyTree = Any
 
 # How often a new path is looked for from one layer before another's turn: by score, then at random.
-_TRIES = 8
+_TRIES = 32
 
 
 def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None = None) -> PyTree:
@@ -181,7 +181,8 @@ class _Repair:
 
     def lengthened(self, masks: np.ndarray) -> np.ndarray | None:
         """The masks with one more path, through a slot with weights to spare; if there is one."""
-        targets = np.flatnonzero(self.counts - self.used(masks))
+        possible = self.reached(np.ones_like(masks)) & ~masks
+        targets = np.flatnonzero((self.used(masks) < self.counts) & (self.used(possible) > 0))
         scores = self.scores
         for _ in range(_TRIES):
             for target in self.rng.permutation(targets):
@@ -209,8 +210,6 @@ class _Repair:
         slots = self.rng.permutation(len(self.slots))
         slots = slots[np.lexsort((full[slots], slots == target))]
         through = _needed(slots, lambda slots: entries(slots).size > 0)
-        if through is None:
-            return None
         entry = self.ranked(entries(through), scores)[0]
 
         def joined(weights: Sequence[int]) -> np.ndarray:
@@ -220,7 +219,7 @@ class _Repair:
 
         places = self.ranked(np.flatnonzero(opened(through) & ~joined([])), scores)
         new = _needed(places, lambda weights: bool(self.reached(joined(weights))[entry]))
-        return None if new is None else self._relieved(joined(new), masks, scores)
+        return self._relieved(joined(new), masks, scores)
 
     def _relieved(
         self, masks: np.ndarray, older: np.ndarray, scores: np.ndarray
@@ -249,20 +248,15 @@ def _within(slot: slice, flags: np.ndarray) -> np.ndarray:
     return slot.start + np.flatnonzero(flags[slot])
 
 
-def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[int] | None:
+def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """A smallest set, in that none of it can be left out, of items for which a condition holds.
 
-    The condition must hold of more items where it holds of fewer. Earlier items are preferred: the
-    last one that is taken is as early as it can be, and so on.
-
-    Returns:
-      The items, or nothing if the condition doesn't even hold of all.
+    The condition must hold of all items, and of more where it holds of fewer. Earlier items are
+    preferred: the last one that is taken is as early as it can be, and so on.
     """
     taken: list[int] = []
     end = len(items)
-    if not holds(items.tolist()):
-        return None
-    while not holds(taken):
+    while end and not holds(taken):
         low, high = 0, end
         while low < high:
             middle = (low + high) // 2

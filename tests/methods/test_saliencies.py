@@ -156,8 +156,8 @@ def test_synflow_is_conserved():
         assert float(scores[name].sum()) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_synflow_of_a_hundred_layers_is_right_though_its_flow_overflows_float32():
-    params = [draw((8, 8), i) for i in range(100)]
+def test_synflow_of_fifty_layers_is_right_though_its_flow_overflows_float32():
+    params = [draw((8, 8), i) for i in range(50)]
 
     def fn(params, x):
         for w in params:
@@ -174,7 +174,7 @@ def test_synflow_of_a_hundred_layers_is_right_though_its_flow_overflows_float32(
     total = into[-1].sum()
     assert total > np.finfo(np.float32).max
     for i, (w, score) in enumerate(zip(weights, result.scores, strict=True)):
-        expected = into[i][:, None] * w * outof[99 - i][None, :] / total
+        expected = into[i][:, None] * w * outof[49 - i][None, :] / total
         np.testing.assert_allclose(score, expected, rtol=1e-4)
 
 
