@@ -35,6 +35,8 @@ def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None
 
     Weights that cannot be placed stay where they were, kept and ineffective; `topology` tells how
     many. So each layer keeps as many weights as before, and no fewer are effective in any of them.
+    New paths are a search, which may miss what is possible where a kernel is applied repeatedly, as
+    in recurrent networks, and keeps very few weights.
     Masks without ineffective weights come back as they are.
 
     Example:
@@ -145,24 +147,41 @@ class _Repair:
         """Which weights lie on a path, or would if they were kept."""
         return _join(self.net, _reached(self.net, masks))
 
+    def opened(self, masks: np.ndarray, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The masks with every weight of some slots."""
+        wider = masks.copy()
+        for i in slots:
+            wider[self.slots[i]] = True
+        return wider
+
+    def within(self, slot: int, flags: np.ndarray) -> np.ndarray:
+        """The flags of one slot, none of the others'."""
+        return self.opened(np.zeros_like(flags), [slot]) & flags
+
     def is_effective(self, masks: np.ndarray) -> bool:
         """Whether every weight kept lies on a path."""
         return bool(np.all(self.reached(masks)[masks]))
 
-    def ranked(self, weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    def ranked(self, weights: np.ndarray) -> np.ndarray:
         """The weights, those of the highest scores first."""
-        return weights[np.lexsort((self.noise[weights], scores[weights]))[::-1]]
+        return weights[np.lexsort((self.noise[weights], self.scores[weights]))[::-1]]
+
+    @functools.cached_property
+    def ranking(self) -> np.ndarray:
+        """All weights, those of the highest scores first."""
+        return self.ranked(np.arange(self.scores.size))
 
     def topped_up(self, masks: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """The masks with the best of the weights allowed, as many as are missing in each slot."""
         result = masks.copy()
         missing = self.counts - self.used(masks)
         for i in np.flatnonzero(missing):
-            free = _within(self.slots[i], allowed & ~masks)
+            slot = self.slots[i]
+            free = slot.start + np.flatnonzero(allowed[slot] & ~masks[slot])
             if free.size > missing[i]:
                 # Spares sorting all of a large layer.
                 least = np.partition(self.scores[free], -missing[i])[-missing[i]]
-                free = self.ranked(free[self.scores[free] >= least], self.scores)
+                free = self.ranked(free[self.scores[free] >= least])
             result[free[: missing[i]]] = True
         return result
 
@@ -181,48 +200,42 @@ class _Repair:
 
     def lengthened(self, masks: np.ndarray) -> np.ndarray | None:
         """The masks with one more path, through a slot with weights to spare; if there is one."""
-        possible = self.reached(np.ones_like(masks)) & ~masks
+        possible = self.reached(self.opened(masks, np.flatnonzero(self.counts))) & ~masks
         targets = np.flatnonzero((self.used(masks) < self.counts) & (self.used(possible) > 0))
-        scores = self.scores
+        ranking = self.ranking
         for _ in range(_TRIES):
             for target in self.rng.permutation(targets):
-                longer = self._through(target, masks, scores)
+                longer = self._through(target, masks, ranking)
                 if longer is not None:
                     return longer
-            scores = self.rng.random(masks.size, np.float32)
+            ranking = self.rng.permutation(masks.size)
         return None
 
-    def _through(self, target: int, masks: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
+    def _through(self, target: int, masks: np.ndarray, ranking: np.ndarray) -> np.ndarray | None:
         """The masks with one more path, through a new weight of one slot."""
 
-        def opened(slots: Sequence[int]) -> np.ndarray:
-            wider = masks.copy()
-            for i in slots:
-                wider[self.slots[i]] = True
-            return wider
-
         def entries(slots: Sequence[int]) -> np.ndarray:
-            return _within(self.slots[target], self.reached(opened(slots)) & ~masks)
+            return self.within(target, self.reached(self.opened(masks, slots)) & ~masks)
 
         # Slots with weights to spare come first; the target itself, which a path may pass twice
         # where a kernel is shared, last.
         full = self.used(masks) == self.counts
-        slots = self.rng.permutation(len(self.slots))
+        slots = self.rng.permutation(np.flatnonzero(self.counts))
         slots = slots[np.lexsort((full[slots], slots == target))]
-        through = _needed(slots, lambda slots: entries(slots).size > 0)
-        entry = self.ranked(entries(through), scores)[0]
+        through = _needed(slots, lambda slots: bool(np.any(entries(slots))))
+        entry = _ranked(entries(through), ranking)[0]
 
         def joined(weights: Sequence[int]) -> np.ndarray:
             longer = masks.copy()
             longer[[entry, *weights]] = True
             return longer
 
-        places = self.ranked(np.flatnonzero(opened(through) & ~joined([])), scores)
+        places = _ranked(self.opened(masks, through) & ~joined([]), ranking)
         new = _needed(places, lambda weights: bool(self.reached(joined(weights))[entry]))
-        return self._relieved(joined(new), masks, scores)
+        return self._relieved(joined(new), masks, ranking)
 
     def _relieved(
-        self, masks: np.ndarray, older: np.ndarray, scores: np.ndarray
+        self, masks: np.ndarray, older: np.ndarray, ranking: np.ndarray
     ) -> np.ndarray | None:
         """The masks without as many older weights as are too many in a slot, all others effective.
 
@@ -231,8 +244,8 @@ class _Repair:
         if not self.is_effective(masks):
             return None
         excess = np.maximum(self.used(masks) - self.counts, 0)
-        for i in np.flatnonzero(excess):
-            for weight in self.ranked(_within(self.slots[i], older), scores)[::-1]:
+        for i in np.flatnonzero(excess).tolist():
+            for weight in _ranked(self.within(i, older), ranking)[::-1]:
                 masks[weight] = False
                 excess[i] -= 1
                 if not self.is_effective(masks):
@@ -243,9 +256,9 @@ class _Repair:
         return None if np.any(excess) else masks
 
 
-def _within(slot: slice, flags: np.ndarray) -> np.ndarray:
-    """The weights of a slot for which a flag is set."""
-    return slot.start + np.flatnonzero(flags[slot])
+def _ranked(flags: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+    """The weights for which a flag is set, in the order of a ranking of all."""
+    return ranking[flags[ranking]]
 
 
 def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[int]:

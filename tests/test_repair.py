@@ -204,7 +204,7 @@ def test_no_path_at_all_becomes_one_weight_a_layer() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["linen/efficientnet", "linen/vit_class_token", "linen/scanned_layers", "plain/lstm_scanned"],
+    ["linen/vit_class_token", "linen/scanned_layers", "plain/lstm_scanned"],
 )
 def test_all_kinds_of_networks_keep_their_counts_and_lose_no_path(name: str) -> None:
     net = dpai.trace(*by_name(name).make())
@@ -301,6 +301,12 @@ def test_a_weight_that_can_be_spared_makes_way_for_a_path() -> None:
     assert totals(graph.effective(masks)) == [2, 1, 1]
     repaired = as_numpy(repair(net, masks, None, jax.random.key(0)))
     assert totals(graph.effective(repaired)) == totals(repaired) == [2, 3, 2]
+
+
+def test_masks_that_no_weight_can_repair_come_back() -> None:
+    net = traced(mlp, SMALL)
+    masks = drawn(SMALL, [6, 0, 4], np.random.default_rng(0))
+    assert_same(repair(net, masks, None, jax.random.key(0)), masks)
 
 
 def test_scores_of_any_float_dtype_will_do() -> None:
