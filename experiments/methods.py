@@ -57,6 +57,7 @@ METHODS: Mapping[str, Recipe] = {
     "grasp": Recipe(dpai.GraSP(), batches=1, temperature=200.0),
     "synflow": Recipe(dpai.SynFlow()),
     "synflow-erk": Recipe(dpai.SynFlow(allocation=dpai.erk)),
+    "phew": Recipe(dpai.PHEW()),
     "npb": Recipe(dpai.NPB()),
     "ntk-sap": Recipe(dpai.NTKSAP(), images=64),
     "prospr": Recipe(dpai.ProsPr(), batches=4),

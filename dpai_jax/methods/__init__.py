@@ -7,6 +7,7 @@ from dpai_jax.methods.imp import IMP
 from dpai_jax.methods.magnitude import Magnitude
 from dpai_jax.methods.npb import NPB
 from dpai_jax.methods.ntksap import NTKSAP
+from dpai_jax.methods.phew import PHEW
 from dpai_jax.methods.prospr import ProsPr
 from dpai_jax.methods.random import Random
 from dpai_jax.methods.snip import SNIP, IterativeSNIP
@@ -17,6 +18,7 @@ __all__ = [
     "IMP",
     "NPB",
     "NTKSAP",
+    "PHEW",
     "SNIP",
     "DPaI",
     "GraSP",

@@ -35,12 +35,22 @@ METHODS = {
     "NTK-SAP": dpai.NTKSAP(3),
     "ProsPr": dpai.ProsPr(2),
     "NPB": dpai.NPB(),
+    "PHEW": dpai.PHEW(),
     "IMP": dpai.IMP(train, 0.5),
     "DPaI": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1)),
     "DPaI, global": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1), allocation=dpai.weights_to_keep),
 }
 # Methods whose masks hang on the key.
-RANDOM = ("random", "random, uniform", "random, ER", "NTK-SAP", "NPB", "DPaI", "DPaI, global")
+RANDOM = (
+    "PHEW",
+    "random",
+    "random, uniform",
+    "random, ER",
+    "NTK-SAP",
+    "NPB",
+    "DPaI",
+    "DPaI, global",
+)
 # Methods that score by the weights, or by the loss at them.
 BY_WEIGHTS = ("SNIP", "iterative SNIP", "FORCE", "GraSP", "SynFlow", "ProsPr")
 
@@ -154,7 +164,9 @@ def test_a_method_that_needs_data_says_so(name):
         )
 
 
-@pytest.mark.parametrize("name", ["magnitude", "SNIP", "GraSP", "SynFlow", "NTK-SAP", "IMP"])
+@pytest.mark.parametrize(
+    "name", ["magnitude", "SNIP", "GraSP", "SynFlow", "NTK-SAP", "PHEW", "IMP"]
+)
 def test_a_method_that_needs_values_refuses_shapes(name):
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), problems.mlp_params())
     with pytest.raises(TypeError, match="prunes by the values of params, but first is"):

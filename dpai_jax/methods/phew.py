@@ -1,0 +1,375 @@
+"""PHEW: random walks that prefer strong weights; what they pass is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.masks import from_layers
+from dpai_jax.methods.base import Problem, Pruned, Report, score_tree
+from dpai_jax.paths import Network
+from dpai_jax.paths.channels import Channels, channels
+from dpai_jax.topology import effective_weights
+
+# Walks drawn at once, half of them in each direction.
+_WALKS = 4096
+
+# Where so many walks in a row find fewer weights, walking ends.
+_TOO_FEW = _WALKS // 100
+
+# How often what turned out to lie on no path is taken back.
+_ROUNDS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class PHEW:
+    """Paths with higher edge weights: keeps what biased random walks through the network pass.
+
+    Walks go in turn forward, from an input feature to an output, and backward, from an output
+    feature to an input; the features they start from take turns. Where a kernel reads a feature,
+    the output feature to go to (backward: the input feature to come from) is drawn in proportion
+    to the L1 norm of the kernel between them, Σ_taps |θ|, and its tap in proportion to |θ|; evenly
+    where all of these are zero. Every weight passed is kept, until there are as many as asked for:
+    the last walk is cut. Needs no data.
+
+    Where several layers read one feature (backward: where several make it up), a walk enters the
+    first of them or goes on past it with even chances, as at a shortcut; layers side by side, none
+    of which leads to another, share the chance evenly.
+
+    Positions on a map and the other factors of products (gates, attention) have no part in a walk.
+    So some of what is passed may lie on no path: where a map is smaller than its kernels, or the
+    other factor is dead. That is taken back, and walking goes on, until nothing of the kind is
+    left or 50 times. Where walks hardly find weights any more (fewer than one in a hundred walks),
+    as at low sparsities, the largest |θ| fill the rest, those on a path first.
+
+    The scores are how often walks passed each weight, and ½ for one that filled the rest: what is
+    kept has a positive score.
+
+    References:
+      Patil and Dovrolis, PHEW: Constructing Sparse Networks that Learn Fast and Generalize Well
+      without Training Data, ICML 2021.
+    """
+
+    def run(self, problem: Problem) -> Pruned:
+        """Prunes a network (see `dpai_jax.prune`).
+
+        Args:
+          problem: the network, its parameters' values and the sparsity.
+
+        Returns:
+          The masks and scores; the history holds the weights kept after each batch of walks.
+
+        Raises:
+          TypeError: if the parameters are shapes.
+          ValueError: if a weight is not finite.
+        """
+        net = problem.net
+        keep = weights_to_keep(net, problem.sparsity)
+        strength = _joined(_magnitudes(problem))
+        on_path = _effective(net, np.ones(net.size, bool))
+        graph = channels(net)
+        kernels = tuple(np.where(on_path[k], k, k.dtype.type(-1)) for k in graph.kernels)
+        graph = dataclasses.replace(graph, kernels=kernels).without_dead_ends()
+        walks = _batches(graph, strength, problem.key)
+        passes, history = np.zeros(net.size, np.float32), [0]
+        for _ in range(_ROUNDS):
+            enough = _walk(walks, passes, keep, history, problem.report)
+            dead = (passes > 0) & ~_effective(net, passes > 0)
+            if not enough or not np.any(dead):
+                break
+            passes[dead] = 0
+        else:
+            _walk(walks, passes, keep, history, problem.report)
+        if missing := keep - np.count_nonzero(passes):
+            passes[np.lexsort((-strength, ~on_path, passes > 0))[:missing]] = 0.5
+        scores = [jnp.asarray(part) for part in _split(net, passes)]
+        masks = from_layers(net, [score > 0 for score in scores])
+        return Pruned(masks, score_tree(net, scores), {"weights": np.asarray(history[1:])})
+
+
+def _magnitudes(problem: Problem) -> list[np.ndarray]:
+    """|θ| of each layer.
+
+    Raises:
+      ValueError: if one is not finite.
+    """
+    magnitudes = []
+    for layer, weights in zip(problem.net.layers, problem.weights(), strict=True):
+        magnitudes.append(np.abs(np.asarray(weights.astype(jnp.float32))))
+        if not np.all(np.isfinite(magnitudes[-1])):
+            raise ValueError(f"params must be finite, but {layer.name} is not")
+    return magnitudes
+
+
+def _split(net: Network, array: np.ndarray) -> list[np.ndarray]:
+    """What is given for all weights in one, by layers."""
+    parts = np.split(array, np.cumsum([layer.size for layer in net.layers])[:-1])
+    return [part.reshape(layer.shape) for part, layer in zip(parts, net.layers, strict=True)]
+
+
+def _effective(net: Network, kept: np.ndarray) -> np.ndarray:
+    """Which of the weights kept a path passes."""
+    masks = from_layers(net, [jnp.asarray(part) for part in _split(net, kept)])
+    return _joined(jax.device_get(net.leaves(effective_weights(net, masks))))
+
+
+def _batches(graph: Channels, strength: np.ndarray, key: jax.Array) -> Iterator[np.ndarray]:
+    """Walks in turn forward and backward, arrays (walks, steps) filled up with −1; without end."""
+    if not np.any(graph.entered):
+        return
+    forward, backward = Walker(graph, strength), Walker(graph.reversed(), strength)
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+    for first in itertools.count(0, _WALKS // 2):
+        turns = np.arange(first, first + _WALKS // 2)
+        yield _interleaved(forward.walks(turns, rng), backward.walks(turns, rng))
+
+
+def _walk(
+    walks: Iterator[np.ndarray],
+    passes: np.ndarray,
+    keep: int,
+    history: list[int],
+    report: Report,
+) -> bool:
+    """Walks until enough weights are passed, or hardly any new ones are found.
+
+    Args:
+      walks: batches of walks.
+      passes: how often each weight was passed, which is added to.
+      keep: the number of weights to pass.
+      history: the number of weights passed after each batch, which is added to.
+      report: takes progress.
+
+    Returns:
+      Whether there were enough.
+    """
+    kept = int(np.count_nonzero(passes))
+    while kept < keep:
+        batch = next(walks, None)
+        if batch is None:
+            return False
+        steps = batch[batch >= 0]
+        weights, first = np.unique(steps, return_index=True)
+        new = np.sort(first[passes[weights] == 0])
+        if len(new) >= keep - kept:
+            steps = steps[: new[keep - kept - 1] + 1]
+        np.add.at(passes, steps, np.float32(1))
+        kept += min(len(new), keep - kept)
+        history.append(kept)
+        report(kept, keep, {"walks": (len(history) - 1) * _WALKS})
+        if kept < keep and len(new) < _TOO_FEW:
+            return False
+    return True
+
+
+def _interleaved(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
+    """Walks in turn from two arrays (walks, steps), filled up with −1."""
+    steps = max(forward.shape[1], backward.shape[1])
+    padded = [
+        np.pad(walks, ((0, 0), (0, steps - walks.shape[1])), constant_values=-1)
+        for walks in (forward, backward)
+    ]
+    return np.stack(padded, 1).reshape(-1, steps)
+
+
+class Walker:
+    """Draws walks through a channel graph without dead ends; backward ones if it is reversed.
+
+    Args:
+      graph: the graph.
+      strength: |θ| of all weights.
+    """
+
+    def __init__(self, graph: Channels, strength: np.ndarray):
+        kernels = graph.kernels
+        tables = [_kernel_sums(kernel, strength) for kernel in kernels]
+        self.numbers = _joined(kernels)
+        self.tap_sums, self.norm_sums, mass = map(_joined, zip(*tables, strict=True))
+        # For each feature read: its features written, their taps, and where each is found.
+        features = [k.shape[0] * k.shape[1] for k in kernels]
+        self.outputs = np.repeat([k.shape[2] for k in kernels], features)
+        self.taps = np.repeat([k.shape[3] for k in kernels], features)
+        self.first_norm = _starts(self.outputs)
+        self.first_tap = _starts(self.outputs * self.taps)
+        inputs, outputs = (
+            np.repeat([k.shape[i] for k in kernels], [k.shape[0] for k in kernels]) for i in (1, 2)
+        )
+        self.first_output = np.repeat(_starts(outputs), inputs)
+        uses = _Uses.of(graph)
+        self.forks = _Forks(graph, uses, mass)
+        self.entered = np.flatnonzero(graph.entered)
+        first_uses, self.entered_of_use = np.unique(uses.read[self.entered], return_counts=True)
+        self.use_chances, _ = uses.turns(first_uses, ends=False)
+
+    def walks(self, turns: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draws walks.
+
+        Args:
+          turns: numbers of the walks; walks of consecutive numbers start from features in turn.
+          rng: the generator.
+
+        Returns:
+          The numbers of the weights passed, as an array (walks, steps), filled up with −1 where a
+          walk has ended.
+        """
+        use = rng.choice(len(self.use_chances), len(turns), p=self.use_chances)
+        first, number = _starts(self.entered_of_use)[use], self.entered_of_use[use]
+        walking, feature = np.arange(len(turns)), self.entered[first + turns % number]
+        steps = []
+        while len(walking):
+            first = self.first_norm[feature]
+            column = _draw(self.norm_sums, first, self.outputs[feature], rng) - first
+            taps = self.taps[feature]
+            tap = _draw(self.tap_sums, self.first_tap[feature] + column * taps, taps, rng)
+            steps.append(np.full(len(turns), -1))
+            steps[-1][walking] = self.numbers[tap]
+            feature = self.forks.draw(self.first_output[feature] + column, rng)
+            walking, feature = walking[feature >= 0], feature[feature >= 0]
+        return np.stack(steps, 1)
+
+
+def _kernel_sums(
+    kernel: np.ndarray, strength: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums of |θ| up to each tap, sums of norms up to each output, and those of all outputs."""
+    present = kernel >= 0
+    weights = np.where(present, strength[kernel], np.float32(0))
+    norms = np.sum(weights, -1)
+    taps = np.cumsum(_or_even(weights, present), -1)
+    return taps, np.cumsum(_or_even(norms, np.any(present, -1)), -1), np.sum(norms, -1)
+
+
+def _or_even(chances: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Chances along the last axis, even ones where all are zero."""
+    return np.where(np.any(chances > 0, -1, keepdims=True), chances, present.astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uses:
+    """Which use of a kernel features belong to, and from which uses paths lead to which.
+
+    Attributes:
+      read, written: the use of each feature.
+      leads: matrix, true where a path leads from one use to another.
+    """
+
+    read: np.ndarray
+    written: np.ndarray
+    leads: np.ndarray
+
+    @classmethod
+    def of(cls, graph: Channels) -> _Uses:
+        """The uses in a graph."""
+        shapes = [kernel.shape for kernel in graph.kernels]
+        uses = np.arange(len(shapes))
+        read = np.repeat(uses, [groups * inputs for groups, inputs, _, _ in shapes])
+        written = np.repeat(uses, [groups * outputs for groups, _, outputs, _ in shapes])
+        leads = np.zeros((len(uses), len(uses)), bool)
+        leads[written[graph.written], read[graph.read]] = True
+        for use in reversed(uses):
+            leads[use] |= np.any(leads[leads[use]], 0)
+        return cls(read, written, leads)
+
+    def turns(self, readers: np.ndarray, ends: bool) -> tuple[np.ndarray, float]:
+        """The chances to enter each of the uses that read a feature, and to go past them all.
+
+        Uses none of which leads to another lie side by side. Each such set is entered or passed
+        with even chances; the last one is entered unless the output lies behind.
+        """
+        sets: list[list[int]] = []
+        for use in readers:
+            if sets and not np.any(self.leads[sets[-1], use]):
+                sets[-1].append(use)
+            else:
+                sets.append([use])
+        chances, left = [], 1.0
+        for i, members in enumerate(sets):
+            entered = left / 2 if ends or i + 1 < len(sets) else left
+            chances += [entered / len(members)] * len(members)
+            left -= entered
+        return np.asarray(chances), left
+
+
+class _Forks:
+    """Where walks go from the features that they come to.
+
+    Args:
+      graph: the graph.
+      uses: the uses of kernels in it.
+      mass: for each feature read, the sum of the norms of its kernels.
+    """
+
+    def __init__(self, graph: Channels, uses: _Uses, mass: np.ndarray):
+        entering, ending = _fork_chances(graph, uses, mass)
+        ended = np.flatnonzero(graph.left)
+        feature = np.concatenate([graph.written, ended])
+        order = np.argsort(feature, kind="stable")
+        self.to = np.concatenate([graph.read, np.full(len(ended), -1)])[order]
+        self.size = np.bincount(feature, minlength=len(graph.left))
+        self.first = _starts(self.size)
+        sums = np.concatenate([[0.0], np.cumsum(np.concatenate([entering, ending])[order])])
+        self.sums = sums[1:] - np.repeat(sums[self.first], self.size)
+
+    def draw(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The features read next, −1 where the walk ends."""
+        return self.to[_draw(self.sums, self.first[features], self.size[features], rng)]
+
+
+def _fork_chances(graph: Channels, uses: _Uses, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chance of each edge, and of the end behind each feature where there is one."""
+    n = len(uses.leads)
+    # Pairs of a feature and a use that reads it: there the feature to enter is drawn by its mass.
+    pairs, pair = np.unique(graph.written * n + uses.read[graph.read], return_inverse=True)
+    total = np.bincount(pair, mass[graph.read], len(pairs))[pair]
+    alike = 1 / np.bincount(pair)[pair]
+    within = np.where(total > 0, mass[graph.read] / np.where(total > 0, total, 1), alike)
+    entering, ending = np.zeros(len(pairs)), np.zeros(len(graph.left))
+    bounds = np.searchsorted(pairs, np.arange(len(graph.left) + 1) * n)
+    known: dict[tuple[bytes, bool], tuple[np.ndarray, float]] = {}
+    for feature, ends in enumerate(graph.left.tolist()):
+        here = slice(bounds[feature], bounds[feature + 1])
+        readers = pairs[here] % n
+        key = (readers.tobytes(), ends)
+        if key not in known:
+            known[key] = uses.turns(readers, ends)
+        entering[here], ending[feature] = known[key]
+    return entering[pair] * within, ending[graph.left]
+
+
+def _draw(
+    sums: np.ndarray, first: np.ndarray, size: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Draws an entry of each of several rows.
+
+    Args:
+      sums: the sums of each row's chances up to each entry, all rows one after another.
+      first: where each row to draw from starts.
+      size: how many entries it has.
+      rng: the generator.
+
+    Returns:
+      The place of each entry drawn among the entries of all rows.
+    """
+    low, high = first, first + size - 1
+    # Above zero, and up to the whole: an entry without a chance is never the first to reach it.
+    target = sums[high] * (1 - rng.random(len(first)))
+    while np.any(low < high):
+        middle = (low + high) // 2
+        below = sums[middle] < target
+        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+    return low
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """Where each of several runs of these sizes starts."""
+    return np.cumsum(sizes) - sizes
