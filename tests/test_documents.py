@@ -15,8 +15,10 @@ def test_the_readme_s_code_runs_as_it_stands():
     assert blocks
     # As users run it: under JAX's own defaults for promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        # One after another, as a reader would run them.
+        names: dict = {}
         for block in blocks:
-            exec(compile(block, "README.md", "exec"), {})
+            exec(compile(block, "README.md", "exec"), names)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
