@@ -47,7 +47,7 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     for name, score in named:
         _check_scores(name, score)
     layers = [(name, score) for name, score in named if jnp.ndim(score)]
-    if is_total(keep) and jax.tree.structure(keep) != treedef:
+    if is_total(keep, treedef):
         _check_count("all layers", sum(math.prod(jnp.shape(score)) for _, score in layers), keep)
         counts: Any = jnp.int32(keep)
     else:
@@ -63,15 +63,22 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     )
 
 
-def is_total(keep: Any) -> bool:
-    """Whether the number of weights to keep is one for all layers together."""
-    return jax.tree_util.all_leaves([keep]) and jnp.ndim(keep) == 0
+def is_total(keep: Any, treedef: Any) -> bool:
+    """Whether the number of weights to keep is one for all layers of a tree together."""
+    is_number = jax.tree_util.all_leaves([keep]) and jnp.ndim(keep) == 0
+    return is_number and jax.tree.structure(keep) != treedef
 
 
 def _check_scores(name: str, score: Any) -> None:
     if not jnp.issubdtype(jnp.result_type(score), jnp.floating):
         raise TypeError(f"scores must be floating, but {name} is {jnp.result_type(score)}")
-    if not isinstance(score, jax.core.Tracer) and bool(jnp.any(jnp.isnan(score))):
+    if not isinstance(score, jax.core.Tracer):
+        check_numbers(name, score)
+
+
+def check_numbers(name: str, score: Any) -> None:
+    """Raises a ValueError if a score of a layer is NaN."""
+    if bool(jnp.any(jnp.isnan(score))):
         raise ValueError(f"scores must be numbers, but {name} has a NaN")
 
 

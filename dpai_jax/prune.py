@@ -105,13 +105,13 @@ def prune(
     method = DPaI() if method is None else method
     if not callable(getattr(method, "run", None)):
         raise TypeError(f"method must be a pruning method such as dpai_jax.DPaI(), got {method!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function loss_fn(params, batch), got {loss_fn!r}")
     start = time.perf_counter()
     net = trace(fn, params, x, prunable, gates)
     weights_to_keep(net, sparsity)
     if not math.isfinite(topology(net, mask_trees.ones(net)).log_paths):
         raise ValueError("fn has no path from x to its output even with all weights kept")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function loss_fn(params, batch), got {loss_fn!r}")
     name = type(method).__name__
     line = ProgressLine(name) if _is_shown(progress) else None
     report = progress if callable(progress) else line or _silent

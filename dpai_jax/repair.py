@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dpai_jax.masks import from_layers
+from dpai_jax.masks import check_numbers, from_layers
+from dpai_jax.methods.base import numpy_generator
 from dpai_jax.paths import Layer, Network
 from dpai_jax.paths.network import check_parallel
 
@@ -66,8 +67,7 @@ def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None
     """
     kept = _join(net, [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")])
     key = jax.random.key(0) if key is None else key
-    seed = np.asarray(jax.random.bits(key, (4,), jnp.uint32))
-    work = _Repair(net, kept, _flat_scores(net, scores), np.random.default_rng(seed))
+    work = _Repair(net, kept, _flat_scores(net, scores), numpy_generator(key))
     live = work.filled(kept & work.reached(kept))
     while not work.is_full(live) and (longer := work.lengthened(live)) is not None:
         live = work.filled(longer)
@@ -79,8 +79,7 @@ def _flat_scores(net: Network, scores: PyTree) -> np.ndarray:
         return np.zeros(net.size, np.float32)
     leaves = [jnp.asarray(s, jnp.float32) for s in check_parallel(net, scores, "scores")]
     for layer, s in zip(net.layers, leaves, strict=True):
-        if bool(jnp.any(jnp.isnan(s))):
-            raise ValueError(f"scores must be numbers, but {layer.name} has a NaN")
+        check_numbers(layer.name, s)
     return _join(net, leaves)
 
 

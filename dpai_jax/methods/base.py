@@ -112,6 +112,11 @@ class Method(Protocol):
         ...
 
 
+def numpy_generator(key: Array) -> np.random.Generator:
+    """NumPy's generator for a random key, for what is drawn on the host."""
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+
+
 def normal_scores(net: Network, key: Array) -> PyTree:
     """Scores drawn from N(0, 1), layer by layer; 0 where nothing can be pruned."""
     return score_tree(net, _normal(tuple(layer.shape for layer in net.layers), key))

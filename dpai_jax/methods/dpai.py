@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from dpai_jax.allocation import erk
-from dpai_jax.masks import from_layers, is_total, select
+from dpai_jax.masks import check_numbers, from_layers, is_total, select
 from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores, score_tree
 from dpai_jax.paths import Network
 from dpai_jax.paths.network import check_parallel
@@ -72,7 +72,7 @@ def ascent(
 
 def _counts(net: Network, keep: PyTree | int) -> list[Array] | Array:
     """The numbers of weights to keep, layer by layer or in all."""
-    if is_total(keep) and jax.tree.structure(keep) != net.treedef:
+    if is_total(keep, net.treedef):
         return jnp.int32(keep)
     check_structure(keep, net.treedef, "keep", "params")
     return [jnp.int32(k) for k in net.leaves(keep)]
@@ -201,8 +201,7 @@ class DPaI:
             return net.leaves(normal_scores(net, key))
         scores = check_parallel(net, self.scores, "scores")
         for layer, s in zip(net.layers, scores, strict=True):
-            if bool(jnp.any(jnp.isnan(s))):
-                raise ValueError(f"scores must be numbers, but {layer.name} has a NaN")
+            check_numbers(layer.name, s)
         return [jnp.array(s, jnp.float32) for s in scores]
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import exponential, gradual
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import InSteps, exponential, gradual
 from dpai_jax.methods.snip import sensitivity
 
 
 @dataclasses.dataclass(frozen=True)
-class FORCE:
+class FORCE(InSteps):
     """Pruning in steps by |g(m⊙θ)·θ|, the gradient of the pruned network times the dense weights.
 
     A weight removed by one step may come back in the next. Step t of T keeps the fraction d^(t/T)
@@ -28,13 +27,6 @@ class FORCE:
       de Jorge et al., Progressive Skeletonization: Trimming more fat from a network at
       initialization, ICLR 2021.
     """
-
-    steps: int = 100
-    allocation: Allocation = weights_to_keep
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""

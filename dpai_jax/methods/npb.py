@@ -16,7 +16,7 @@ from scipy import optimize, sparse
 
 from dpai_jax.allocation import apportion, erk
 from dpai_jax.masks import from_layers
-from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
+from dpai_jax.methods.base import Allocation, Problem, Pruned, numpy_generator, score_tree
 from dpai_jax.paths import Layer, Network
 from dpai_jax.paths.trees import check_structure
 
@@ -86,7 +86,7 @@ class NPB:
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`). The scores are one where a weight is kept."""
         net = problem.net
-        rng = np.random.default_rng(np.asarray(jax.random.bits(problem.key, (4,), jnp.uint32)))
+        rng = numpy_generator(problem.key)
         keep = self.allocation(net, problem.sparsity)
         check_structure(keep, net.treedef, "allocation", "params")
         counts = [np.ravel(k) for k in net.leaves(keep)]

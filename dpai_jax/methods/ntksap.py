@@ -12,7 +12,7 @@ from jax import Array
 
 from dpai_jax.allocation import weights_to_keep
 from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, exponential, gradual, put
+from dpai_jax.methods.saliency import PyTree, exponential, gradual, put, scaled
 from dpai_jax.paths import Network
 
 
@@ -95,10 +95,7 @@ def _response(
     moved = [w + jnp.asarray(epsilon, w.dtype) * d for w, d in zip(weights, z, strict=True)]
 
     def distance(masks: list[Array]) -> Array:
-        outputs = [
-            fn(put(net, params, [w * m.astype(w.dtype) for w, m in zip(ws, masks, strict=True)]), x)
-            for ws in (weights, moved)
-        ]
+        outputs = [fn(scaled(net, p, masks), x) for p in (params, put(net, params, moved))]
         squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), *outputs)
         return functools.reduce(jnp.add, jax.tree.leaves(squares)).astype(jnp.float32)
 

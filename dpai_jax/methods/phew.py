@@ -12,7 +12,7 @@ import numpy as np
 
 from dpai_jax.allocation import weights_to_keep
 from dpai_jax.masks import from_layers
-from dpai_jax.methods.base import Problem, Pruned, Report, score_tree
+from dpai_jax.methods.base import Problem, Pruned, Report, numpy_generator, score_tree
 from dpai_jax.paths import Network
 from dpai_jax.paths.channels import Channels, channels
 from dpai_jax.topology import effective_weights
@@ -124,7 +124,7 @@ def _batches(graph: Channels, strength: np.ndarray, key: jax.Array) -> Iterator[
     if not np.any(graph.entered):
         return
     forward, backward = Walker(graph, strength), Walker(graph.reversed(), strength)
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+    rng = numpy_generator(key)
     for first in itertools.count(0, _WALKS // 2):
         turns = np.arange(first, first + _WALKS // 2)
         yield _interleaved(forward.walks(turns, rng), backward.walks(turns, rng))

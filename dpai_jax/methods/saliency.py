@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dpai_jax.allocation import weights_to_keep
 from dpai_jax.masks import binarize, ones
 from dpai_jax.methods.base import Allocation, Loss, Problem, Pruned, score_tree
 from dpai_jax.paths import Network
@@ -65,6 +67,18 @@ def gradual(
         kept.append(sum(int(np.sum(k)) for k in jax.tree.leaves(keep)))
         problem.report(t + 1, len(sparsities), {"weights": kept[-1]})
     return Pruned(masks, scores, {"weights": np.asarray(kept)})
+
+
+@dataclasses.dataclass(frozen=True)
+class InSteps:
+    """The settings of a method that prunes in steps of falling density."""
+
+    steps: int = 100
+    allocation: Allocation = weights_to_keep
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 def exponential(sparsity: float, steps: int) -> list[float]:

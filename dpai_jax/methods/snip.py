@@ -9,7 +9,7 @@ from jax import Array
 
 from dpai_jax.allocation import weights_to_keep
 from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import exponential, gradual, mask_gradient, one_shot
+from dpai_jax.methods.saliency import InSteps, exponential, gradual, mask_gradient, one_shot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def sensitivity(problem: Problem, masks: list[Array]) -> list[Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class IterativeSNIP:
+class IterativeSNIP(InSteps):
     """SNIP in steps: the sensitivity is taken anew on what each step has left.
 
     Step t of T keeps the fraction d^(t/T) of the weights, d being the density asked for. What a
@@ -59,13 +59,6 @@ class IterativeSNIP:
       initialization, ICLR 2021; Verdenius et al., Pruning via Iterative Ranking of Sensitivity
       Statistics, 2020.
     """
-
-    steps: int = 100
-    allocation: Allocation = weights_to_keep
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""

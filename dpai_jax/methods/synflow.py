@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import exponential, gradual
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import InSteps, exponential, gradual
 from dpai_jax.paths import Network
 
 
 @dataclasses.dataclass(frozen=True)
-class SynFlow:
+class SynFlow(InSteps):
     """Keeps the weights that the most flow passes, in steps that let no layer run dry.
 
     With R = Σ_paths Π |θ|, the number of paths with |θ| in place of the masks, the score of a
@@ -36,13 +35,6 @@ class SynFlow:
       Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic
       flow, NeurIPS 2020.
     """
-
-    steps: int = 100
-    allocation: Allocation = weights_to_keep
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
