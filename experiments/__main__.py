@@ -63,8 +63,8 @@ def compare(
     After an interruption the same command goes on where it stopped.
 
     Args:
-        methods: Names of methods, each with +repair or +shuffled if you like, or "all" for all
-            of them.
+        methods: Names of methods, each with +repair or +shuffled if you like; "all" stands for
+            all of them.
         sparsities: Fractions of the prunable weights to remove.
         seeds: Repetitions of each job, with other weights and masks.
         epochs: Passes over the training split in each job.
@@ -77,7 +77,7 @@ def compare(
     from experiments import jobs, report
     from experiments.methods import METHODS
 
-    names = tuple(METHODS) if methods == ("all",) else methods
+    names = [name for given in methods for name in (METHODS if given == "all" else (given,))]
     base = dataclasses.replace(comparison.BASE, epochs=epochs)
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1; got {seeds}.")

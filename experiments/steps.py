@@ -91,18 +91,26 @@ def train_step(
     return TrainState(params, statistics, opt_state, state.masks), metrics
 
 
+# The same function for the same arguments: jobs share what is compiled for it.
+@functools.lru_cache
+def in_training(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
+    """Returns the network as a function of variables and images, its norms over the batch."""
+
+    def fn(variables: Any, images: Any) -> jax.Array:
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return logits
+
+    return fn
+
+
 @functools.lru_cache
 def pruning_loss(model: nn.Module, temperature: float) -> Callable[[Any, Any], jax.Array]:
-    """Returns the loss by which methods prune: as in training, its logits divided by a number.
-
-    The same function for the same arguments, so that jobs share what is compiled for it.
-    """
+    """Returns the loss by which methods prune: as in training, its logits divided by a number."""
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
         images, labels = batch
-        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, labels)
-        return losses.mean()
+        logits = in_training(model)(variables, images) / temperature
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return loss_fn
 

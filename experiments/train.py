@@ -123,13 +123,14 @@ def resolve(config: Config) -> Job:
 def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     """Prunes a job's freshly initialized network: masks parallel to its variables."""
     # The bare method, not a closure: jobs that share a network then share its trace.
-    fn, key, pruning = job.model.apply, jax.random.key(job.config.seed), job.pruning
+    apply, key, pruning = job.model.apply, jax.random.key(job.config.seed), job.pruning
 
     def images(number: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((number, *job.data.image_shape), jnp.float32)
 
     result = dpai.prune(
-        fn,
+        # On images of its own making a method would meet running statistics of nothing.
+        steps.in_training(job.model) if pruning.images > 1 else apply,
         variables,
         images(pruning.images),
         sparsity=job.config.sparsity,
@@ -146,7 +147,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     if pruning.afterwards == "shuffled":
         masks = dpai.shuffled(masks, key)
     # Whatever a method looked at, paths are those of one image.
-    net = dpai.trace(fn, variables, images(1))
+    net = dpai.trace(apply, variables, images(1))
     return dataclasses.replace(result, masks=masks, net=net, topology=dpai.topology(net, masks))
 
 
