@@ -32,8 +32,8 @@ def make_record(config: Config, metrics: dict[str, Any], seconds: float) -> Reco
         "metrics": _finite(metrics),
         "seconds": seconds,
         "finished": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "hardware": _hardware(),
+        "versions": versions(),
+        "hardware": hardware(),
     }
 
 
@@ -74,6 +74,29 @@ def find(path: pathlib.Path, config: Config) -> Record | None:
     return matches[-1] if matches else None
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what the experiments stand on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what the computer is: its processor, and the devices that JAX sees."""
+    device = jax.devices()[0]
+    return {
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "device_count": jax.device_count(),
+    }
+
+
 def _end_of_last_line(file: int) -> int:
     """Returns the number of bytes up to and including the last newline."""
     size = os.fstat(file).st_size
@@ -90,27 +113,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def _hardware() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "device_count": jax.device_count(),
-    }
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,68 @@
+"""Clocks: how long a call takes, and how fast the memory is that it can't outrun."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import results
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what a table of times must name: the processor, JAX's devices and all versions."""
+    return results.hardware() | {"versions": results.versions()}
+
+
+def median_seconds(fn: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> float:
+    """Returns the median time of a call, until all arrays that it returns are computed.
+
+    Args:
+        fn: What to measure.
+        repeats: Calls that are timed, at least one.
+        warmup: Calls before them, among which the first compiles.
+
+    Raises:
+        ValueError: No call would be timed.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1; got {repeats}.")
+    for _ in range(warmup):
+        jax.block_until_ready(fn())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
+    """Returns the bytes per second, read and written, of x + 1 on an array in place.
+
+    It is what a jitted elementwise function moves at most on JAX's default device, all cores at
+    work on the CPU: a step that must read and write so many bytes takes no less than their number
+    divided by this one.
+
+    Args:
+        size: Bytes of the array of float32. It must be many times larger than the caches.
+        repeats: Passes over it, of whose times the median counts.
+
+    Raises:
+        ValueError: The array would be empty, or no pass would be timed.
+    """
+    if size < 4:
+        raise ValueError(f"size must be at least 4 bytes, one float32; got {size}.")
+    array = jnp.zeros(size // 4, jnp.float32)
+    # In place, for the pages of a new array would first have to be found and cleared.
+    increment = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + 1.0)
+
+    def step() -> jax.Array:
+        nonlocal array
+        array = increment(array)
+        return array
+
+    return 2 * array.nbytes / median_seconds(step, repeats)
