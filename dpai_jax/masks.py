@@ -7,18 +7,18 @@ on whole trees and broadcasts.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from dpai_jax.paths import Network
 from dpai_jax.paths.trees import check_structure, named_leaves
+from dpai_jax.selection import as_count, select
 
 PyTree = Any
 
@@ -49,15 +49,15 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     layers = [(name, score) for name, score in named if jnp.ndim(score)]
     if is_total(keep, treedef):
         _check_count("all layers", sum(math.prod(jnp.shape(score)) for _, score in layers), keep)
-        counts: Any = jnp.int32(keep)
+        counts: Any = as_count(keep)
     else:
         check_structure(keep, treedef, "keep", "scores")
         each = zip(named, treedef.flatten_up_to(keep), strict=True)
         kept = [(name, score, count) for (name, score), count in each if jnp.ndim(score)]
         for name, score, count in kept:
             _check_count(name, math.prod(jnp.shape(score)) // math.prod(np.shape(count)), count)
-        counts = [jnp.int32(count) for _, _, count in kept]
-    masks = iter(_select_jitted([score for _, score in layers], counts))
+        counts = [as_count(count) for _, _, count in kept]
+    masks = iter(_select([score for _, score in layers], counts))
     return treedef.unflatten(
         [next(masks) if jnp.ndim(score) else jnp.ones((), bool) for _, score in named]
     )
@@ -87,89 +87,7 @@ def _check_count(name: str, size: int, keep: Any) -> None:
         raise ValueError(f"keep must be in [0, {size}] for {name}, got {keep}")
 
 
-def select(scores: Sequence[Array], keep: Sequence[Array] | Array) -> list[Array]:
-    """The masks of the highest scores: `largest`, or one number for all layers together."""
-    if isinstance(keep, Sequence):
-        return largest(scores, keep)
-    (mask,) = largest([jnp.concatenate([score.ravel() for score in scores])], [keep])
-    ends = list(itertools.accumulate(score.size for score in scores))
-    parts = jnp.split(mask, ends[:-1])
-    return [part.reshape(score.shape) for part, score in zip(parts, scores, strict=True)]
-
-
-def largest(scores: Sequence[Array], keep: Sequence[Array]) -> list[Array]:
-    """The masks of the highest scores of several layers, ties by index, without sorting.
-
-    The bits of floats, those of negative ones turned over, are in the order of the floats. So the
-    thresholds are found bit by bit, all at once, with one count a bit; and so is the index up to
-    which scores equal to the threshold are kept.
-
-    Args:
-      scores: an array for each layer.
-      keep: for each layer the number to keep; an array of the layer's rank stands for as many
-        layers, stacked along its axes.
-
-    Returns:
-      A boolean mask for each layer.
-    """
-    order = [_ordered_bits(score) for score in scores]
-    keep = [k.reshape(k.shape or (1,) * score.ndim) for k, score in zip(keep, scores, strict=True)]
-
-    def count(flags: Array, like: Array) -> Array:
-        axes = tuple(i for i in range(flags.ndim) if like.shape[i] == 1)
-        return jnp.sum(flags, axes, dtype=jnp.int32, keepdims=True)
-
-    def enough(threshold: Array, bits: Array, k: Array) -> Array:
-        return count(bits >= threshold, k) >= k
-
-    def few(end: Array, index: Array, tie: Array, missing: Array) -> Array:
-        return count(tie & (index < end), missing) <= missing
-
-    thresholds = _bisect(32, enough, order, keep)
-    above = [bits > t for bits, t in zip(order, thresholds, strict=True)]
-    ties = [bits == t for bits, t in zip(order, thresholds, strict=True)]
-    missing = [k - count(a, k) for k, a in zip(keep, above, strict=True)]
-    index = [_index(score.shape, k.shape) for score, k in zip(scores, keep, strict=True)]
-
-    def first_ties() -> list[Array]:
-        n_bits = max(math.prod(score.shape) for score in scores).bit_length()
-        ends = _bisect(n_bits, few, index, ties, missing)
-        return [tie & (i < end) for tie, i, end in zip(ties, index, ends, strict=True)]
-
-    spare = [jnp.any(count(tie, m) > m) for tie, m in zip(ties, missing, strict=True)]
-    ties = lax.cond(jnp.any(jnp.stack(spare)), first_ties, lambda: ties) if spare else []
-    return [a | tie for a, tie in zip(above, ties, strict=True)]
-
-
-_select_jitted = jax.jit(select)
-
-
-def _ordered_bits(score: Array) -> Array:
-    """Unsigned integers in the order of the scores."""
-    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0. is 0.
-    return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _index(shape: tuple[int, ...], stack: tuple[int, ...]) -> Array:
-    """The index of each entry in its layer, the same for layers stacked along some axes."""
-    inner = [1 if copies > 1 else size for size, copies in zip(shape, stack, strict=True)]
-    return jnp.arange(math.prod(inner), dtype=jnp.uint32).reshape(inner)
-
-
-def _bisect(n_bits: int, holds: Callable[..., Array], *operands: Sequence[Array]) -> list[Array]:
-    """For each layer the largest number for which a condition holds that holds up to it."""
-
-    def set_bit(i: Array, numbers: list[Array]) -> list[Array]:
-        bit = jnp.uint32(1) << (n_bits - 1 - i).astype(jnp.uint32)
-        return [
-            jnp.where(holds(number | bit, *items), number | bit, number)
-            for number, *items in zip(numbers, *operands, strict=True)
-        ]
-
-    start = [jnp.zeros(like.shape, jnp.uint32) for like in operands[-1]]
-    return lax.fori_loop(0, n_bits, set_bit, start)
+_select = jax.jit(lambda scores, keep: select(scores, keep)[0])
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
