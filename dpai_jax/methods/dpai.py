@@ -14,11 +14,12 @@ import optax
 from jax import Array
 
 from dpai_jax.allocation import erk
-from dpai_jax.masks import check_numbers, from_layers, is_total, select
+from dpai_jax.masks import check_numbers, from_layers, is_total
 from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores, score_tree
 from dpai_jax.paths import Network
-from dpai_jax.paths.network import check_parallel
+from dpai_jax.paths.network import check_counting, check_parallel
 from dpai_jax.paths.trees import check_structure
+from dpai_jax.selection import as_count, select
 
 PyTree = Any
 
@@ -35,6 +36,7 @@ def ascent(
     alpha: float = 0.99,
     beta: float = 0.5,
     gamma: float = math.inf,
+    counting: str = "exact",
 ) -> PyTree:
     """The direction in which one step of DPaI moves the scores.
 
@@ -55,41 +57,62 @@ def ascent(
       alpha: weight of nodes and kernels against paths, in [0, 1].
       beta: weight of kernels against nodes, in [0, 1].
       gamma: how sharp the indicators are, positive.
+      counting: "exact" or "mean_field" (see `dpai_jax.log_paths`).
 
     Returns:
       Pytree like `scores`; zero where nothing can be pruned.
 
     Raises:
-      ValueError: if the scores or `keep` do not fit the network.
+      ValueError: if the scores or `keep` do not fit the network, or `counting` is unknown.
 
     References:
       DPaI (ICLR 2025), Algorithm 1, lines 5 to 8.
     """
     leaves = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
-    counts = _counts(net, keep)
-    return score_tree(net, _direction(net, leaves, counts, alpha, beta, gamma)[0])
+    check_counting(counting)
+    objective = _Objective(alpha, beta, gamma, counting)
+    return score_tree(net, _direction(net, objective, leaves, _counts(net, keep)).directions)
 
 
 def _counts(net: Network, keep: PyTree | int) -> list[Array] | Array:
     """The numbers of weights to keep, layer by layer or in all."""
     if is_total(keep, net.treedef):
-        return jnp.int32(keep)
+        return as_count(keep)
     check_structure(keep, net.treedef, "keep", "params")
-    return [jnp.int32(k) for k in net.leaves(keep)]
+    return [as_count(k) for k in net.leaves(keep)]
+
+
+class _Objective(NamedTuple):
+    """What the scores ascend (see `ascent`)."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    counting: str
+
+
+class _Ascent(NamedTuple):
+    """A direction, the masks it is taken at, their thresholds, and what was measured there."""
+
+    directions: list[Array]
+    masks: list[Array]
+    thresholds: Array
+    measured: dict[str, Array]
 
 
 def _direction(
     net: Network,
+    objective: _Objective,
     scores: list[Array],
     keep: list[Array] | Array,
-    alpha: float,
-    beta: float,
-    gamma: float,
-) -> tuple[list[Array], list[Array], dict[str, Array]]:
-    """One step's direction, the masks it is taken at, and what was measured there."""
-    masks = select([jnp.abs(s) for s in scores], keep)
-    ones = [m.astype(jnp.float32) for m in masks]
-    log_paths, gradients = jax.value_and_grad(net.log_count)(ones)
+    near: Array | None = None,
+) -> _Ascent:
+    """One step's direction; thresholds of the step before make it faster."""
+    alpha, beta, gamma, counting = objective
+    masks, thresholds = select([jnp.abs(s) for s in scores], keep, near)
+    log_paths, gradients = jax.value_and_grad(net.log_count)(
+        [m.astype(jnp.float32) for m in masks], counting
+    )
     directions, nodes, kernels = [], [], []
     for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
         passing = jnp.where(m, g, 0.0)
@@ -100,7 +123,7 @@ def _direction(
         nodes.append(jnp.sum(node > 0, dtype=jnp.int32))
         kernels.append(jnp.sum(kernel > 0, dtype=jnp.int32))
     measured = {"log_paths": log_paths, "nodes": sum(nodes), "kernels": sum(kernels)}
-    return directions, masks, measured
+    return _Ascent(directions, masks, thresholds, measured)
 
 
 def _slope(share: Array, gamma: float) -> Array:
@@ -114,6 +137,7 @@ class _State(NamedTuple):
     scores: list[Array]
     optimizer: Any
     masks: list[Array]
+    thresholds: Array
     unchanged: Array
 
 
@@ -125,6 +149,7 @@ class DPaI:
       alpha: weight of effective nodes and kernels against paths, in [0, 1]; 0 leaves paths alone.
       beta: weight of kernels against nodes, in [0, 1]; 0 leaves kernels out, and 1 nodes.
       gamma: how sharp the indicators of effective nodes and kernels are, positive (see `ascent`).
+      counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
       steps: the largest number of steps T. The published code takes 3000; beyond some hundreds the
         scores' growth gathers the weights of a layer on ever fewer nodes.
       optimizer: makes the scores follow the direction of `ascent`: any optax optimiser.
@@ -147,6 +172,7 @@ class DPaI:
     alpha: float = 0.99
     beta: float = 0.5
     gamma: float = math.inf
+    counting: str = "mean_field"
     steps: int = 300
     optimizer: optax.GradientTransformation = _ADAM
     allocation: Allocation = erk
@@ -160,6 +186,7 @@ class DPaI:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma}")
+        check_counting(self.counting)
         for name in ("steps", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -173,6 +200,7 @@ class DPaI:
             scores,
             self.optimizer.init(scores),
             [jnp.zeros(layer.shape, bool) for layer in net.layers],
+            jnp.zeros((1, sum(k.size for k in jax.tree.leaves(counts))), jnp.uint32),
             jnp.int32(0),
         )
         measured: list[dict[str, Any]] = []
@@ -209,15 +237,15 @@ class DPaI:
         self, net: Network, state: _State, keep: list[Array] | Array
     ) -> tuple[_State, dict[str, Array]]:
         """One step of Algorithm 1."""
-        directions, masks, measured = _direction(
-            net, state.scores, keep, self.alpha, self.beta, self.gamma
-        )
-        changes = [jnp.sum(a != b) for a, b in zip(masks, state.masks, strict=True)]
+        objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
+        ascent = _direction(net, objective, state.scores, keep, state.thresholds)
+        changes = [jnp.sum(a != b) for a, b in zip(ascent.masks, state.masks, strict=True)]
         changed = functools.reduce(jnp.add, changes)
-        descent = jax.tree.map(jnp.negative, directions)
+        descent = jax.tree.map(jnp.negative, ascent.directions)
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(descent, state.optimizer, state.scores)
         scores = optax.apply_updates(state.scores, updates)
         unchanged = jnp.where(changed == 0, state.unchanged + 1, 0)
-        return _State(scores, optimizer, masks, unchanged), measured | {"changed": changed}
+        after = _State(scores, optimizer, ascent.masks, ascent.thresholds, unchanged)
+        return after, ascent.measured | {"changed": changed}

@@ -22,6 +22,7 @@ from dpai_jax.paths.constants import constant, fold, unknown
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
 GATES = ("balanced", "jacobian", "signal")
+COUNTINGS = ("exact", "mean_field")
 
 Rule = Callable[..., Value | Sequence[Value]]
 _RULES: dict[Primitive, Rule] = {}
@@ -56,12 +57,15 @@ class Interpreter:
         free of rounding, instead of how many paths do.
       entering: whether the gradient of a kernel is the number of paths that enter at each of its
         weights (of largest one at each use), instead of the derivative of what is counted.
+      mean_field: whether counts that are uniform along an axis stay so: where padding would break
+        that, their mean stands for all. Sums then do not hang on the order of their terms.
       uses: every use of a kernel in a contraction, in the order of evaluation.
     """
 
     gates: str
     saturating: bool = False
     entering: bool = False
+    mean_field: bool = False
     uses: list[Use] = dataclasses.field(default_factory=list)
     _units: dict[Any, object] = dataclasses.field(default_factory=dict)
     _callers: list[JaxprEqn] = dataclasses.field(default_factory=list)

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
-from dpai_jax.paths.interpreter import GATES, Interpreter, Use
+from dpai_jax.paths.interpreter import COUNTINGS, GATES, Interpreter, Use
 from dpai_jax.paths.rules.reduction import total
 from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.paths.values import Flow, Free, Value, Weight
@@ -99,12 +99,13 @@ class Network:
         indices = range(self.treedef.num_leaves)
         return self.treedef.unflatten([by_index[i] if i in by_index else rest() for i in indices])
 
-    def log_count(self, masks: list[Array]) -> Array:
+    def log_count(self, masks: list[Array], counting: str = "exact") -> Array:
         """The logarithm of the number of paths, from the layers' masks as float32."""
-        flows = self._outputs(masks, Interpreter(self.gates))
+        interpreter = Interpreter(self.gates, mean_field=counting == "mean_field")
+        flows = self._outputs(masks, interpreter)
         sums, exponent = v.align(flows)
         ends = [
-            total(v.Spread(x, f.shape), range(len(f.shape)))
+            total(interpreter, v.Spread(x, f.shape), range(len(f.shape)))
             for x, f in zip(sums, flows, strict=True)
         ]
         count = functools.reduce(jnp.add, [jnp.sum(end.array) for end in ends])
@@ -324,34 +325,47 @@ def _input(aval: Any, interpreter: Interpreter) -> Value:
     return interpreter.source(aval.shape)
 
 
-def log_paths(net: Network, masks: PyTree) -> Array:
+def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
     """The logarithm of the number of effective paths, log R_P.
 
     With P the number of paths into a node, P = 1 at the input and P_j = Σ_i m_ij P_i through a
     layer of mask m; R_P sums P over the outputs. Every position of every feature map counts.
     Differentiable in the masks, which may hold any non-negative numbers.
 
+    In the *mean field* an axis along which all counts are equal, of images, positions or tokens, is
+    held as one number and stays so: where zeros (a convolution's padding, a class token that no
+    path enters) would break that, the mean over the positions stands for all. Without such zeros
+    the count is the exact one; its cost hangs on the number of weights alone.
+
     Args:
       net: the traced network.
       masks: pytree parallel to the parameters, boolean or floating at the layers.
+      counting: "exact" or "mean_field".
 
     Returns:
       float32 scalar, the natural logarithm; `-inf` if no path leads to the output.
 
     Raises:
-      ValueError: if the masks' tree or shapes are not those of the network.
+      ValueError: if the masks' tree or shapes are not those of the network, or `counting` is
+        unknown.
 
     References:
       DPaI (ICLR 2025), Section "Differentiable Calculation of the Effective Path".
     """
-    return _log_count(
-        net, [jnp.asarray(m, jnp.float32) for m in check_parallel(net, masks, "masks")]
-    )
+    check_counting(counting)
+    leaves = [jnp.asarray(m, jnp.float32) for m in check_parallel(net, masks, "masks")]
+    return _log_count(net, leaves, counting)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_count(net: Network, masks: list[Array]) -> Array:
-    return net.log_count(masks)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _log_count(net: Network, masks: list[Array], counting: str) -> Array:
+    return net.log_count(masks, counting)
+
+
+def check_counting(counting: str) -> None:
+    """Raises a ValueError unless this is a way of counting."""
+    if counting not in COUNTINGS:
+        raise ValueError(f"counting must be one of {', '.join(COUNTINGS)}, got {counting!r}")
 
 
 def check_parallel(net: Network, tree: PyTree, argument: str) -> list[Any]:

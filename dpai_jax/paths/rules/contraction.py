@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
@@ -22,6 +23,8 @@ from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, Use, rules_for
 from dpai_jax.paths.rules.elementwise import nonzero, product_terms
+from dpai_jax.paths.rules.windows import coverage
+from dpai_jax.paths.sums import product_sum
 from dpai_jax.paths.values import Axes, Flow, Free, Spread, Value, Weight
 
 Bilinear = Callable[[Spread, Spread], Spread]
@@ -38,7 +41,8 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value
             outputs = {*rest, *batch[side]}
             _record(interpreter, operand, set(contracted[side]), outputs, set(), groups)
     shape = shape_of(eqn.outvars[0])
-    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: _dot(a, b, dims, shape))
+    dot = _dot_by_sums if interpreter.mean_field else _dot
+    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: dot(a, b, dims, shape))
 
 
 @rules_for("conv_general_dilated")
@@ -48,7 +52,10 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Va
         groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
         _record(interpreter, rhs, {features}, {out}, set(taps), groups)
     shape = shape_of(eqn.outvars[0])
-    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: _convolve(a, b, eqn.params, shape))
+    bilinear = functools.partial(
+        _convolve, params=eqn.params, shape=shape, mean_field=interpreter.mean_field
+    )
+    return _contract(interpreter, eqn, lhs, rhs, bilinear)
 
 
 def _contract(
@@ -151,34 +158,119 @@ def _dot(a: Spread, b: Spread, dims: Any, shape: v.Shape) -> Spread:
     return Spread(array * scale if scale != 1.0 else array, shape)
 
 
-def _convolve(lhs: Spread, rhs: Spread, params: dict[str, Any], shape: v.Shape) -> Spread:
-    """`lax.conv_general_dilated`, keeping axes uniform where no padding breaks them."""
+def _dot_by_sums(a: Spread, b: Spread, dims: Any, shape: v.Shape) -> Spread:
+    """`_dot` of an array and a vector by sums in any order; of other arrays as it is."""
+    (contract_a, contract_b), (batch_a, batch_b) = dims
+    if _is_vector(b, {*contract_b, *batch_b}):
+        sums = _dot_vector(a, b, contract_a, contract_b, batch_a, batch_b)
+        ones_first = 0
+    elif _is_vector(a, {*contract_a, *batch_a}):
+        sums = _dot_vector(b, a, contract_b, contract_a, batch_b, batch_a)
+        ones_first = len(a.shape) - len(contract_a) - len(batch_a)
+    else:
+        return _dot(a, b, dims, shape)
+    batch, rest = sums.shape[: len(batch_a)], sums.shape[len(batch_a) :]
+    ones_last = len(shape) - len(sums.shape) - ones_first
+    sizes = (*batch, *(1,) * ones_first, *rest, *(1,) * ones_last)
+    return Spread(sums.reshape(sizes), shape)
+
+
+def _is_vector(x: Spread, axes: set[int]) -> bool:
+    """Whether an array is uniform but along some axes."""
+    return all(i in axes or x.uniform(i) for i in range(len(x.shape)))
+
+
+def _dot_vector(
+    x: Spread,
+    vector: Spread,
+    contract: Sequence[int],
+    contract_vector: Sequence[int],
+    batch: Sequence[int],
+    batch_vector: Sequence[int],
+) -> Array:
+    """The contraction with a vector: its batch axes, then those of `x` that are left."""
+    pairs = zip([*batch, *contract], [*batch_vector, *contract_vector], strict=True)
+    places = sorted(pairs)
+    others = tuple(i for i in range(len(x.shape)) if i not in (*batch, *contract))
+    axes = [j for _, j in places]
+    rest = [j for j in range(len(vector.shape)) if j not in axes]
+    aligned = vector.array.transpose(*axes, *rest).reshape([vector.array.shape[j] for j in axes])
+    sums = product_sum(x.array, jnp.expand_dims(aligned, others), tuple(contract))
+    uniform = [
+        x.shape[i]
+        for i, j in zip(contract, contract_vector, strict=True)
+        if x.uniform(i) and vector.uniform(j)
+    ]
+    sums = jnp.squeeze(sums.transpose(*batch, *others, *contract), _last(len(contract), sums.ndim))
+    return sums * float(math.prod(uniform))
+
+
+def _last(number: int, rank: int) -> tuple[int, ...]:
+    return tuple(range(rank - number, rank))
+
+
+def _convolve(
+    lhs: Spread, rhs: Spread, params: dict[str, Any], shape: v.Shape, mean_field: bool
+) -> Spread:
+    """`lax.conv_general_dilated`, keeping axes uniform where no padding breaks them.
+
+    In the mean field padding breaks nothing: each tap counts by the fraction of positions at which
+    it lies inside.
+    """
     dims = params["dimension_numbers"]
     strides, padding = list(params["window_strides"]), list(params["padding"])
-    dilation = list(params["rhs_dilation"])
+    base_dilation, dilation = list(params["lhs_dilation"]), list(params["rhs_dilation"])
     rhs = rhs.full()
-    spread_axes = [dims.lhs_spec[1]] + (
-        [dims.lhs_spec[0]] if params["batch_group_count"] > 1 else []
-    )
-    taps = rhs.array
+    weights, summed = jnp.float32(1), []
     for i, axis in enumerate(dims.lhs_spec[2:]):
-        padded = tuple(padding[i]) != (0, 0) or params["lhs_dilation"][i] != 1
-        if lhs.uniform(axis) and not padded:
-            taps = jnp.sum(taps, dims.rhs_spec[2 + i], keepdims=True)
-            strides[i], dilation[i] = 1, 1
-        else:
-            spread_axes.append(axis)
+        tap = dims.rhs_spec[2 + i]
+        covered = coverage(
+            lhs.shape[axis],
+            rhs.shape[tap],
+            shape[dims.out_spec[2 + i]],
+            strides[i],
+            padding[i],
+            base_dilation[i],
+            dilation[i],
+        )
+        if lhs.uniform(axis) and (mean_field or np.all(covered == 1)):
+            if not np.all(covered == 1):
+                others = [j for j in range(len(rhs.shape)) if j != tap]
+                weights = weights * jnp.expand_dims(jnp.asarray(covered), others)
+            summed.append(tap)
+            strides[i] = base_dilation[i] = dilation[i] = 1
+            padding[i] = (0, 0)
+    taps = rhs.array * weights if weights.ndim else rhs.array
+    taps = jnp.sum(taps, summed, keepdims=True) if summed else taps
+    batch, features, *_ = dims.lhs_spec
+    groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
+    is_uniform = len(summed) == len(strides) and lhs.uniform(batch) and batch_groups == 1
+    if mean_field and is_uniform:
+        return _convolve_uniform(lhs, taps, dims, groups, shape)
+    kept = [axis for i, axis in enumerate(dims.lhs_spec[2:]) if dims.rhs_spec[2 + i] not in summed]
+    batches = [batch] if batch_groups > 1 else []
     array: Array = lax.conv_general_dilated(
-        lhs.full(*spread_axes).array,
+        lhs.full(features, *batches, *kept).array,
         taps,
         strides,
         padding,
-        params["lhs_dilation"],
+        base_dilation,
         dilation,
         dims,
-        params["feature_group_count"],
-        params["batch_group_count"],
+        groups,
+        batch_groups,
         lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     return Spread(array, shape)
+
+
+def _convolve_uniform(lhs: Spread, taps: Array, dims: Any, groups: int, shape: v.Shape) -> Spread:
+    """A convolution of what is uniform everywhere, by a kernel whose taps are summed up."""
+    out, into, *positions = dims.rhs_spec
+    n_out, n_in = taps.shape[out], taps.shape[into]
+    kernel = taps.transpose(into, out, *positions).reshape(n_in, groups, n_out // groups)
+    features = lhs.full(dims.lhs_spec[1]).array.reshape(groups, n_in, 1).swapaxes(0, 1)
+    sizes = [1] * len(shape)
+    sizes[dims.out_spec[1]] = n_out
+    return Spread(product_sum(kernel, features, (0,)).reshape(sizes), shape)

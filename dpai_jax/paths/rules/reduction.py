@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
+from dpai_jax.paths.rules.windows import coverage
+from dpai_jax.paths.sums import sum_over
 from dpai_jax.paths.values import Flow, Spread, Value
 
 _REDUCTIONS = """
@@ -27,7 +30,7 @@ _WINDOWS = """
 def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     if not isinstance(x, Flow):
         return unknown(eqn)[0]
-    spread = total(x.spread, eqn.params["axes"])
+    spread = total(interpreter, x.spread, eqn.params["axes"])
     kept = [i for i in range(len(x.shape)) if i not in eqn.params["axes"]]
     shape = tuple(x.shape[i] for i in kept)
     array = spread.array.reshape([spread.array.shape[i] for i in kept])
@@ -43,7 +46,7 @@ def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Seq
         if not isinstance(x, Flow):
             results.append(free)
             continue
-        array = jnp.squeeze(total(x.spread, axes).array, axes)
+        array = jnp.squeeze(total(interpreter, x.spread, axes).array, axes)
         results.append(derived(interpreter, eqn, x, Spread(array, free.shape), _summed(x.rest)))
     return results
 
@@ -80,11 +83,21 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     window, strides = list(params["window_dimensions"]), list(params["window_strides"])
     dilation = list(params["window_dilation"])
     spread, scale = x.spread, 1.0
+    padding, base_dilation = list(params["padding"]), list(params["base_dilation"])
     for axis, size in enumerate(window):
-        padded = tuple(params["padding"][axis]) != (0, 0) or params["base_dilation"][axis] != 1
-        if spread.uniform(axis) and not padded:
-            scale *= size
-            window[axis] = strides[axis] = dilation[axis] = 1
+        covered = coverage(
+            x.shape[axis],
+            size,
+            shape[axis],
+            strides[axis],
+            padding[axis],
+            base_dilation[axis],
+            dilation[axis],
+        )
+        if spread.uniform(axis) and (interpreter.mean_field or np.all(covered == 1)):
+            scale *= float(covered.sum())
+            window[axis] = strides[axis] = dilation[axis] = base_dilation[axis] = 1
+            padding[axis] = (0, 0)
         else:
             spread = spread.full(axis)
     array = lax.reduce_window(
@@ -93,17 +106,20 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         lax.add,
         window,
         strides,
-        params["padding"],
-        params["base_dilation"],
+        padding,
+        base_dilation,
         dilation,
     )
     return derived(interpreter, eqn, x, Spread(array * scale, shape), _summed(x.rest))
 
 
-def total(spread: Spread, axes: Sequence[int]) -> Spread:
+def total(interpreter: Interpreter, spread: Spread, axes: Sequence[int]) -> Spread:
     """The sums over some axes, which are left as uniform ones."""
     copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
-    array = jnp.sum(spread.array, tuple(axes), keepdims=True)
+    if interpreter.mean_field:
+        array = sum_over(spread.array, axes)
+    else:
+        array = jnp.sum(spread.array, tuple(axes), keepdims=True)
     return Spread(array * float(copies), spread.shape)
 
 

@@ -7,6 +7,7 @@ alike, the second tells how a kernel's axes reach a contraction.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
 from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
+from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight
 
 # The result, and for each of its axes the axes of the operand it is made of.
@@ -148,11 +150,26 @@ def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Valu
     config, shape = eqn.params["padding_config"], shape_of(eqn.outvars[0])
     padded = [i for i, pads in enumerate(config) if tuple(pads) != (0, 0, 0)]
     spread = x.spread if isinstance(x, Flow) else Spread(x.array, x.shape)
+    if isinstance(x, Flow) and interpreter.mean_field:
+        spread, config = _diluted(spread, config, shape)
+        padded = [i for i in padded if not spread.uniform(i)]
     spread = spread.full(*padded) if padded else spread
     spread = Spread(lax.pad(spread.array, jnp.float32(0), config), shape)
     if isinstance(x, Weight):
         return viewed(x, spread, same_axes(len(shape)))
     return derived(interpreter, eqn, x, spread, joined_rest([x.rest, rest_of(fill)]))
+
+
+def _diluted(spread: Spread, config: Sequence[Any], shape: Shape) -> tuple[Spread, list[Any]]:
+    """Where a uniform axis is padded, the mean; and the padding of the other axes."""
+    scale, rest = 1.0, list(config)
+    for axis, (low, high, interior) in enumerate(config):
+        if spread.uniform(axis) and (low, high, interior) != (0, 0, 0):
+            scale *= float(
+                coverage(spread.shape[axis], 1, shape[axis], 1, (low, high), interior + 1, 1)[0]
+            )
+            rest[axis] = (0, 0, 0)
+    return Spread(spread.array * scale, spread.shape), rest
 
 
 @rearranges("tile")
@@ -239,6 +256,15 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
     if not flows:
         return _join_weights(parts, axis)
     aligned, exponent = v.align(flows)
+    ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
+    rest = joined_rest([rest_of(part) for part in parts])
+    if interpreter.mean_field and all(flow.spread.uniform(axis) for flow in flows):
+        shares = [flow.shape[axis] / shape[axis] for flow in flows]
+        array = functools.reduce(
+            jnp.add, [x * share for x, share in zip(aligned, shares, strict=True)]
+        )
+        spread = Spread(array, shape)
+        return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
     arrays = iter(aligned)
     pieces = [
         next(arrays) if isinstance(part, Flow) else jnp.zeros((1,) * len(shape), jnp.float32)
@@ -249,8 +275,6 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
         jnp.broadcast_to(piece, (*common[:axis], part.shape[axis], *common[axis + 1 :]))
         for piece, part in zip(pieces, parts, strict=True)
     ]
-    ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
-    rest = joined_rest([rest_of(part) for part in parts])
     spread = Spread(lax.concatenate(pieces, axis), shape)
     return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
 

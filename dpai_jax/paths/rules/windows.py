@@ -1,0 +1,36 @@
+"""Windows that slide along an axis: where their taps lie inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def coverage(
+    size: int,
+    taps: int,
+    outputs: int,
+    stride: int,
+    padding: Sequence[int],
+    base_dilation: int,
+    window_dilation: int,
+) -> np.ndarray:
+    """The fraction of all positions of a window at which each of its taps lies on an entry.
+
+    Args:
+      size: entries along the axis.
+      taps: taps of the window.
+      outputs: positions of the window.
+      stride: entries from one position to the next.
+      padding: zeros before the first entry, and behind the last one.
+      base_dilation: steps from one entry to the next; between them are zeros.
+      window_dilation: steps from one tap to the next.
+
+    Returns:
+      float32 array (taps,).
+    """
+    starts = np.arange(outputs)[:, None] * stride - padding[0]
+    places = starts + np.arange(taps) * window_dilation
+    inside = (places >= 0) & (places <= (size - 1) * base_dilation) & (places % base_dilation == 0)
+    return inside.mean(0).astype(np.float32) if outputs else np.zeros(taps, np.float32)

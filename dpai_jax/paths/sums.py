@@ -1,0 +1,74 @@
+"""Sums that do not hang on the order of their terms, and so neither on the number of devices.
+
+Floats are added up in fixed point, by integers: whichever terms meet first, the sum is the same bit
+by bit. Two integers hold a term; of it is lost what is below some 2^-36 of the largest one, fewer
+bits the more terms there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dpai_jax.paths import values as v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
+    """The sum over some axes, which are left with size one, of the products of two arrays.
+
+    Args:
+      a: non-negative float32 array.
+      b: another one, of the same rank; the two broadcast.
+      axes: what to sum over.
+
+    Returns:
+      The sums; the same for any order of the terms, and so are their derivatives.
+    """
+    sizes = np.broadcast_shapes(a.shape, b.shape)
+    n_terms = math.prod(sizes[i] for i in axes)
+    if n_terms == 1:
+        return a * b
+    (a, exponent_a, _), (b, exponent_b, _) = (v.normalise(x, jnp.int32(0)) for x in (a, b))
+    # 2^30 holds all terms, each of them below one in these units.
+    digit = float(2 ** (30 - math.ceil(math.log2(n_terms))))
+    scaled = a * b * digit
+    whole = jnp.floor(scaled)
+    terms = [whole.astype(jnp.int32), ((scaled - whole) * digit).astype(jnp.int32)]
+    high, low = lax.reduce(
+        terms, [jnp.int32(0)] * 2, lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)], axes
+    )
+    total = (high.astype(jnp.float32) + low.astype(jnp.float32) / digit) / digit
+    total = total * v.power_of_two(exponent_a) * v.power_of_two(exponent_b)
+    return jnp.expand_dims(total, axes)
+
+
+def _forward(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, tuple[Array, Array]]:
+    return product_sum(a, b, axes), (a, b)
+
+
+def _backward(
+    _axes: tuple[int, ...], factors: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    sizes = np.broadcast_shapes(*(factor.shape for factor in factors))
+
+    def gradient(of: Array, other: Array) -> Array:
+        repeated = tuple(i for i, size in enumerate(sizes) if of.shape[i] < size)
+        return jnp.broadcast_to(product_sum(cotangent, other, repeated), of.shape)
+
+    a, b = factors
+    return gradient(a, b), gradient(b, a)
+
+
+product_sum.defvjp(_forward, _backward)
+
+
+def sum_over(array: Array, axes: Sequence[int]) -> Array:
+    """The sum of a non-negative float32 array over some axes, which are left with size one."""
+    return product_sum(array, jnp.ones((1,) * array.ndim, jnp.float32), tuple(axes))
