@@ -22,7 +22,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
     algorithm = DPaI(NETWORKS[args.network](), args.size, args.sparsity)
     seconds = timed(algorithm.step, args.steps, args.warmup)
     peak = peak_bytes()
-    weights = sum(layer.weight.numel() for layer in algorithm.layers.values())
+    weights = sum(mask.numel() for mask in algorithm.masks.values())
     return {"seconds": seconds, "peak_bytes": peak, "weights": weights} | algorithm.measure()
 
 
@@ -73,7 +73,10 @@ def parse() -> argparse.Namespace:
     common.add_argument("--warmup", type=int, default=2, help="steps before them")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--threads", type=int, default=2)
-    parser = argparse.ArgumentParser(description="The PyTorch peer; prints one line of JSON.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.peer",
+        description="Time PyTorch; print one line of JSON.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prune", parents=[common], help="time steps of DPaI")
     command.add_argument("--sparsity", type=float, default=0.9)

@@ -8,15 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-def kernel_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Returns the convolutions and linear layers by name: those whose weights are pruned."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    }
-
-
 def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     """Returns how many weights each layer keeps by the Erdős-Rényi-kernel rule (Evci et al. 2020).
 
@@ -61,10 +52,11 @@ class GlobalSum(nn.Module):
 
 
 def linearize(module: nn.Module) -> None:
-    """Turns a network, in place, into one that counts paths once its weights are masks.
+    """Turns a network, in place, into one that counts paths once its parameters are masks.
 
-    Normalization and activations become the identity, for counts are not negative; biases go;
-    pooling becomes a sum over its window, without the constant factor of an average.
+    No parameter is left but the kernels: normalization and activations become the identity, as
+    counts are not negative, and biases go. Pooling becomes a sum over its window, so that counts
+    are whole, without the constant factor of an average.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d | nn.ReLU):
@@ -74,7 +66,7 @@ def linearize(module: nn.Module) -> None:
         elif isinstance(child, nn.AdaptiveAvgPool2d):
             setattr(module, name, GlobalSum())
         elif isinstance(child, nn.Linear):
-            child.bias = None
+            child.register_parameter("bias", None)
         linearize(child)
 
 
@@ -109,71 +101,71 @@ class DPaI:
     """Algorithm 1 of DPaI (Xiang et al., ICLR 2025) on all positions of the feature maps.
 
     Attributes:
-        layers: The layers of the linearized network by name; their weights are the masks.
+        masks: The masks by name, the parameters of the linearized network.
         scores: Their scores by name, drawn from N(0, 1).
+        keep: Number of weights that each mask keeps.
     """
 
     def __init__(self, network: nn.Sequential, size: int, sparsity: float) -> None:
         linearize(network)
-        self.network, self.layers = network, kernel_layers(network)
-        weights = [layer.weight for layer in self.layers.values()]
-        self.keep = erk([weight.shape for weight in weights], sparsity)
-        self.scores = {name: torch.randn_like(layer.weight) for name, layer in self.layers.items()}
+        self.network, self.masks = network, dict(network.named_parameters())
+        self.keep = erk([mask.shape for mask in self.masks.values()], sparsity)
+        self.scores = {name: torch.randn_like(mask) for name, mask in self.masks.items()}
         self.optimizer = torch.optim.Adam(self.scores.values(), 0.005, maximize=True, fused=True)
-        self.ones = torch.ones(1, 3, size, size, dtype=weights[0].dtype)
+        self.ones = torch.ones(1, 3, size, size, dtype=next(network.parameters()).dtype)
 
     def step(self) -> None:
         """Takes one step: lines 5 to 8 of the algorithm, with Adam."""
-        self.differentiate()
-        for name, layer in self.layers.items():
-            score = self.scores[name]
-            score.grad = direction(layer.weight, score)
+        _, gradients = self.differentiate()
+        with torch.no_grad():
+            for (name, mask), gradient in zip(self.masks.items(), gradients, strict=True):
+                score = self.scores[name]
+                score.grad = direction(mask, gradient, score)
         self.optimizer.step()
 
-    @torch.no_grad()
     def measure(self) -> dict[str, float | int]:
         """Returns log R_P and the numbers of effective nodes and kernels at the scores' masks."""
-        log_paths = self.differentiate()
-        parts = [node_and_kernel(layer.weight) for layer in self.layers.values()]
-        nodes, kernels = (
-            sum(int((p > 0).sum()) for p in part) for part in zip(*parts, strict=True)
-        )
-        return {"log_paths": log_paths, "nodes": nodes, "kernels": kernels}
+        value, gradients = self.differentiate()
+        pairs = zip(self.masks.values(), gradients, strict=True)
+        shares = [node_and_kernel(mask, gradient) for mask, gradient in pairs]
+        return {
+            "log_paths": value,
+            "nodes": sum(int((node > 0).sum()) for node, _ in shares),
+            "kernels": sum(int((kernel > 0).sum()) for _, kernel in shares),
+        }
 
-    def differentiate(self) -> float:
-        """Sets each layer's mask, and its `grad` to ∂ log R_P/∂m; returns log R_P."""
-        for (name, layer), k in zip(self.layers.items(), self.keep, strict=True):
-            set_to_top_k(layer.weight, self.scores[name], k)
-            layer.weight.grad = None
-        with torch.enable_grad():
-            value = log_paths(self.network, self.ones)
-            value.backward()
-        return value.item()
+    def differentiate(self) -> tuple[float, tuple[Tensor, ...]]:
+        """Sets the masks by their scores; returns log R_P and its gradients by the masks."""
+        for (name, mask), k in zip(self.masks.items(), self.keep, strict=True):
+            set_to_top_k(mask, self.scores[name], k)
+        value = log_paths(self.network, self.ones)
+        return value.item(), torch.autograd.grad(value, list(self.masks.values()))
 
 
-@torch.no_grad()
 def set_to_top_k(mask: Tensor, score: Tensor, k: int) -> None:
     """Writes 1 where |score| is among the k largest of the layer and 0 elsewhere, by a sort."""
-    order = torch.sort(score.abs().flatten(), descending=True).indices
-    mask.zero_().view(-1)[order[:k]] = 1.0
+    with torch.no_grad():
+        order = torch.sort(score.abs().flatten(), descending=True).indices
+        mask.zero_().view(-1)[order[:k]] = 1.0
 
 
-def node_and_kernel(mask: Tensor) -> tuple[Tensor, Tensor]:
+def node_and_kernel(mask: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the share of all paths that passes each node and each kernel of a layer.
 
     They have the mask's axes (outputs, inputs, taps), of size 1 where summed over.
     """
-    passing = mask * mask.grad
+    passing = mask.detach() * gradient
     kernel = passing.sum((2, 3), keepdim=True) if passing.dim() == 4 else passing
     return kernel.sum(1, keepdim=True), kernel
 
 
-@torch.no_grad()
-def direction(mask: Tensor, score: Tensor, alpha: float = 0.99, beta: float = 0.5) -> Tensor:
+def direction(
+    mask: Tensor, gradient: Tensor, score: Tensor, alpha: float = 0.99, beta: float = 0.5
+) -> Tensor:
     """Returns (1 − α)·g + α·((1 − β)·g·[node ineffective] + β·g·[kernel ineffective]).
 
-    g is ∂ log R_P/∂m · sign(s), straight through the choice of the top k.
+    g is the gradient ∂ log R_P/∂m · sign(s), straight through the choice of the top k.
     """
-    node, kernel = node_and_kernel(mask)
+    node, kernel = node_and_kernel(mask, gradient)
     push = (1 - beta) * (node == 0) + beta * (kernel == 0)
-    return ((1 - alpha) + alpha * push) * mask.grad * score.sign()
+    return ((1 - alpha) + alpha * push) * gradient * score.sign()
