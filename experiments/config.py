@@ -19,7 +19,8 @@ class Config:
     Attributes:
         dataset: Name of the data set.
         model: Name of the network.
-        width: Channels of the network's first stage.
+        width: Channels of the network's first stage, or features of its tokens or first hidden
+            layer; by default the published number.
         method: Name of the pruning method; "dense" prunes nothing.
         sparsity: Fraction of the prunable weights to remove. "dense" sets it to 0.
         seed: Seed of the initial weights, the pruning and the order of the data.
@@ -34,7 +35,7 @@ class Config:
 
     dataset: str = "digits"
     model: str = "resnet20"
-    width: int = 16
+    width: int | None = None
     method: str = "dpai"
     sparsity: float = 0.99
     seed: int = 0
@@ -52,8 +53,9 @@ class Config:
     def check(self) -> None:
         """Raises a `ConfigError` that names the first field whose value makes no sense."""
         for name in ("width", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}.")
         if not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(f"sparsity must lie in [0, 1); got {self.sparsity}.")
         if not self.learning_rate > 0.0:
@@ -77,7 +79,7 @@ class Config:
         parts = [self.dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
         return "-".join([*parts, digest[:8]])
 
-    def as_dict(self) -> dict[str, str | int | float]:
+    def as_dict(self) -> dict[str, str | int | float | None]:
         """The fields by name, as they are written to results files."""
         return dataclasses.asdict(self)
 

@@ -8,19 +8,23 @@ import flax.linen as nn
 from experiments.config import ConfigError
 from experiments.models.resnet import ResNet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet20": functools.partial(ResNet, depth=20)}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
+}
+"""Makes each network at its published width; or at any, given as `width`."""
 
 
 @functools.lru_cache
-def create(name: str, num_classes: int, width: int) -> nn.Module:
+def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
     """Makes a network, or returns the very module made before of the same arguments.
 
     Whatever is cached by the module's methods, such as traces of `apply`, then serves again.
 
     Args:
         name: Name of the network, one of `MODELS`.
-        num_classes: Size of the output.
-        width: Channels of the first stage.
+        num_classes: Size of the output; of a language model, its vocabulary.
+        width: Channels of the first stage, or features of a token or of the first hidden layer;
+            None for the published number.
 
     Returns:
         A Linen module called as `module.apply(variables, images, train=...)`.
@@ -30,7 +34,12 @@ def create(name: str, num_classes: int, width: int) -> nn.Module:
     """
     if name not in MODELS:
         raise ConfigError(f"model must be one of {sorted(MODELS)}; got {name!r}.")
-    return MODELS[name](num_classes=num_classes, width=width)
+    sizes = {} if width is None else {"width": width}
+    return MODELS[name](num_classes=num_classes, **sizes)
 
 
-__all__ = ["MODELS", "ResNet", "create"]
+__all__ = [
+    "MODELS",
+    "ResNet",
+    "create",
+]
