@@ -6,10 +6,18 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from experiments.config import ConfigError
-from experiments.models.resnet import ResNet
+from experiments.models.resnet import ImageNetResNet, ResNet
 
+
+def _resnet(depth: int, stem: str) -> Callable[..., nn.Module]:
+    return functools.partial(ImageNetResNet, depth=depth, stem=stem)
+
+
+# The ResNets of 18 layers and more have a small image's stem, or by name ImageNet's.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
+    **{f"resnet{depth}": _resnet(depth, "small") for depth in (18, 34, 50)},
+    **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
 }
 """Makes each network at its published width; or at any, given as `width`."""
 
@@ -40,6 +48,7 @@ def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
 
 __all__ = [
     "MODELS",
+    "ImageNetResNet",
     "ResNet",
     "create",
 ]
