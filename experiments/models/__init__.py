@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from experiments.config import ConfigError
 from experiments.models.resnet import ImageNetResNet, ResNet
+from experiments.models.vgg import VGG
 
 
 def _resnet(depth: int, stem: str) -> Callable[..., nn.Module]:
@@ -18,6 +19,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
     **{f"resnet{depth}": _resnet(depth, "small") for depth in (18, 34, 50)},
     **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
+    **{f"vgg{depth}": functools.partial(VGG, depth=depth) for depth in (11, 13, 16, 19)},
 }
 """Makes each network at its published width; or at any, given as `width`."""
 
@@ -48,6 +50,7 @@ def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
 
 __all__ = [
     "MODELS",
+    "VGG",
     "ImageNetResNet",
     "ResNet",
     "create",
