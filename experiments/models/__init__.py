@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from experiments.config import ConfigError
+from experiments.models.lenet import LeNet
 from experiments.models.resnet import ImageNetResNet, ResNet
 from experiments.models.vgg import VGG
 
@@ -16,6 +17,7 @@ def _resnet(depth: int, stem: str) -> Callable[..., nn.Module]:
 
 # The ResNets of 18 layers and more have a small image's stem, or by name ImageNet's.
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
     **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
     **{f"resnet{depth}": _resnet(depth, "small") for depth in (18, 34, 50)},
     **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
@@ -52,6 +54,7 @@ __all__ = [
     "MODELS",
     "VGG",
     "ImageNetResNet",
+    "LeNet",
     "ResNet",
     "create",
 ]
