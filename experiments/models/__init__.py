@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from experiments.config import ConfigError
+from experiments.models.efficientnet import EfficientNet
 from experiments.models.lenet import LeNet
 from experiments.models.resnet import ImageNetResNet, ResNet
 from experiments.models.vgg import VGG
@@ -22,6 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": _resnet(depth, "small") for depth in (18, 34, 50)},
     **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
     **{f"vgg{depth}": functools.partial(VGG, depth=depth) for depth in (11, 13, 16, 19)},
+    "efficientnet_b0": EfficientNet,
 }
 """Makes each network at its published width; or at any, given as `width`."""
 
@@ -53,6 +55,7 @@ def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
 __all__ = [
     "MODELS",
     "VGG",
+    "EfficientNet",
     "ImageNetResNet",
     "LeNet",
     "ResNet",
