@@ -10,13 +10,22 @@ from experiments.models.efficientnet import EfficientNet
 from experiments.models.lenet import LeNet
 from experiments.models.resnet import ImageNetResNet, ResNet
 from experiments.models.vgg import VGG
+from experiments.models.vit import ViT
+
+_VIT_SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
 
 
 def _resnet(depth: int, stem: str) -> Callable[..., nn.Module]:
     return functools.partial(ImageNetResNet, depth=depth, stem=stem)
 
 
-# The ResNets of 18 layers and more have a small image's stem, or by name ImageNet's.
+def _vit(size: str, patch: int) -> Callable[..., nn.Module]:
+    width, heads = _VIT_SIZES[size]
+    return functools.partial(ViT, width=width, heads=heads, patch=patch)
+
+
+# The ResNets of 18 layers and more have a small image's stem, or by name ImageNet's. Patches of
+# 4, 8 and 16 pixels make 64 or 196 tokens of the images of CIFAR, Tiny-ImageNet and ImageNet.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
@@ -24,6 +33,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
     **{f"vgg{depth}": functools.partial(VGG, depth=depth) for depth in (11, 13, 16, 19)},
     "efficientnet_b0": EfficientNet,
+    **{f"vit_{size}{patch}": _vit(size, patch) for size in _VIT_SIZES for patch in (4, 8, 16)},
 }
 """Makes each network at its published width; or at any, given as `width`."""
 
@@ -59,5 +69,6 @@ __all__ = [
     "ImageNetResNet",
     "LeNet",
     "ResNet",
+    "ViT",
     "create",
 ]
