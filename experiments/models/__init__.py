@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from experiments.config import ConfigError
 from experiments.models.efficientnet import EfficientNet
+from experiments.models.gpt2 import GPT2
 from experiments.models.lenet import LeNet
 from experiments.models.resnet import ImageNetResNet, ResNet
 from experiments.models.vgg import VGG
@@ -34,6 +35,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"vgg{depth}": functools.partial(VGG, depth=depth) for depth in (11, 13, 16, 19)},
     "efficientnet_b0": EfficientNet,
     **{f"vit_{size}{patch}": _vit(size, patch) for size in _VIT_SIZES for patch in (4, 8, 16)},
+    "gpt2": GPT2,
 }
 """Makes each network at its published width; or at any, given as `width`."""
 
@@ -63,6 +65,7 @@ def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
 
 
 __all__ = [
+    "GPT2",
     "MODELS",
     "VGG",
     "EfficientNet",
