@@ -1,93 +1,113 @@
-import functools
-import math
+"""What holds of every network. The published sizes of each family are held in models/."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import dpai_jax as dpai
 from experiments import models
-from experiments.config import ConfigError
+from experiments.config import Config, ConfigError
+from tests.experiments.models import abstract
+
+NETWORKS = {
+    "lenet": (models.LeNet(7, width=6), abstract.images(2, 4, 4, 1)),
+    "resnet": (models.ResNet(7, width=2, depth=8), abstract.images(2, 8, 8, 3)),
+    "resnet_basic": (models.ImageNetResNet(7, width=2), abstract.images(2, 8, 8, 3)),
+    "resnet_bottleneck": (
+        models.ImageNetResNet(7, width=2, depth=50, stem="imagenet"),
+        abstract.images(2, 32, 32, 3),
+    ),
+    "vgg": (models.VGG(7, width=2, depth=11), abstract.images(2, 16, 16, 3)),
+    "efficientnet": (models.EfficientNet(7, width=8, depth=0.25), abstract.images(2, 32, 32, 3)),
+    "vit": (models.ViT(7, width=6, depth=2, heads=3, patch=4), abstract.images(2, 8, 8, 3)),
+    "gpt2": (models.GPT2(7, width=6, depth=2, heads=3, context=5), abstract.tokens(2, 5)),
+}
+every_network = pytest.mark.parametrize(("model", "x"), NETWORKS.values(), ids=NETWORKS)
 
 
-def _shapes(model, images):
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct(images, jnp.float32))
+@every_network
+def test_logits_are_one_for_each_class(model, x):
+    logits = jax.eval_shape(model.apply, abstract.variables(model, x), x)
+    assert logits.shape == ((2, 5, 7) if isinstance(model, models.GPT2) else (2, 7))
+    assert logits.dtype == jnp.float32
 
 
-def test_resnet20_has_the_published_number_of_prunable_weights():
-    variables = _shapes(models.create("resnet20", 10, 16), (1, 32, 32, 3))
-    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
-    kernels = [leaf.shape for path, leaf in leaves if path[-1].key == "kernel"]
-    assert sum(map(math.prod, kernels)) == 270_896
-    # 19 convolutions of 3x3, two shortcuts and the head.
-    assert len(kernels) == 22
+# Flax's norms promote to float32 themselves.
+@pytest.mark.standard_promotion
+@every_network
+def test_it_computes_in_the_given_dtype_with_float32_parameters(model, x):
+    model = model.clone(dtype=jnp.bfloat16)
+    outputs = abstract.outputs(model, x)
+    assert {name for name, output in outputs.items() if output.dtype != jnp.bfloat16} == set()
+    variables = jax.tree.leaves(abstract.variables(model, x))
+    assert {leaf.dtype for leaf in variables} == {jnp.dtype(jnp.float32)}
 
 
-def test_the_library_finds_all_kernels_of_resnet20():
-    model = models.create("resnet20", 10, 16)
-    variables = _shapes(model, (1, 32, 32, 3))
-    net = dpai.trace(
-        functools.partial(model.apply, train=False),
-        variables,
-        jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
-    )
-    assert net.size == 270_896
-    assert len(net.layers) == 22
+@every_network
+def test_the_library_finds_every_kernel(model, x):
+    expected = {f"params/{name}" for name in abstract.kernels(model, x)}
+    if isinstance(model, models.GPT2):
+        expected.add("params/embed/embedding")
+    assert {layer.name for layer in abstract.trace(model, x).layers} == expected
 
 
-def test_stages_halve_the_image_and_double_the_channels():
-    model = models.create("resnet20", 7, 4)
-    images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
-
-    def outputs(images):
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(
-            variables, images, capture_intermediates=_is_block, mutable="intermediates"
-        )
-
-    logits, captured = jax.eval_shape(outputs, images)
-    blocks = captured["intermediates"]
-    shapes = {name: block["__call__"][0].shape for name, block in blocks.items()}
-    assert logits.shape == (2, 7)
-    for stage, shape in enumerate([(2, 8, 8, 4), (2, 4, 4, 8), (2, 2, 2, 16)], start=1):
-        for block in (1, 2, 3):
-            assert shapes[f"stage{stage}_block{block}"] == shape
+@every_network
+def test_the_layer_of_the_logits_does_not_start_at_zero(model, x):
+    name = "embed/embedding" if isinstance(model, models.GPT2) else "head/kernel"
+    (weights,) = abstract.initial(model, x, name)
+    assert np.all(weights != 0)
 
 
-def _is_block(module, _):
-    return isinstance(module, models.resnet.BasicBlock)
+@pytest.mark.parametrize(
+    ("name", "conv", "momentum"),
+    [
+        ("resnet", "stem", 0.9),
+        ("resnet_bottleneck", "stem", 0.9),
+        ("vgg", "stage1_conv1", 0.9),
+        ("efficientnet", "stem", 0.99),
+    ],
+)
+def test_only_training_updates_the_batch_statistics(name, conv, momentum):
+    model, x = NETWORKS[name]
+    images = jax.random.normal(jax.random.key(0), x.shape)
+    norm = {"stem": "stem_norm", "stage1_conv1": "stage1_norm1"}[conv]
 
+    @jax.jit
+    def first_norm():
+        """Its input, and its mean before, after evaluation and after training."""
+        variables = model.init(jax.random.key(1, impl="rbg"), images)
+        everything = {"capture_intermediates": True, "mutable": ["batch_stats", "intermediates"]}
+        evaluated = model.apply(variables, images, **everything)[1]
+        trained = model.apply(variables, images, train=True, **everything)[1]
+        convolved = evaluated["intermediates"][conv]["__call__"][0]
+        states = (variables, evaluated, trained)
+        return convolved, [state["batch_stats"][norm]["mean"] for state in states]
 
-@pytest.mark.parametrize(("depth", "layers"), [(8, 10), (20, 22), (56, 58)])
-def test_depth_sets_the_number_of_layers(depth, layers):
-    variables = _shapes(models.ResNet(num_classes=10, depth=depth), (1, 8, 8, 1))
-    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
-    assert sum(path[-1].key == "kernel" for path, _ in leaves) == layers
-
-
-def test_only_training_updates_the_batch_statistics():
-    model = models.ResNet(num_classes=10, width=2, depth=8)
-    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-    variables = jax.jit(model.init)(jax.random.key(1, impl="rbg"), images)
-    step = jax.jit(functools.partial(model.apply, mutable="batch_stats"), static_argnames="train")
-    before = variables["batch_stats"]["stem_norm"]["mean"]
-    evaluated = step(variables, images, train=False)[1]["batch_stats"]["stem_norm"]["mean"]
-    trained = step(variables, images, train=True)[1]["batch_stats"]["stem_norm"]["mean"]
-    convolved = nn.Conv(2, (3, 3), use_bias=False).apply(
-        {"params": variables["params"]["stem"]}, images
-    )
+    convolved, (before, evaluated, trained) = first_norm()
+    np.testing.assert_array_equal(before, 0)
     np.testing.assert_array_equal(evaluated, before)
-    np.testing.assert_allclose(trained, 0.1 * convolved.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    expected = (1 - momentum) * np.mean(convolved, axis=(0, 1, 2))
+    np.testing.assert_allclose(trained, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_depth_that_fits_no_stages_is_refused():
-    with pytest.raises(ValueError, match=r"depth must be 6n \+ 2 .* got 18"):
-        _shapes(models.ResNet(num_classes=10, depth=18), (1, 8, 8, 1))
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_name_makes_a_network_of_any_width(name):
+    x = abstract.tokens(1, 6) if name == "gpt2" else abstract.images(1, 32, 32, 1)
+    model = models.create(name, 3, 12)
+    assert abstract.shapes(model, x)
+    assert model.width == 12 < models.create(name, 3).width
+
+
+def test_the_same_arguments_make_the_same_module():
+    assert models.create("vgg16", 10, 4) is models.create("vgg16", 10, 4)
+
+
+def test_a_configuration_has_the_published_width_unless_it_names_one():
+    assert models.create("resnet20", 10, Config().width).width == 16
+    assert models.create("resnet18", 10, Config().width).width == 64
+    assert models.create("resnet18", 10, Config(width=8).width).width == 8
 
 
 def test_an_unknown_model_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"model must be one of \[.*'resnet20'.*\]; got 'resnet'"):
-        models.create("resnet", 10, 16)
+        models.create("resnet", 10)
