@@ -9,14 +9,17 @@ sharded nothing but counts leaves a device.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+Combine = Callable[[Array, Array], Array]
 
 # Probes counted in one pass over the scores.
 _PROBES = 7
@@ -27,7 +30,7 @@ _FAN = (2**11, 2**14, 2**19)
 # The bits of no score are above those of infinity.
 _ABOVE_ALL = np.uint32(0xFF80_0001)
 
-_EVERY = np.uint32(0xFFFF_FFFF)
+_LAST = np.uint32(0xFFFF_FFFF)
 
 
 def select(
@@ -48,103 +51,82 @@ def select(
       ValueError: if one threshold is to be for 2^32 weights or more.
     """
     if not scores:
-        return [], jnp.zeros(0, jnp.uint32)
+        return [], jnp.zeros((1, 0), jnp.uint32)
     layers, numbers, sizes = _layers(scores, keep)
+    search = _Layers(layers, shared=not isinstance(keep, list))
+    threshold, above, reached = _threshold(search, numbers, sizes, near)
+    surplus = reached > numbers
+    end = lax.cond(
+        jnp.any(surplus),
+        lambda: _end_of_ties(search, threshold, sizes, numbers - above, reached - above),
+        lambda: jnp.full_like(sizes, _LAST),
+    )
+    end = jnp.where(surplus, end, _LAST)
+    return [layer.kept(threshold, end) for layer in layers], threshold
 
-    def counts(cut: _Cut) -> Array:
-        each = jnp.concatenate([layer.count(cut) for layer in layers], 1)
-        return each if isinstance(keep, list) else jnp.sum(each, 1, each.dtype, keepdims=True)
 
-    def narrowed(search: _Search) -> _Search:
-        low, high = search.low, search.high
+def _threshold(
+    layers: _Layers, numbers: Array, sizes: Array, near: Array | None
+) -> tuple[Array, Array, Array]:
+    """The highest bits that enough scores reach, how many are above them, and how many reach them.
+
+    A search ends before with lower bits, where just as many scores as asked reach those.
+    """
+    State = tuple[Array, Array, Array, Array, Array]
+
+    def narrow(state: State) -> State:
+        low, high, above, reached, begins = state
         span = high - low
-        stride = span // _PROBES + jnp.minimum(span % _PROBES, 1)
+        stride = span // (_PROBES + 1) + jnp.minimum(span % (_PROBES + 1), 1)
         probes = low + jnp.minimum(_column(range(1, _PROBES + 1)) * stride, span)
         if near is not None:
             below = near - jnp.minimum(near, _column(reversed(_FAN)))
-            above = near + jnp.minimum(_ABOVE_ALL - near, _column((0, *_FAN)))
-            probes = jnp.where(search.begins, jnp.concatenate([below, above]), probes)
-        count = counts(search.cut(probes))
-        # More weights reach a lower threshold, and a later end among those that equal it.
-        holds = jnp.where(search.tied, count <= numbers, count >= numbers)
-        return search.narrowed(probes, holds, count == numbers)
+            after = near + jnp.minimum(_ABOVE_ALL - near, _column((0, *_FAN)))
+            probes = jnp.where(begins, jnp.concatenate([below, after]), probes)
+        # Both ends stay within what was known before; a search that is over has no room.
+        probes = jnp.clip(probes, low, high)
+        counts = layers.count(probes)
+        holds = counts >= numbers
+        low = jnp.max(jnp.where(holds, probes, low), 0, keepdims=True)
+        reached = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
+        high = jnp.min(jnp.where(holds, high, probes - 1), 0, keepdims=True)
+        above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
+        return low, jnp.where(reached == numbers, low, high), above, reached, jnp.zeros((), bool)
 
-    start = _Search(
-        threshold=jnp.zeros_like(numbers),
-        tied=jnp.zeros(numbers.shape, bool),
-        low=jnp.zeros_like(numbers),
-        high=jnp.full_like(numbers, _ABOVE_ALL),
-        found=jnp.zeros(numbers.shape, bool),
-        begins=jnp.ones((), bool),
-    )
-    end = lax.while_loop(
-        lambda search: jnp.any(search.goes_on),
-        lambda search: narrowed(search).turned_to_ties(sizes),
-        start,
-    )
-    cut = end.cut(end.low)
-    return [mask for layer in layers for mask in layer.hits(cut)], cut.bits
+    none = jnp.zeros_like(sizes)
+    top = jnp.where(sizes == numbers, 0, jnp.full_like(sizes, _ABOVE_ALL))
+    start = (none, top, none, sizes, jnp.ones((), bool))
+    low, _, above, reached, _ = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), narrow, start)
+    return low, above, reached
 
 
-class _Cut(NamedTuple):
-    """Where to cut: keeps what has more than these bits, or the same ones and a lower index."""
+def _end_of_ties(
+    layers: _Layers, threshold: Array, sizes: Array, missing: Array, ties: Array
+) -> Array:
+    """The index before which just as many scores equal the threshold as are missing."""
+    State = tuple[Array, Array, Array, Array]
 
-    bits: Array
-    index: Array
-
-
-class _Search(NamedTuple):
-    """Searches side by side: for thresholds, and then for an end among the scores that equal them.
-
-    Arrays (1, search); probes are (probe, search).
-
-    Attributes:
-      threshold: the threshold, once it is found and too many scores reach it.
-      tied: whether that is so.
-      low, high: bounds of what is searched, the threshold or the end; the lower one holds.
-      found: whether the lower one keeps just as many as asked.
-      begins: whether nothing was counted yet.
-    """
-
-    threshold: Array
-    tied: Array
-    low: Array
-    high: Array
-    found: Array
-    begins: Array
-
-    @property
-    def goes_on(self) -> Array:
-        return ~self.found & ((self.low < self.high) | ~self.tied)
-
-    def cut(self, probes: Array) -> _Cut:
-        """What probes, of the threshold or of the end, stand for."""
-        bits = jnp.where(self.tied, self.threshold, probes)
-        return _Cut(bits, jnp.where(self.tied, probes, _EVERY))
-
-    def narrowed(self, probes: Array, holds: Array, ends: Array) -> _Search:
-        """The search between the last probe (probe, search) that holds and the first that fails."""
-        found = self.found | jnp.any(ends, 0, keepdims=True)
-        answer = jnp.max(jnp.where(ends, probes, 0), 0, keepdims=True)
-        answer = jnp.where(self.found, self.low, answer)
-        low = jnp.max(jnp.where(holds, probes, self.low), 0, keepdims=True)
-        high = jnp.min(jnp.where(holds, self.high, probes - 1), 0, keepdims=True)
-        return self._replace(
-            low=jnp.where(found, answer, jnp.maximum(low, self.low)),
-            high=jnp.where(found, answer, jnp.minimum(high, self.high)),
-            found=found,
-            begins=jnp.zeros((), bool),
+    def narrow(state: State) -> State:
+        low, high, missing, ties = state
+        middle = low + (high - low) // 2
+        before, first, last = layers.ties(threshold, low, middle, high)
+        holds = before <= missing
+        halved = (
+            jnp.where(holds, middle, low),
+            jnp.where(holds, high, middle),
+            jnp.where(holds, missing - before, missing),
+            jnp.where(holds, ties - before, before),
+        )
+        # Where one tie is to be taken, or one to be left, the search is over.
+        end = jnp.where(missing == 1, first + 1, last)
+        over = (missing == 1) | (missing + 1 == ties)
+        return tuple(  # type: ignore[return-value]
+            jnp.where(over, x, y) for x, y in zip((end, end, none, none), halved, strict=True)
         )
 
-    def turned_to_ties(self, sizes: Array) -> _Search:
-        """The search for the end among equals, where the threshold is all that can be found."""
-        turns = ~self.found & ~self.tied & (self.low >= self.high)
-        return self._replace(
-            threshold=jnp.where(turns, self.low, self.threshold),
-            tied=self.tied | turns,
-            low=jnp.where(turns, 0, self.low),
-            high=jnp.where(turns, sizes, self.high),
-        )
+    none = jnp.zeros_like(sizes)
+    start = (none, sizes, missing, ties)
+    return lax.while_loop(lambda s: jnp.any((s[2] > 0) & (s[2] < s[3])), narrow, start)[0]
 
 
 class _Layer(NamedTuple):
@@ -162,30 +144,72 @@ class _Layer(NamedTuple):
     shape: tuple[int, ...]
     columns: slice
 
-    def hits(self, cut: _Cut) -> list[Array]:
-        """What cuts (cut, number) keep."""
-        return [
-            (self.bits > bits) | ((self.bits == bits) & (self.index < index))
-            for bits, index in zip(*map(self._own, cut), strict=True)
-        ]
+    def kept(self, threshold: Array, end: Array) -> Array:
+        """What is above the threshold, or equals it before the end."""
+        bits, end = self.own(threshold), self.own(end)
+        return (self.bits > bits[0]) | ((self.bits == bits[0]) & (self.index < end[0]))
 
-    def count(self, cut: _Cut) -> Array:
-        """How many weights cuts keep, (cut, number)."""
-        hits = [hit.astype(jnp.uint32) for hit in self.hits(cut)]
-        axes = [i for i, copies in enumerate(self.shape) if copies == 1]
-        # One reduction of all of them reads the scores once. Along the last axis it runs through
-        # memory, and what is left of the others is shared out among cores.
-        sums = lax.reduce(
-            hits,
-            [jnp.uint32(0)] * len(hits),
-            lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)],
-            axes[-1:],
-        )
-        counts = jnp.sum(jnp.stack(sums), [i + 1 for i in axes[:-1]], jnp.uint32)
-        return counts.reshape(len(hits), -1)
-
-    def _own(self, numbers: Array) -> Array:
+    def own(self, numbers: Array) -> Array:
+        """Its own of numbers (row, number), to broadcast to its scores row by row."""
         return numbers[:, self.columns].reshape(-1, *self.shape)
+
+    def reduced(self, arrays: Sequence[Array], combine: Sequence[Combine]) -> Array:
+        """Arrays like the scores combined over each copy of the layer: (array, number)."""
+        axes = [i for i, copies in enumerate(self.shape) if copies == 1]
+        start = [jnp.uint32(_LAST if c is jnp.minimum else 0) for c in combine]
+        # One reduction of all arrays reads the scores once. Along the last axis it runs through
+        # memory, and what is left of the others is shared out among cores.
+        for some in (axes[-1:], axes[:-1]):
+            arrays = lax.reduce(
+                list(arrays),
+                start,
+                lambda xs, ys: [c(x, y) for c, x, y in zip(combine, xs, ys, strict=True)],
+                some,
+            )
+        return jnp.stack([array.ravel() for array in arrays])
+
+
+class _Layers(NamedTuple):
+    """All layers, each with thresholds of its own, or under one that they share."""
+
+    layers: list[_Layer]
+    shared: bool
+
+    def count(self, probes: Array) -> Array:
+        """How many scores reach probes (probe, number)."""
+        add = [jnp.add] * len(probes)
+        each = [
+            layer.reduced(
+                [(layer.bits >= probe).astype(jnp.uint32) for probe in layer.own(probes)], add
+            )
+            for layer in self.layers
+        ]
+        return self._joined(each, add)
+
+    def ties(self, threshold: Array, low: Array, middle: Array, high: Array) -> Array:
+        """Of what equals the threshold between two indices, (3, 1, number).
+
+        How much stands before a third, the first index, and the last.
+        """
+        combine = [jnp.add, jnp.minimum, jnp.maximum]
+        each = []
+        for layer in self.layers:
+            bits, low_, middle_, high_ = (layer.own(x)[0] for x in (threshold, low, middle, high))
+            index = jnp.broadcast_to(layer.index, layer.bits.shape)
+            tie = (layer.bits == bits) & (index >= low_) & (index < high_)
+            arrays = [
+                (tie & (index < middle_)).astype(jnp.uint32),
+                jnp.where(tie, index, _LAST),
+                jnp.where(tie, index, 0),
+            ]
+            each.append(layer.reduced(arrays, combine))
+        return self._joined(each, combine)[:, None]
+
+    def _joined(self, each: list[Array], combine: Sequence[Combine]) -> Array:
+        if not self.shared:
+            return jnp.concatenate(each, 1)
+        rows = zip(combine, *each, strict=True)
+        return jnp.stack([functools.reduce(c, row) for c, *row in rows])
 
 
 def _layers(scores: Sequence[Array], keep: Any) -> tuple[list[_Layer], Array, Array]:

@@ -18,6 +18,7 @@ from dpai_jax.masks import check_numbers, from_layers, is_total
 from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores, score_tree
 from dpai_jax.paths import Network
 from dpai_jax.paths.network import check_counting, check_parallel
+from dpai_jax.paths.sums import fold
 from dpai_jax.paths.trees import check_structure
 from dpai_jax.selection import as_count, select
 
@@ -116,7 +117,7 @@ def _direction(
     directions, nodes, kernels = [], [], []
     for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
         passing = jnp.where(m, g, 0.0)
-        kernel = jnp.sum(passing, layer.taps, keepdims=True)
+        kernel = fold(passing, layer.taps)
         node = jnp.sum(kernel, layer.inputs, keepdims=True)
         push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
         directions.append(((1 - alpha) + alpha * push) * g * jnp.sign(s))

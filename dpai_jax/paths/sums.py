@@ -8,6 +8,7 @@ bits the more terms there are.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -72,3 +73,28 @@ product_sum.defvjp(_forward, _backward)
 def sum_over(array: Array, axes: Sequence[int]) -> Array:
     """The sum of a non-negative float32 array over some axes, which are left with size one."""
     return product_sum(array, jnp.ones((1,) * array.ndim, jnp.float32), tuple(axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fold(array: Array, axes: tuple[int, ...]) -> Array:
+    """The sum over short axes, such as a filter's taps; they are left with size one.
+
+    Written out, slice by slice, it fuses with what is around it. A reduction of a few entries that
+    lie far apart takes a CPU many times as long.
+    """
+    places = itertools.product(*(range(array.shape[i]) for i in axes))
+    slices = [
+        lax.slice(
+            array,
+            [place[axes.index(i)] if i in axes else 0 for i in range(array.ndim)],
+            [place[axes.index(i)] + 1 if i in axes else n for i, n in enumerate(array.shape)],
+        )
+        for place in places
+    ]
+    return functools.reduce(jnp.add, slices)
+
+
+fold.defvjp(
+    lambda array, axes: (fold(array, axes), jnp.zeros((*array.shape, 0))),
+    lambda _, like, cotangent: (jnp.broadcast_to(cotangent, like.shape[:-1]),),
+)

@@ -24,7 +24,7 @@ from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, Use, rules_for
 from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
-from dpai_jax.paths.sums import product_sum
+from dpai_jax.paths.sums import fold, product_sum
 from dpai_jax.paths.values import Axes, Flow, Free, Spread, Value, Weight
 
 Bilinear = Callable[[Spread, Spread], Spread]
@@ -241,7 +241,7 @@ def _convolve(
             strides[i] = base_dilation[i] = dilation[i] = 1
             padding[i] = (0, 0)
     taps = rhs.array * weights if weights.ndim else rhs.array
-    taps = jnp.sum(taps, summed, keepdims=True) if summed else taps
+    taps = fold(taps, tuple(summed))
     batch, features, *_ = dims.lhs_spec
     groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
     is_uniform = len(summed) == len(strides) and lhs.uniform(batch) and batch_groups == 1
