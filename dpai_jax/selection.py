@@ -9,10 +9,11 @@ sharded nothing but counts leaves a device.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,8 @@ def _end_of_ties(
     return lax.while_loop(lambda s: jnp.any((s[2] > 0) & (s[2] < s[3])), narrow, start)[0]
 
 
-class _Layer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Layer:
     """A layer's scores as bits, and which numbers to keep are about it.
 
     Attributes:
@@ -169,7 +171,8 @@ class _Layer(NamedTuple):
         return jnp.stack([array.ravel() for array in arrays])
 
 
-class _Layers(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Layers:
     """All layers, each with thresholds of its own, or under one that they share."""
 
     layers: list[_Layer]

@@ -50,8 +50,8 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Va
         if not isinstance(indices, Flow):
             return unknown(eqn)[0]
         # A table of tokens that is a kernel elsewhere too (a tied embedding).
-        return interpreter.flow(_gather_anywhere(spread, eqn.params, shape), jnp.int32(0))
-    gather = _gather_anywhere(operand.spread, eqn.params, shape)
+        return interpreter.flow(_gather_anywhere(interpreter, spread, eqn.params, shape), jnp.int32(0))
+    gather = _gather_anywhere(interpreter, operand.spread, eqn.params, shape)
     if known:
         gather = _gather_at(operand.spread, known[0], eqn.params, shape)
     return _moved(interpreter, operand, gather)
@@ -73,13 +73,15 @@ def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) 
     return Spread(array, shape)
 
 
-def _gather_anywhere(x: Spread, params: dict[str, Any], shape: Shape) -> Spread:
+def _gather_anywhere(
+    interpreter: Interpreter, x: Spread, params: dict[str, Any], shape: Shape
+) -> Spread:
     """A gather whose indices are not known: sums over the axes that it takes a part of."""
     made_of = _gathered_axes(params["dimension_numbers"], len(x.shape), len(shape))
     batched = params["dimension_numbers"].operand_batching_dims
     sizes = enumerate(params["slice_sizes"])
     partial = [i for i, size in sizes if size < x.shape[i] and i not in batched]
-    array = total(x, partial).array
+    array = total(interpreter, x, partial).array
     # Axes that are summed and dropped go last, where they are of size one.
     order = [axis for axis in made_of if axis is not None]
     order += [axis for axis in range(len(x.shape)) if axis not in order]
@@ -117,7 +119,7 @@ def _dynamic_slice(
             continue
         known = known_indices(start)
         if known is None:
-            spread = Spread(total(spread, [axis]).array, spread.shape)
+            spread = Spread(total(interpreter, spread, [axis]).array, spread.shape)
         elif not spread.uniform(axis):
             array = lax.dynamic_slice_in_dim(spread.array, known[0], size, axis)
             spread = Spread(array, spread.shape)
