@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
-from dpai_jax.methods.base import normal_scores
+from dpai_jax.methods.noise import normal_scores
 from dpai_jax.repair import repair
 from tests.networks import by_name
 from tests.paths.test_reach import NETWORKS, read_twice
@@ -272,7 +272,7 @@ def test_distinct_scores_leave_the_key_no_say_where_single_weights_do() -> None:
     masks = drawn(WIDE, [150, 200, 60], np.random.default_rng(0))
     masks["1"][3] = False
     assert dpai.topology(net, masks).effective < sum(totals(masks))
-    scores = normal_scores(net, jax.random.key(0))
+    scores = normal_scores(net, jax.random.key(0), masks)
     runs = [repair(net, masks, scores, jax.random.key(seed)) for seed in (0, 1)]
     assert differ(runs[0], masks)
     assert_same(*runs)

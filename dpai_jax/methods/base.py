@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -115,19 +112,6 @@ class Method(Protocol):
 def numpy_generator(key: Array) -> np.random.Generator:
     """NumPy's generator for a random key, for what is drawn on the host."""
     return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
-
-
-def normal_scores(net: Network, key: Array) -> PyTree:
-    """Scores drawn from N(0, 1), layer by layer; 0 where nothing can be pruned."""
-    return score_tree(net, _normal(tuple(layer.shape for layer in net.layers), key))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _normal(shapes: tuple[tuple[int, ...], ...], key: Array) -> list[Array]:
-    # One draw for all layers: each draw of its own would take half a second to compile.
-    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-    parts = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def score_tree(net: Network, scores: list[Array]) -> PyTree:

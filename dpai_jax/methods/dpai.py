@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.sharding import Sharding
 
 from dpai_jax.allocation import erk
 from dpai_jax.masks import check_numbers, from_layers, is_total
-from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores, score_tree
+from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
+from dpai_jax.methods.noise import layout, normal_scores
 from dpai_jax.paths import Network
 from dpai_jax.paths.network import check_counting, check_parallel
 from dpai_jax.paths.sums import fold
@@ -196,18 +198,18 @@ class DPaI:
         """Prunes a network (see `dpai_jax.prune`)."""
         net = problem.net
         counts = _counts(net, self.allocation(net, problem.sparsity))
-        scores = self._start(net, problem.key)
+        scores, shardings = self._start(problem), layout(net, problem.params)
         state = _State(
             scores,
             self.optimizer.init(scores),
-            [jnp.zeros(layer.shape, bool) for layer in net.layers],
+            [jnp.zeros_like(s, bool) for s in scores],
             jnp.zeros((1, sum(k.size for k in jax.tree.leaves(counts))), jnp.uint32),
             jnp.int32(0),
         )
         measured: list[dict[str, Any]] = []
         stopped = ""
         for t in range(self.steps):
-            state, numbers = self._step(net, state, counts)
+            state, numbers = self._step(net, shardings, state, counts)
             measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
                 problem.report(t + 1, self.steps, jax.device_get(numbers))
@@ -216,7 +218,7 @@ class DPaI:
                     break
         # One more look, at the masks of the final scores, which the step would move on.
         scores = score_tree(net, jax.tree.map(jnp.copy, state.scores))
-        state, numbers = self._step(net, state, counts)
+        state, numbers = self._step(net, shardings, state, counts)
         measured.append(numbers)
         history = {
             name: np.asarray(jax.device_get([numbers[name] for numbers in measured]))
@@ -225,17 +227,22 @@ class DPaI:
         masks, rank = from_layers(net, state.masks), jax.tree.map(jnp.abs, scores)
         return Pruned(masks, scores, history, stopped, rank)
 
-    def _start(self, net: Network, key: Array) -> list[Array]:
+    def _start(self, problem: Problem) -> list[Array]:
+        net = problem.net
         if self.scores is None:
-            return net.leaves(normal_scores(net, key))
+            return net.leaves(normal_scores(net, problem.key, problem.params))
         scores = check_parallel(net, self.scores, "scores")
         for layer, s in zip(net.layers, scores, strict=True):
             check_numbers(layer.name, s)
         return [jnp.array(s, jnp.float32) for s in scores]
 
-    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
     def _step(
-        self, net: Network, state: _State, keep: list[Array] | Array
+        self,
+        net: Network,
+        shardings: tuple[Sharding | None, ...],
+        state: _State,
+        keep: list[Array] | Array,
     ) -> tuple[_State, dict[str, Array]]:
         """One step of Algorithm 1."""
         objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
@@ -246,7 +253,16 @@ class DPaI:
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(descent, state.optimizer, state.scores)
-        scores = optax.apply_updates(state.scores, updates)
+        scores = _laid_out(optax.apply_updates(state.scores, updates), shardings)
         unchanged = jnp.where(changed == 0, state.unchanged + 1, 0)
-        after = _State(scores, optimizer, ascent.masks, ascent.thresholds, unchanged)
+        masks = _laid_out(ascent.masks, shardings)
+        after = _State(scores, optimizer, masks, ascent.thresholds, unchanged)
         return after, ascent.measured | {"changed": changed}
+
+
+def _laid_out(arrays: list[Array], shardings: tuple[Sharding | None, ...]) -> list[Array]:
+    """The layers' arrays on the devices where their kernels are."""
+    return [
+        x if sharding is None else lax.with_sharding_constraint(x, sharding)
+        for x, sharding in zip(arrays, shardings, strict=True)
+    ]

@@ -6,7 +6,8 @@ import dataclasses
 
 from dpai_jax.allocation import erk
 from dpai_jax.masks import binarize
-from dpai_jax.methods.base import Allocation, Problem, Pruned, normal_scores
+from dpai_jax.methods.base import Allocation, Problem, Pruned
+from dpai_jax.methods.noise import normal_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,5 +28,5 @@ class Random:
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
         keep = self.allocation(problem.net, problem.sparsity)
-        scores = normal_scores(problem.net, problem.key)
+        scores = normal_scores(problem.net, problem.key, problem.params)
         return Pruned(binarize(scores, keep), scores)

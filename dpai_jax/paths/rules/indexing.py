@@ -50,7 +50,9 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Va
         if not isinstance(indices, Flow):
             return unknown(eqn)[0]
         # A table of tokens that is a kernel elsewhere too (a tied embedding).
-        return interpreter.flow(_gather_anywhere(interpreter, spread, eqn.params, shape), jnp.int32(0))
+        return interpreter.flow(
+            _gather_anywhere(interpreter, spread, eqn.params, shape), jnp.int32(0)
+        )
     gather = _gather_anywhere(interpreter, operand.spread, eqn.params, shape)
     if known:
         gather = _gather_at(operand.spread, known[0], eqn.params, shape)
