@@ -1,10 +1,10 @@
 """Exact selection of the highest scores: by counting, without a sort.
 
-The bits of floats, those of negative ones turned over, are in the order of the floats. So the
-lowest score to keep is found by counting how many scores reach each of some probes, between two of
-which the search goes on: a few passes over the scores, fewer from where the threshold stood before.
-Among equal scores the same search finds the index up to which they are kept. Of scores that are
-sharded nothing but counts leaves a device.
+The lowest score to keep is found by counting how many scores reach each of some probes, between
+two of which the search goes on: a few passes over the scores, fewer from where the threshold stood
+before. The search runs over the floats by their *rank*, an integer: their bits, those of negative
+ones turned over, are in the order of the floats. Of scores that are sharded nothing but counts
+leaves a device.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-
-Combine = Callable[[Array, Array], Array]
 
 # Probes counted in one pass over the scores.
 _PROBES = 7
@@ -28,14 +26,20 @@ _PROBES = 7
 # How far from the threshold before the first probes lie, on both sides, in units of the last place.
 _FAN = (2**11, 2**14, 2**19)
 
-# The bits of no score are above those of infinity.
-_ABOVE_ALL = np.uint32(0xFF80_0001)
+# The ranks of −∞, of zero, and of no number, which nothing reaches.
+_LEAST = np.uint32(0x007F_FFFF)
+_ZERO = np.uint32(0x8000_0000)
+_BEYOND = np.uint32(0xFF80_0001)
 
 _LAST = np.uint32(0xFFFF_FFFF)
 
 
 def select(
-    scores: Sequence[Array], keep: list[Any] | Any, near: Array | None = None
+    scores: Sequence[Array],
+    keep: list[Any] | Any,
+    near: Array | None = None,
+    *,
+    magnitude: bool = False,
 ) -> tuple[list[Array], Array]:
     """The masks of the highest scores; of equal ones those of lower index come first.
 
@@ -44,34 +48,34 @@ def select(
       keep: a list of the numbers to keep in each layer, arrays of the layer's rank for as many
         layers stacked along its axes; or one number for all layers together.
       near: the thresholds of a selection among similar scores, which shorten the search.
+      magnitude: whether to go by the scores' magnitude.
 
     Returns:
-      A boolean mask for each layer, and the thresholds: bits, (1, number to keep).
+      A boolean mask for each layer, and the thresholds: ranks, uint32 (1, number to keep).
 
     Raises:
       ValueError: if one threshold is to be for 2^32 weights or more.
     """
     if not scores:
         return [], jnp.zeros((1, 0), jnp.uint32)
-    layers, numbers, sizes = _layers(scores, keep)
-    search = _Layers(layers, shared=not isinstance(keep, list))
-    threshold, above, reached = _threshold(search, numbers, sizes, near)
-    surplus = reached > numbers
-    end = lax.cond(
-        jnp.any(surplus),
-        lambda: _end_of_ties(search, threshold, sizes, numbers - above, reached - above),
-        lambda: jnp.full_like(sizes, _LAST),
+    layers, numbers, sizes = _layers(scores, keep, magnitude)
+    threshold, above, reached = _threshold(layers, numbers, sizes, near)
+    ties = lax.cond(
+        jnp.any(reached > numbers),
+        lambda: layers.first_ties(threshold, numbers - above),
+        lambda: [layer.all_ties() for layer in layers.layers],
     )
-    end = jnp.where(surplus, end, _LAST)
-    return [layer.kept(threshold, end) for layer in layers], threshold
+    pairs = zip(layers.layers, ties, strict=True)
+    masks = [layer.kept(threshold, some) for layer, some in pairs]
+    return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)], threshold
 
 
 def _threshold(
     layers: _Layers, numbers: Array, sizes: Array, near: Array | None
 ) -> tuple[Array, Array, Array]:
-    """The highest bits that enough scores reach, how many are above them, and how many reach them.
+    """The highest ranks that enough scores reach, how many are above, and how many reach them.
 
-    A search ends before with lower bits, where just as many scores as asked reach those.
+    A search ends before at a lower rank, where just as many scores as asked reach that.
     """
     State = tuple[Array, Array, Array, Array, Array]
 
@@ -82,93 +86,145 @@ def _threshold(
         probes = low + jnp.minimum(_column(range(1, _PROBES + 1)) * stride, span)
         if near is not None:
             below = near - jnp.minimum(near, _column(reversed(_FAN)))
-            after = near + jnp.minimum(_ABOVE_ALL - near, _column((0, *_FAN)))
+            after = near + jnp.minimum(_BEYOND - near, _column((0, *_FAN)))
             probes = jnp.where(begins, jnp.concatenate([below, after]), probes)
         # Both ends stay within what was known before; a search that is over has no room.
         probes = jnp.clip(probes, low, high)
-        counts = layers.count(probes)
+        counts = layers.count(probes, low < high)
         holds = counts >= numbers
         low = jnp.max(jnp.where(holds, probes, low), 0, keepdims=True)
-        reached = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
+        least = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
+        reached = jnp.minimum(reached, least)
         high = jnp.min(jnp.where(holds, high, probes - 1), 0, keepdims=True)
         above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
         return low, jnp.where(reached == numbers, low, high), above, reached, jnp.zeros((), bool)
 
     none = jnp.zeros_like(sizes)
-    top = jnp.where(sizes == numbers, 0, jnp.full_like(sizes, _ABOVE_ALL))
-    start = (none, top, none, sizes, jnp.ones((), bool))
+    bottom = jnp.full_like(sizes, _ZERO if layers.magnitude else _LEAST)
+    top = jnp.where(sizes == numbers, bottom, jnp.full_like(sizes, _BEYOND))
+    start = (bottom, top, none, sizes, jnp.ones((), bool))
     low, _, above, reached, _ = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), narrow, start)
     return low, above, reached
 
 
-def _end_of_ties(
-    layers: _Layers, threshold: Array, sizes: Array, missing: Array, ties: Array
-) -> Array:
-    """The index before which just as many scores equal the threshold as are missing."""
-    State = tuple[Array, Array, Array, Array]
+class _Rows(NamedTuple):
+    """Where scores equal a threshold: how many in each row along the last axis, first, and last."""
 
-    def narrow(state: State) -> State:
-        low, high, missing, ties = state
-        middle = low + (high - low) // 2
-        before, first, last = layers.ties(threshold, low, middle, high)
-        holds = before <= missing
-        halved = (
-            jnp.where(holds, middle, low),
-            jnp.where(holds, high, middle),
-            jnp.where(holds, missing - before, missing),
-            jnp.where(holds, ties - before, before),
-        )
-        # Where one tie is to be taken, or one to be left, the search is over.
-        end = jnp.where(missing == 1, first + 1, last)
-        over = (missing == 1) | (missing + 1 == ties)
-        return tuple(  # type: ignore[return-value]
-            jnp.where(over, x, y) for x, y in zip((end, end, none, none), halved, strict=True)
-        )
+    ties: Array
+    first: Array
+    last: Array
 
-    none = jnp.zeros_like(sizes)
-    start = (none, sizes, missing, ties)
-    return lax.while_loop(lambda s: jnp.any((s[2] > 0) & (s[2] < s[3])), narrow, start)[0]
+
+class _Ties(NamedTuple):
+    """Which of the scores that equal a threshold are kept, as arrays that broadcast to a layer.
+
+    Attributes:
+      rows: the rows, along the last axis, of which all are kept.
+      part: the row of which those in some columns are.
+      columns: these columns.
+    """
+
+    rows: Array
+    part: Array
+    columns: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer's scores as bits, and which numbers to keep are about it.
+    """A layer's scores, and which numbers to keep are about it.
 
     Attributes:
-      bits: unsigned integers in the order of the scores.
-      index: the place of each among the scores under one threshold; broadcastable to them.
+      scores: their ranks; or float32, if they go by their magnitude.
       shape: that of its numbers, broadcastable to the scores'.
       columns: where its numbers stand among all.
+      magnitude: whether the scores go by their magnitude.
     """
 
-    bits: Array
-    index: Array
+    scores: Array
     shape: tuple[int, ...]
     columns: slice
+    magnitude: bool
 
-    def kept(self, threshold: Array, end: Array) -> Array:
-        """What is above the threshold, or equals it before the end."""
-        bits, end = self.own(threshold), self.own(end)
-        return (self.bits > bits[0]) | ((self.bits == bits[0]) & (self.index < end[0]))
+    @property
+    def axes(self) -> list[int]:
+        """The axes of a single copy."""
+        return [i for i, copies in enumerate(self.shape) if copies == 1]
 
     def own(self, numbers: Array) -> Array:
         """Its own of numbers (row, number), to broadcast to its scores row by row."""
         return numbers[:, self.columns].reshape(-1, *self.shape)
 
-    def reduced(self, arrays: Sequence[Array], combine: Sequence[Combine]) -> Array:
-        """Arrays like the scores combined over each copy of the layer: (array, number)."""
-        axes = [i for i, copies in enumerate(self.shape) if copies == 1]
-        start = [jnp.uint32(_LAST if c is jnp.minimum else 0) for c in combine]
-        # One reduction of all arrays reads the scores once. Along the last axis it runs through
-        # memory, and what is left of the others is shared out among cores.
-        for some in (axes[-1:], axes[:-1]):
-            arrays = lax.reduce(
-                list(arrays),
-                start,
-                lambda xs, ys: [c(x, y) for c, x, y in zip(combine, xs, ys, strict=True)],
-                some,
-            )
-        return jnp.stack([array.ravel() for array in arrays])
+    # Ranks of magnitudes would be written out for the whole search. So floats are compared as they
+    # are, though subnormal ones count as zero then.
+    def reach(self, rank: Array) -> Array:
+        """Which scores have a rank or a higher one."""
+        if not self.magnitude:
+            return self.scores >= rank
+        return (self.scores >= _float(rank)) | (self.scores <= -_float(rank))
+
+    def equal(self, rank: Array) -> Array:
+        """Which scores have a rank."""
+        if not self.magnitude:
+            return self.scores == rank
+        return (self.scores == _float(rank)) | (self.scores == -_float(rank))
+
+    def kept(self, ranks: Array, ties: _Ties) -> Array:
+        """What is above the threshold, and of what equals it some."""
+        threshold = self.own(ranks)[0]
+        tie = self.equal(threshold)
+        some = jnp.where(ties.part, ties.columns, ties.rows)
+        return (self.reach(threshold) & ~tie) | (tie & some)
+
+    def count(self, probes: Array) -> Array:
+        """How many scores reach probes (probe, number)."""
+        flags = [self.reach(probe) for probe in self.own(probes)]
+        partial = _sums(flags, self.axes[-1:])
+        return jnp.stack([count.ravel() for count in _sums(partial, self.axes[:-1])])
+
+    def ties(self, ranks: Array) -> _Rows:
+        """Where scores equal the threshold, row by row along the last axis."""
+        column = self.axes[-1]
+        tie = self.equal(self.own(ranks)[0])
+        index = _index(self.scores.shape, column)
+        found = lax.reduce(
+            [tie.astype(jnp.uint32), jnp.where(tie, index, _LAST), jnp.where(tie, index, 0)],
+            [jnp.uint32(0), _LAST, jnp.uint32(0)],
+            lambda x, y: [x[0] + y[0], jnp.minimum(x[1], y[1]), jnp.maximum(x[2], y[2])],
+            (column,),
+        )
+        return _Rows(*(jnp.expand_dims(x, column) for x in found))
+
+    def first_ties(self, ranks: Array, rows: _Rows, taken: Array) -> _Ties:
+        """Which ties to keep, so many of each copy."""
+        *others, column = self.axes
+        before = _sum_before(rows.ties, others)
+        taken = taken.reshape(self.shape)
+        whole = before + rows.ties <= taken
+        part = ~whole & (before < taken)
+
+        def of_part(x: Array) -> Array:
+            return _sums([jnp.where(part, x, 0)], others)[0]
+
+        left, ties, first, last = map(of_part, (taken - before, *rows))
+        # Where one tie is to be taken, or one to be left, its place is known.
+        end = jnp.where(left == 1, first + 1, last)
+        index = _index(self.scores.shape, column)
+
+        def by_count() -> Array:
+            tie = part & self.equal(self.own(ranks)[0])
+            (flags,) = _sums([tie], others)
+            return _sum_before(flags, [column]) < left
+
+        crowded = jnp.any((left > 1) & (left + 1 < ties))
+        columns = lax.cond(crowded, by_count, lambda: index < end)
+        return _Ties(whole, part, columns)
+
+    def all_ties(self) -> _Ties:
+        """That all ties are kept."""
+        column = self.axes[-1]
+        rows, columns = list(self.scores.shape), list(self.shape)
+        rows[column], columns[column] = 1, rows[column]
+        return _Ties(jnp.ones(rows, bool), jnp.zeros(rows, bool), jnp.zeros(columns, bool))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,66 +233,56 @@ class _Layers:
 
     layers: list[_Layer]
     shared: bool
+    magnitude: bool
 
-    def count(self, probes: Array) -> Array:
-        """How many scores reach probes (probe, number)."""
-        add = [jnp.add] * len(probes)
+    def count(self, probes: Array, wanted: Array) -> Array:
+        """How many scores reach probes (probe, number); anything high for numbers not wanted."""
+        if self.shared:
+            counts = [layer.count(probes) for layer in self.layers]
+            return functools.reduce(jnp.add, counts)
         each = [
-            layer.reduced(
-                [(layer.bits >= probe).astype(jnp.uint32) for probe in layer.own(probes)], add
+            lax.cond(
+                jnp.any(wanted[:, layer.columns]),
+                functools.partial(layer.count, probes),
+                functools.partial(jnp.full_like, probes[:, layer.columns], _LAST),
             )
             for layer in self.layers
         ]
-        return self._joined(each, add)
+        return jnp.concatenate(each, 1)
 
-    def ties(self, threshold: Array, low: Array, middle: Array, high: Array) -> Array:
-        """Of what equals the threshold between two indices, (3, 1, number).
-
-        How much stands before a third, the first index, and the last.
-        """
-        combine = [jnp.add, jnp.minimum, jnp.maximum]
-        each = []
+    def first_ties(self, threshold: Array, missing: Array) -> list[_Ties]:
+        """Which of the scores that equal the thresholds are kept, so many by lowest index."""
+        chosen = []
         for layer in self.layers:
-            bits, low_, middle_, high_ = (layer.own(x)[0] for x in (threshold, low, middle, high))
-            index = jnp.broadcast_to(layer.index, layer.bits.shape)
-            tie = (layer.bits == bits) & (index >= low_) & (index < high_)
-            arrays = [
-                (tie & (index < middle_)).astype(jnp.uint32),
-                jnp.where(tie, index, _LAST),
-                jnp.where(tie, index, 0),
-            ]
-            each.append(layer.reduced(arrays, combine))
-        return self._joined(each, combine)[:, None]
-
-    def _joined(self, each: list[Array], combine: Sequence[Combine]) -> Array:
-        if not self.shared:
-            return jnp.concatenate(each, 1)
-        rows = zip(combine, *each, strict=True)
-        return jnp.stack([functools.reduce(c, row) for c, *row in rows])
+            rows = layer.ties(threshold)
+            taken = missing[:, layer.columns]
+            if self.shared:
+                taken = jnp.minimum(taken, jnp.sum(rows.ties, dtype=jnp.uint32))
+                missing = missing - taken
+            chosen.append(layer.first_ties(threshold, rows, taken))
+        return chosen
 
 
-def _layers(scores: Sequence[Array], keep: Any) -> tuple[list[_Layer], Array, Array]:
+def _layers(scores: Sequence[Array], keep: Any, magnitude: bool) -> tuple[_Layers, Array, Array]:
     """The layers, the numbers to keep, and of how many weights each of them is."""
-    each = keep if isinstance(keep, list) else [1] * len(scores)
-    layers, sizes, before, column = [], [], 0, 0
-    for score, number in zip(scores, each, strict=True):
+    shared = not isinstance(keep, list)
+    layers, sizes, column = [], [], 0
+    for score, number in zip(scores, [1] * len(scores) if shared else keep, strict=True):
         shape = np.shape(number) or (1,) * score.ndim
         copies = math.prod(shape)
         sizes += [score.size // copies] * copies
+        # Each copy has an axis, if only one of size one.
+        score, shape = (score, shape) if 1 in shape else (score[..., None], (*shape, 1))
         columns = slice(column, column + copies)
-        inner = [1 if c > 1 else n for c, n in zip(shape, score.shape, strict=True)]
-        index = jnp.arange(math.prod(inner), dtype=jnp.uint32).reshape(inner)
-        layers.append(_Layer(_ordered_bits(score), index + np.uint32(before), shape, columns))
-        if each is keep:
-            column += copies
-        else:
-            before += score.size
-    if each is not keep:
-        sizes, each = [sum(sizes)], [keep]
+        score = score.astype(jnp.float32)
+        layers.append(_Layer(score if magnitude else _rank(score), shape, columns, magnitude))
+        column += 0 if shared else copies
+    sizes = [sum(sizes)] if shared else sizes
     if max(sizes) >= 2**32:
         raise ValueError(f"one threshold can be for less than 2^32 weights, got {max(sizes)}")
-    numbers = jnp.concatenate([as_count(number).reshape(1, -1) for number in each], 1)
-    return layers, numbers, jnp.asarray(np.asarray([sizes], np.uint32))
+    each = [as_count(number).reshape(1, -1) for number in ([keep] if shared else keep)]
+    numbers = jnp.concatenate(each, 1)
+    return _Layers(layers, shared, magnitude), numbers, jnp.asarray(np.asarray([sizes], np.uint32))
 
 
 def as_count(number: Any) -> Array:
@@ -246,13 +292,48 @@ def as_count(number: Any) -> Array:
     return jnp.asarray(np.asarray(number).astype(np.uint32))
 
 
+def _sums(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+    """The sums of several arrays over some axes, which are left with size one.
+
+    One reduction of all of them reads what they are made of once. Along the last axis it runs
+    through memory, and what is left of the others is shared out among cores.
+    """
+    sums = lax.reduce(
+        [array.astype(jnp.uint32) for array in arrays],
+        [jnp.uint32(0)] * len(arrays),
+        lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)],
+        tuple(axes),
+    )
+    return [jnp.expand_dims(x, tuple(axes)) for x in sums]
+
+
+def _sum_before(array: Array, axes: Sequence[int]) -> Array:
+    """For each entry the sum of those before it, in C order along some axes."""
+    order = [*(i for i in range(array.ndim) if i not in axes), *axes]
+    moved = array.transpose(order)
+    flat = moved.reshape(*moved.shape[: array.ndim - len(axes)], -1)
+    before = jnp.cumsum(flat, -1, jnp.uint32) - flat
+    return before.reshape(moved.shape).transpose(np.argsort(order))
+
+
 def _column(numbers: Iterable[int]) -> Array:
     return jnp.asarray(tuple(numbers), jnp.uint32)[:, None]
 
 
-def _ordered_bits(score: Array) -> Array:
-    """Unsigned integers in the order of the scores."""
-    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0. is 0.
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+def _index(shape: tuple[int, ...], axis: int) -> Array:
+    """The places along an axis, which is the only one not of size one."""
+    sizes = [size if i == axis else 1 for i, size in enumerate(shape)]
+    return jnp.arange(shape[axis], dtype=jnp.uint32).reshape(sizes)
+
+
+def _rank(score: Array) -> Array:
+    """The rank of a float; that of −0. is that of 0."""
+    bits = lax.bitcast_convert_type(score, jnp.uint32)
+    bits = jnp.where(bits == _ZERO, jnp.uint32(0), bits)
+    return jnp.where(bits >= _ZERO, ~bits, bits | _ZERO)
+
+
+def _float(rank: Array) -> Array:
+    """The number of a rank; no number below that of −∞ and above that of ∞."""
+    bits = jnp.where(rank >= _ZERO, rank - _ZERO, ~rank)
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -20,7 +20,7 @@ from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
 from dpai_jax.methods.noise import layout, normal_scores
 from dpai_jax.paths import Network
 from dpai_jax.paths.network import check_counting, check_parallel
-from dpai_jax.paths.sums import fold
+from dpai_jax.paths.sums import fold, settled
 from dpai_jax.paths.trees import check_structure
 from dpai_jax.selection import as_count, select
 
@@ -112,15 +112,15 @@ def _direction(
 ) -> _Ascent:
     """One step's direction; thresholds of the step before make it faster."""
     alpha, beta, gamma, counting = objective
-    masks, thresholds = select([jnp.abs(s) for s in scores], keep, near)
+    masks, thresholds = select(scores, keep, near, magnitude=True)
     log_paths, gradients = jax.value_and_grad(net.log_count)(
         [m.astype(jnp.float32) for m in masks], counting
     )
     directions, nodes, kernels = [], [], []
     for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
         passing = jnp.where(m, g, 0.0)
-        kernel = fold(passing, layer.taps)
-        node = jnp.sum(kernel, layer.inputs, keepdims=True)
+        kernel = settled(fold(passing, layer.taps)) if layer.taps else passing
+        node = settled(jnp.sum(kernel, layer.inputs, keepdims=True))
         push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
         directions.append(((1 - alpha) + alpha * push) * g * jnp.sign(s))
         nodes.append(jnp.sum(node > 0, dtype=jnp.int32))

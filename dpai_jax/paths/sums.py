@@ -34,6 +34,7 @@ def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     """
     sizes = np.broadcast_shapes(a.shape, b.shape)
     n_terms = math.prod(sizes[i] for i in axes)
+    a, b = (x if x.size == math.prod(sizes) else settled(x) for x in (a, b))
     if n_terms == 1:
         return a * b
     (a, exponent_a, _), (b, exponent_b, _) = (v.normalise(x, jnp.int32(0)) for x in (a, b))
@@ -73,6 +74,24 @@ product_sum.defvjp(_forward, _backward)
 def sum_over(array: Array, axes: Sequence[int]) -> Array:
     """The sum of a non-negative float32 array over some axes, which are left with size one."""
     return product_sum(array, jnp.ones((1,) * array.ndim, jnp.float32), tuple(axes))
+
+
+def settled(array: Array) -> Array:
+    """The same non-negative array, worked out once.
+
+    A small array that is spread over a large one would be worked out anew for each entry of that,
+    as XLA fuses what leads to it. It leaves a reduction of several operands as it is, but takes
+    `lax.optimization_barrier` away before it fuses on CPUs.
+    """
+    pair = jnp.broadcast_to(array, (2, *array.shape))
+    zero = jnp.zeros((), array.dtype)
+    result, _ = lax.reduce(
+        [pair, pair],
+        [zero, zero],
+        lambda xs, ys: [jnp.maximum(x, y) for x, y in zip(xs, ys, strict=True)],
+        (0,),
+    )
+    return result
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
