@@ -25,7 +25,7 @@ def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     """The sum over some axes, which are left with size one, of the products of two arrays.
 
     Args:
-      a: non-negative float32 array.
+      a: float32 array.
       b: another one, of the same rank; the two broadcast.
       axes: what to sum over.
 
@@ -37,9 +37,11 @@ def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     a, b = (x if x.size == math.prod(sizes) else settled(x) for x in (a, b))
     if n_terms == 1:
         return a * b
-    (a, exponent_a, _), (b, exponent_b, _) = (v.normalise(x, jnp.int32(0)) for x in (a, b))
+    # Of derivatives of second order some are negative.
+    exponent_a, exponent_b = (v.normalise(jnp.abs(x), jnp.int32(0))[1] for x in (a, b))
+    a, b = a * v.power_of_two(-exponent_a), b * v.power_of_two(-exponent_b)
     # 2^30 holds all terms, each of them below one in these units.
-    digit = float(2 ** (30 - math.ceil(math.log2(n_terms))))
+    digit = float(2 ** (30 - math.ceil(math.log2(max(n_terms, 1)))))
     scaled = a * b * digit
     whole = jnp.floor(scaled)
     terms = [whole.astype(jnp.int32), ((scaled - whole) * digit).astype(jnp.int32)]
@@ -72,22 +74,22 @@ product_sum.defvjp(_forward, _backward)
 
 
 def sum_over(array: Array, axes: Sequence[int]) -> Array:
-    """The sum of a non-negative float32 array over some axes, which are left with size one."""
+    """The sum of a float32 array over some axes, which are left with size one."""
     return product_sum(array, jnp.ones((1,) * array.ndim, jnp.float32), tuple(axes))
 
 
 def settled(array: Array) -> Array:
-    """The same non-negative array, worked out once.
+    """The same array, worked out once.
 
     A small array that is spread over a large one would be worked out anew for each entry of that,
     as XLA fuses what leads to it. It leaves a reduction of several operands as it is, but takes
     `lax.optimization_barrier` away before it fuses on CPUs.
     """
     pair = jnp.broadcast_to(array, (2, *array.shape))
-    zero = jnp.zeros((), array.dtype)
+    least = jnp.full((), -jnp.inf, array.dtype)
     result, _ = lax.reduce(
         [pair, pair],
-        [zero, zero],
+        [least, least],
         lambda xs, ys: [jnp.maximum(x, y) for x, y in zip(xs, ys, strict=True)],
         (0,),
     )
