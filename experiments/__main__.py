@@ -3,7 +3,7 @@
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -110,6 +110,35 @@ def demo(
     job_list.run(folder, seeds, again, _console())
 
 
+def bench(
+    tables: tuple[Literal["step", "training", "large", "settings", "quality"], ...] = (
+        "step",
+        "training",
+        "large",
+        "settings",
+        "quality",
+    ),
+    seeds: int = 2,
+    torch: pathlib.Path | None = None,
+    folder: pathlib.Path = pathlib.Path("runs/bench"),
+) -> None:
+    """Measure time, memory and objectives of pruning, and print a table of each.
+
+    Keep the machine quiet meanwhile. After an interruption the same command goes on where it
+    stopped.
+
+    Args:
+        tables: What to measure: steps of DPaI, steps of training, large networks, settings of
+            DPaI, and what counting in the mean field is worth.
+        seeds: Repetitions where masks are compared.
+        torch: A Python that has PyTorch, to measure a plain PyTorch implementation beside.
+        folder: Where rows.jsonl goes.
+    """
+    from experiments.benchmarks import show
+
+    show.run(tables, seeds, None if torch is None else str(torch), folder, _console())
+
+
 def _console() -> Any:
     """Returns where commands show what they do; in files, tables have room."""
     import rich.console
@@ -126,7 +155,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "compare": compare, "demo": demo},
+            {"train": train, "compare": compare, "demo": demo, "bench": bench},
             prog="python -m experiments",
             description="Prune networks at initialization, train them, compare them.",
             args=args,

@@ -1,6 +1,8 @@
 """Clocks: how long a call takes, and how fast the memory is that it can't outrun."""
 
 import functools
+import gc
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -66,3 +68,21 @@ def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
         return array
 
     return 2 * array.nbytes / median_seconds(step, repeats)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Returns by how much the memory of this process grows while it makes a call, at most.
+
+    Call it once before, or what is compiled counts too. Linux only.
+    """
+    gc.collect()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _memory("VmRSS")
+    call()
+    return _memory("VmHWM") - before
+
+
+def _memory(line: str) -> int:
+    status = pathlib.Path("/proc/self/status").read_text()
+    number = next(row for row in status.splitlines() if row.startswith(line + ":"))
+    return int(number.split()[1]) * 1024

@@ -1,0 +1,74 @@
+"""The networks that benchmarks prune: by name, with the input that they are published with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and its input.
+
+    Attributes:
+        model: Name among `experiments.models.MODELS`.
+        classes: Size of the output.
+        shape: Shape of one input: of an image, or of a row of tokens.
+        width: As in `experiments.models.create`.
+    """
+
+    model: str
+    classes: int
+    shape: tuple[int, ...]
+    width: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The network's name in tables."""
+        width = "" if self.width is None else f", width {self.width}"
+        where = f"{self.shape[0]}²" if len(self.shape) == 3 else f"{self.shape[0]} tokens"
+        return f"{self.model} at {where}{width}"
+
+    def problem(self) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
+        """Returns what `dpai_jax.prune` takes: a function, shapes of parameters, that of x."""
+        model = models.create(self.model, self.classes, self.width)
+        dtype = jnp.float32 if len(self.shape) == 3 else jnp.int32
+        x = jax.ShapeDtypeStruct((1, *self.shape), dtype)
+        return model.apply, jax.eval_shape(model.init, jax.random.key(0), x), x
+
+
+STEP = (
+    Network("resnet20", 10, (32, 32, 3)),
+    Network("resnet18", 200, (64, 64, 3)),
+    Network("vgg19", 100, (32, 32, 3)),
+)
+"""Those that the published code's time is known of."""
+
+LARGE = (
+    Network("efficientnet_b0", 1000, (224, 224, 3)),
+    Network("resnet50_imagenet", 1000, (224, 224, 3)),
+    Network("vit_b16", 1000, (224, 224, 3)),
+    Network("gpt2", 50257, (1024,)),
+)
+
+QUALITY = (
+    Network("resnet20", 10, (32, 32, 3)),
+    Network("vgg19", 100, (32, 32, 3), 16),
+    Network("efficientnet_b0", 10, (32, 32, 3)),
+    Network("vit_ti4", 10, (32, 32, 3), 48),
+)
+"""Those on which the mean field is held against exact counts."""
+
+SETTINGS = (
+    Network("lenet", 10, (28, 28, 1)),
+    Network("resnet20", 10, (32, 32, 3)),
+    Network("vgg19", 100, (32, 32, 3), 16),
+)
+"""Those on which settings of DPaI are compared."""
+
+SPARSITIES = (0.9, 0.9684, 0.99, 0.9968)
+"""The paper's, but for the lowest."""

@@ -1,0 +1,169 @@
+"""Runs benchmarks and prints their tables."""
+
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from experiments.benchmarks import tables
+from experiments.benchmarks.tables import Row
+
+Columns = Mapping[str, Callable[[Row], str]]
+
+
+def run(
+    names: Sequence[str],
+    seeds: int,
+    python: str | None,
+    folder: pathlib.Path,
+    console: rich.console.Console,
+) -> None:
+    """Measures what is not measured yet, and prints a table for each name.
+
+    Args:
+        names: Names of tables.
+        seeds: Repetitions where masks are compared.
+        python: A Python that has PyTorch, or None to leave that out.
+        folder: Where the file of rows is.
+        console: Where to print.
+    """
+    jobs = {
+        "step": lambda: tables.step(python),
+        "training": lambda: tables.training(python),
+        "large": tables.large,
+        "settings": lambda: tables.settings(seeds),
+        "quality": lambda: tables.quality(seeds),
+    }
+    for name in names:
+        rows = []
+        for row in tables.measure(name, jobs[name](), folder / "rows.jsonl"):
+            console.print(f"{name}: {row['title']}", highlight=False, markup=False, soft_wrap=True)
+            rows.append(row)
+        console.print(_TABLES[name](rows))
+
+
+def _grid(title: str, columns: Columns, rows: Sequence[Row]) -> rich.table.Table:
+    grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for heading in columns:
+        grid.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(cell(row) for cell in columns.values()))
+    return grid
+
+
+def _step(rows: Sequence[Row]) -> rich.table.Table:
+    columns: Columns = {
+        "network": lambda r: r["title"],
+        "weights": lambda r: f"{r['weights']:,}",
+        "ms a step": lambda r: f"{r['seconds'] * 1e3:.1f}",
+        "× memory": lambda r: f"{r['times_the_memory']:.1f}",
+        "bytes a weight": lambda r: f"{r['bytes_a_weight']:.1f}",
+        "PyTorch ms": lambda r: f"{r['peer']['median'] * 1e3:.0f}" if "peer" in r else "–",
+        "PyTorch ×": lambda r: f"{r['peer']['median'] / r['seconds']:.0f}" if "peer" in r else "–",
+        "published ×": lambda r: f"{_published(r) / r['seconds']:.0f}",
+    }
+    return _grid("One step of DPaI, 90 %", columns, rows)
+
+
+def _published(row: Row) -> float:
+    return next(s for name, s in tables.PUBLISHED.items() if row["title"].startswith(name))
+
+
+def _training(rows: Sequence[Row]) -> rich.table.Table:
+    def peer(layout: str) -> Callable[[Row], str]:
+        key = f"peer {layout}"
+        return lambda r: f"{r[key]['median']:.2f}" if key in r else "–"
+
+    columns: Columns = {
+        "network": lambda r: r["title"],
+        "s a step": lambda r: f"{r['seconds']:.2f}",
+        "PyTorch s": peer("contiguous_format"),
+        "PyTorch s, channels last": peer("channels_last"),
+    }
+    return _grid("One step of training, batch 128", columns, rows)
+
+
+def _large(rows: Sequence[Row]) -> rich.table.Table:
+    columns: Columns = {
+        "network": lambda r: r["title"],
+        "weights": lambda r: f"{r['weights']:,}",
+        "seconds": lambda r: f"{r['seconds']:.0f}",
+        "steps": lambda r: f"{r['steps']}",
+        "peak GiB": lambda r: f"{r['peak_bytes'] / 2**30:.1f}",
+        "effective": lambda r: f"{r['effective']:,}",
+        "nodes": lambda r: f"{r['nodes']:,}",
+        "log-paths": lambda r: _number(r["log_paths"]),
+    }
+    return _grid("dpai.prune with the defaults, 90 %", columns, rows)
+
+
+def _settings(rows: Sequence[Row]) -> rich.table.Table:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["sparsity"], row["method"]), []).append(row)
+    columns: Columns = {
+        "network": lambda r: r["network"],
+        "sparsity": lambda r: f"{r['sparsity']:.2%}",
+        "settings": lambda r: r["method"],
+        "log-paths": lambda r: _number(r["log_paths"]),
+        "nodes": lambda r: f"{r['nodes']:,.0f}",
+        "kernels": lambda r: f"{r['kernels']:,.0f}",
+        "effective": lambda r: f"{r['effective']:,.0f}",
+        "steps": lambda r: f"{r['steps']:.0f}",
+        "seconds": lambda r: f"{r['seconds']:.1f}",
+    }
+    names = ("log_paths", "nodes", "kernels", "effective", "steps", "seconds")
+    means = [
+        group[0] | {name: _mean([row[name] for row in group]) for name in names}
+        for group in groups.values()
+    ]
+    return _grid("Settings of DPaI: exact objectives of the final masks", columns, means)
+
+
+def _quality(rows: Sequence[Row]) -> rich.table.Table:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["sparsity"]), []).append(row)
+
+    def pair(name: str, digits: int) -> Callable[[Row], str]:
+        return lambda r: " / ".join(
+            f"{_mean([row[c][name] for row in r['rows']]):,.{digits}f}"
+            for c in ("exact", "mean_field")
+        )
+
+    columns: Columns = {
+        "network": lambda r: r["network"],
+        "sparsity": lambda r: f"{r['sparsity']:.2%}",
+        "seeds": lambda r: str(len(r["rows"])),
+        "log-paths": pair("log_paths", 2),
+        "nodes": pair("nodes", 0),
+        "kernels": pair("kernels", 0),
+        "effective": pair("effective", 0),
+        "seconds": pair("seconds", 1),
+    }
+    merged = [
+        {"network": network, "sparsity": sparsity, "rows": group}
+        for (network, sparsity), group in groups.items()
+    ]
+    return _grid("Optimised exactly / in the mean field: exact objectives", columns, merged)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return statistics.fmean(float("nan") if value is None else value for value in values)
+
+
+def _number(value: float | None) -> str:
+    return "no path" if value is None or value != value else f"{value:.2f}"
+
+
+_TABLES: Mapping[str, Callable[[Sequence[Row]], rich.table.Table]] = {
+    "step": _step,
+    "training": _training,
+    "large": _large,
+    "settings": _settings,
+    "quality": _quality,
+}
