@@ -24,7 +24,7 @@ from jax import Array, lax
 _PROBES = 7
 
 # How far from the threshold before the first probes lie, on both sides, in units of the last place.
-_FAN = (2**11, 2**14, 2**19)
+_FAN = (2**9, 2**13, 2**18)
 
 # The ranks of −∞, of zero, and of no number, which nothing reaches.
 _LEAST = np.uint32(0x007F_FFFF)

@@ -20,7 +20,7 @@ from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
 from dpai_jax.methods.noise import layout, normal_scores
 from dpai_jax.paths import Network
 from dpai_jax.paths.network import check_counting, check_parallel
-from dpai_jax.paths.sums import fold, settled
+from dpai_jax.paths.sums import count_true, fold, settled
 from dpai_jax.paths.trees import check_structure
 from dpai_jax.selection import as_count, select
 
@@ -123,8 +123,8 @@ def _direction(
         node = settled(jnp.sum(kernel, layer.inputs, keepdims=True))
         push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
         directions.append(((1 - alpha) + alpha * push) * g * jnp.sign(s))
-        nodes.append(jnp.sum(node > 0, dtype=jnp.int32))
-        kernels.append(jnp.sum(kernel > 0, dtype=jnp.int32))
+        nodes.append(count_true(node > 0))
+        kernels.append(count_true(kernel > 0))
     measured = {"log_paths": log_paths, "nodes": sum(nodes), "kernels": sum(kernels)}
     return _Ascent(directions, masks, thresholds, measured)
 
@@ -135,7 +135,7 @@ def _slope(share: Array, gamma: float) -> Array:
 
 
 class _State(NamedTuple):
-    """What one step hands to the next: pytrees of arrays over the layers."""
+    """What one step hands to the next: pytrees over the layers; thresholds of two steps."""
 
     scores: list[Array]
     optimizer: Any
@@ -203,7 +203,7 @@ class DPaI:
             scores,
             self.optimizer.init(scores),
             [jnp.zeros_like(s, bool) for s in scores],
-            jnp.zeros((1, sum(k.size for k in jax.tree.leaves(counts))), jnp.uint32),
+            jnp.zeros((2, sum(k.size for k in jax.tree.leaves(counts))), jnp.uint32),
             jnp.int32(0),
         )
         measured: list[dict[str, Any]] = []
@@ -246,8 +246,11 @@ class DPaI:
     ) -> tuple[_State, dict[str, Array]]:
         """One step of Algorithm 1."""
         objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
-        ascent = _direction(net, objective, state.scores, keep, state.thresholds)
-        changes = [jnp.sum(a != b) for a, b in zip(ascent.masks, state.masks, strict=True)]
+        # Thresholds go on as they went, more or less.
+        before, last = state.thresholds[:1], state.thresholds[1:]
+        ascent = _direction(net, objective, state.scores, keep, last + (last - before))
+        thresholds = jnp.concatenate([last, ascent.thresholds])
+        changes = [count_true(a != b) for a, b in zip(ascent.masks, state.masks, strict=True)]
         changed = functools.reduce(jnp.add, changes)
         descent = jax.tree.map(jnp.negative, ascent.directions)
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
@@ -256,7 +259,7 @@ class DPaI:
         scores = _laid_out(optax.apply_updates(state.scores, updates), shardings)
         unchanged = jnp.where(changed == 0, state.unchanged + 1, 0)
         masks = _laid_out(ascent.masks, shardings)
-        after = _State(scores, optimizer, masks, ascent.thresholds, unchanged)
+        after = _State(scores, optimizer, masks, thresholds, unchanged)
         return after, ascent.measured | {"changed": changed}
 
 

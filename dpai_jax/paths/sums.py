@@ -78,6 +78,16 @@ def sum_over(array: Array, axes: Sequence[int]) -> Array:
     return product_sum(array, jnp.ones((1,) * array.ndim, jnp.float32), tuple(axes))
 
 
+def count_true(flags: Array) -> Array:
+    """The number of true entries, uint32; exact where a row along the last axis has up to 2^24.
+
+    Rows are summed up as a product with ones, which a CPU does several times as fast as a sum.
+    """
+    ones = jnp.ones(flags.shape[-1:], jnp.float32)
+    rows = jnp.dot(flags.astype(jnp.float32), ones, preferred_element_type=jnp.float32)
+    return jnp.sum(rows.astype(jnp.uint32), dtype=jnp.uint32)
+
+
 def settled(array: Array) -> Array:
     """The same array, worked out once.
 
