@@ -1,6 +1,7 @@
 """DPaI against the method worked out the slow way, and as it runs on real networks."""
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -16,7 +17,8 @@ from tests.networks import by_name
 
 # One compilation for all scores, counts, α and β of a network. Methods with equal settings share
 # theirs too, so the optimisers are made once.
-ascent = jax.jit(dpai.ascent, static_argnums=0)
+ascent = jax.jit(dpai.ascent, static_argnums=0, static_argnames="counting")
+COUNTINGS = ("exact", "mean_field")
 FROZEN = optax.sgd(0.0)
 ADAM = optax.adam(0.05)
 
@@ -58,6 +60,17 @@ def convnet_paths(masks):
     for y, x, i, j in itertools.product(range(2), range(2), range(2), range(2)):
         second[y, x] += first[2 * y + i, 2 * x + j] @ masks["conv2"][i, j]
     return float(np.sum(second.reshape(-1) @ masks["head"]))
+
+
+def convnet_mean_paths(masks):
+    """The number of paths where the mean over the positions stands for each of them."""
+    # A tap of the first layer leaves the 4x4 image at one position in four, or at none.
+    inside = np.asarray([3, 4, 3]) / 4
+    first = np.zeros(3)
+    for i, j in itertools.product(range(3), range(3)):
+        first += inside[i] * inside[j] * np.ones(2) @ masks["conv1"][i, j]
+    second = first @ masks["conv2"].sum((0, 1))
+    return float(np.sum(np.tile(second, 4) @ masks["head"]))
 
 
 @pytest.fixture(autouse=True)
@@ -125,14 +138,21 @@ def ascent_by_hand(paths, scores, keep, alpha, beta):
 
 
 PROBLEMS = {
-    "mlp": (mlp, mlp_paths, MLP_SHAPES, MLP_KEEP, (1, 5)),
-    "convnet": (convnet, convnet_paths, CONV_SHAPES, CONV_KEEP, (1, 4, 4, 2)),
+    "mlp": (mlp, MLP_SHAPES, MLP_KEEP, (1, 5)),
+    "convnet": (convnet, CONV_SHAPES, CONV_KEEP, (1, 4, 4, 2)),
+}
+# A dense layer has one position, of which the mean is itself.
+PATHS = {
+    ("mlp", "exact"): mlp_paths,
+    ("mlp", "mean_field"): mlp_paths,
+    ("convnet", "exact"): convnet_paths,
+    ("convnet", "mean_field"): convnet_mean_paths,
 }
 
 
 @functools.cache
 def traced(name):
-    fn, _, shapes, _, x = PROBLEMS[name]
+    fn, shapes, _, x = PROBLEMS[name]
     return dpai.trace(fn, draw(shapes), jax.ShapeDtypeStruct(x, jnp.float32))
 
 
@@ -141,23 +161,24 @@ def assert_trees_close(actual, expected, rtol=1e-4):
     jax.tree.map(compare, actual, expected)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "counting"), PATHS)
 @pytest.mark.parametrize(
-    ("alpha", "beta"), [(0.99, 0.5), (0.3, 0.8), (0, 0.5), (1, 0), (1, 1), (1, 0.5)]
+    ("alpha", "beta"),
+    [(0.99, 0.5), (0.3, 0.8), (0.0, 0.5), (1.0, 0.0), (1.0, 1.0), (1.0, 0.5)],
 )
-def test_ascent_is_the_method_by_hand(name, alpha, beta):
-    _, paths, shapes, keep, _ = PROBLEMS[name]
+def test_ascent_is_the_method_by_hand(name, counting, alpha, beta):
+    paths, (_, shapes, keep, _) = PATHS[name, counting], PROBLEMS[name]
     for seed in (1, 3):
         scores = draw(shapes, seed)
         expected, _, _ = ascent_by_hand(paths, scores, keep, alpha, beta)
-        actual = ascent(traced(name), scores, keep, alpha, beta)
+        actual = ascent(traced(name), scores, keep, alpha, beta, counting=counting)
         assert_trees_close(actual, expected)
         assert any(np.any(direction != 0) for direction in expected.values())
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_the_scores_of_these_tests_leave_nodes_kernels_and_kept_weights_ineffective(name):
-    _, paths, shapes, keep, _ = PROBLEMS[name]
+@pytest.mark.parametrize(("name", "counting"), PATHS)
+def test_the_scores_of_these_tests_leave_nodes_kernels_and_kept_weights_ineffective(name, counting):
+    paths, (_, shapes, keep, _) = PATHS[name, counting], PROBLEMS[name]
     for seed in (1, 3):
         scores = draw(shapes, seed)
         _, masks, numbers = ascent_by_hand(paths, scores, keep, 1, 0.5)
@@ -186,7 +207,7 @@ def test_soft_indicators_push_by_their_slope(beta, gamma):
                   for n in (node, kernel)]  # fmt: skip
         push = 0.25 + 0.75 * ((1 - beta) * slopes[0] + beta * slopes[1])
         expected[name] = push * g * np.sign(s)
-    actual = dpai.ascent(traced("mlp"), scores, MLP_KEEP, 0.75, beta, gamma)
+    actual = ascent(traced("mlp"), scores, MLP_KEEP, 0.75, beta, gamma)
     assert_trees_close(actual, expected, rtol=1e-3)
 
 
@@ -200,8 +221,8 @@ def test_one_number_to_keep_is_one_threshold_over_all_layers():
     assert sum(keep.values()) == 20
     jax.tree.map(
         np.testing.assert_array_equal,
-        dpai.ascent(traced("mlp"), scores, 20),
-        dpai.ascent(traced("mlp"), scores, keep),
+        ascent(traced("mlp"), scores, 20),
+        ascent(traced("mlp"), scores, keep),
     )
 
 
@@ -291,13 +312,13 @@ WIDE = {"1": (5, 32), "2": (32, 32), "3": (32, 10)}
     ids=["sgd", "adam", "momentum", "schedule"],
 )
 def test_scores_follow_the_ascent_by_any_optimiser(optimizer):
-    result = prune(steps=4, optimizer=optimizer, alpha=0.7, beta=0.2)
+    result = prune(steps=4, optimizer=optimizer, alpha=0.7, beta=0.2, counting="exact")
     keep = dpai.erk(result.net, 0.8)
     scores = starting_scores()
     state = optimizer.init(scores)
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(4):
-            direction = ascent(result.net, scores, keep, 0.7, 0.2)
+            direction = ascent(result.net, scores, keep, 0.7, 0.2, counting="exact")
             descent = jax.tree.map(jnp.negative, direction)
             updates, state = optimizer.update(descent, state, scores)
             scores = optax.apply_updates(scores, updates)
@@ -326,11 +347,15 @@ def test_given_scores_that_do_not_fit_are_refused(scores, message):
         prune(scores=scores)
 
 
-def test_plain_ascent_adds_the_direction_worked_out_by_hand():
-    scores = jax.tree.map(np.asarray, starting_scores())
-    keep = dpai.erk(traced("mlp"), 0.8)
-    result = prune(steps=1, optimizer=optax.sgd(0.5), alpha=0.9, beta=0.4)
-    direction, _, numbers = ascent_by_hand(mlp_paths, scores, keep, 0.9, 0.4)
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("counting", COUNTINGS)
+def test_plain_ascent_adds_the_direction_worked_out_by_hand(name, counting):
+    fn, shapes, _, x = PROBLEMS[name]
+    scores = jax.tree.map(np.asarray, starting_scores(fn=fn, shapes=shapes, x=x))
+    keep = dpai.erk(traced(name), 0.8)
+    settings = {"optimizer": optax.sgd(0.5), "alpha": 0.9, "beta": 0.4, "counting": counting}
+    result = prune(fn=fn, shapes=shapes, x=x, steps=1, **settings)
+    direction, _, numbers = ascent_by_hand(PATHS[name, counting], scores, keep, 0.9, 0.4)
     assert_trees_close(
         result.scores, jax.tree.map(lambda s, d: s + 0.5 * d, scores, direction), rtol=1e-5
     )
@@ -366,20 +391,27 @@ def test_the_same_key_gives_the_same_masks_and_another_one_others():
     assert all(jax.tree.leaves(differ))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_the_history_ends_with_the_topology_of_the_result(name):
-    fn, paths, shapes, _, x = PROBLEMS[name]
-    result = prune(0.8, fn, shapes, x=x, steps=12, patience=100, optimizer=ADAM)
+@pytest.mark.parametrize(("name", "counting"), PATHS)
+def test_the_history_ends_with_what_is_counted_of_the_result(name, counting):
+    fn, shapes, _, x = PROBLEMS[name]
+    settings = {"steps": 12, "patience": 100, "optimizer": ADAM, "counting": counting}
+    result = prune(0.8, fn, shapes, x=x, **settings)
     assert result.stopped == ""
     # The starting scores, and after each step.
     assert {name: len(values) for name, values in result.history.items()} == dict.fromkeys(
         ("log_paths", "nodes", "kernels", "changed"), 13
     )
-    assert result.history["log_paths"][-1] == pytest.approx(result.topology.log_paths, abs=1e-4)
-    assert result.history["nodes"][-1] == result.topology.nodes
-    assert result.history["kernels"][-1] == result.topology.kernels
     masks = jax.tree.map(lambda mask: np.asarray(mask, np.float64), result.masks)
-    assert result.topology.log_paths == pytest.approx(np.log(paths(masks)), abs=1e-4)
+    log_paths = {c: np.log(PATHS[name, c](masks)) for c in COUNTINGS}
+    assert result.history["log_paths"][-1] == pytest.approx(log_paths[counting], abs=1e-4)
+    assert dpai.log_paths(result.net, masks, counting) == pytest.approx(
+        log_paths[counting], abs=1e-4
+    )
+    # Whatever the history counts by, the topology that is reported is exact.
+    assert result.topology.log_paths == pytest.approx(log_paths["exact"], abs=1e-4)
+    if counting == "exact" or name == "mlp":
+        assert result.history["nodes"][-1] == result.topology.nodes
+        assert result.history["kernels"][-1] == result.topology.kernels
 
 
 def test_the_history_tells_how_many_mask_entries_changed():
@@ -468,7 +500,6 @@ def test_it_prunes_networks_of_every_library(name):
     assert jax.tree.structure(result.masks) == jax.tree.structure(params)
     size = sum(layer.size for layer in result.net.layers)
     assert result.topology.weights == round(0.2 * size)
-    assert result.history["nodes"][-1] == result.topology.nodes
     masked = dpai.apply_masks(params, result.masks)
     zeros = sum(
         int(np.sum(np.asarray(leaf)[~np.asarray(mask)] == 0))
@@ -476,6 +507,20 @@ def test_it_prunes_networks_of_every_library(name):
         if np.ndim(mask)
     )
     assert zeros == size - round(0.2 * size)
+
+
+def test_counting_in_mean_field_is_the_default_of_pruning_but_not_of_one_direction():
+    assert dpai.DPaI().counting == "mean_field"
+    assert inspect.signature(dpai.ascent).parameters["counting"].default == "exact"
+
+
+@pytest.mark.parametrize("counting", ["mean", "", None])
+def test_an_unknown_counting_is_refused(counting):
+    message = f"counting must be one of exact, mean_field, got {counting!r}"
+    with pytest.raises(ValueError, match=message):
+        dpai.DPaI(counting=counting)
+    with pytest.raises(ValueError, match=message):
+        dpai.ascent(traced("mlp"), draw(MLP_SHAPES), MLP_KEEP, counting=counting)
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])
