@@ -1,11 +1,13 @@
 # make demo and make test do all the set-up themselves; make help lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
+# A Python that has PyTorch, to measure beside in make bench.
+TORCH ?=
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: demo test lint format clean help
+.PHONY: demo bench test lint format clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -18,6 +20,9 @@ PULSE := while sleep 20 >/dev/null 2>&1; do echo "  still at it, $$SECONDS s"; d
 
 demo: $(READY)  ## prune and train a small ResNet on real data, dense against DPaI against random
 	@$(BIN)/python -m experiments demo
+
+bench: $(READY)  ## time, memory and objectives of pruning, in tables; up to an hour
+	@$(BIN)/python -m experiments bench $(if $(TORCH),--torch "$(TORCH)")
 
 test: lint  ## lint, types, then all tests, on two cores
 	@echo "pytest: two processes"

@@ -1,0 +1,75 @@
+"""Benchmarks on tiny networks: what they measure, that they resume, and that their tables print."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import rich.console
+
+from experiments.benchmarks import clock, networks, show, tables
+from experiments.benchmarks.networks import Network
+
+TINY = Network("lenet", 10, (6, 6, 1), 8)
+
+
+@pytest.fixture
+def _tiny(monkeypatch):
+    for name in ("STEP", "LARGE", "QUALITY", "SETTINGS"):
+        monkeypatch.setattr(networks, name, (TINY,))
+    monkeypatch.setattr(networks, "SPARSITIES", (0.5,))
+    few = dict(list(tables.METHODS.items())[1:3])
+    monkeypatch.setattr(tables, "METHODS", few)
+    # A process of its own would know nothing of all this.
+    monkeypatch.setattr(tables, "_isolated", lambda function, *args: function(*args))
+
+
+def _printed(names, folder):
+    console = rich.console.Console(width=200, record=True, file=io.StringIO())
+    show.run(names, 1, None, folder, console)
+    return console.export_text()
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.standard_promotion
+def test_tables_print_and_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    first = _printed(("large", "quality", "settings"), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["table"] for row in rows] == ["large", "quality", "settings", "settings"]
+    for method in tables.METHODS:
+        assert method in first
+
+    def fail(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(tables, "_objective", fail)
+    monkeypatch.setattr(tables, "_large", fail)
+    assert _printed(("large", "quality", "settings"), tmp_path) == first
+
+
+@pytest.mark.standard_promotion
+def test_in_a_dense_network_exact_and_mean_field_counts_optimise_the_same():
+    row = tables._quality(TINY, 0.5, 0)
+    exact, mean_field = (
+        {name: row[counting][name] for name in ("nodes", "kernels", "effective")}
+        for counting in ("exact", "mean_field")
+    )
+    assert exact == mean_field
+    assert math.isclose(row["exact"]["log_paths"], row["mean_field"]["log_paths"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("network", networks.QUALITY + networks.SETTINGS, ids=lambda n: n.title)
+def test_inputs_fit_their_networks(network):
+    fn, params, x = network.problem()
+    assert x.shape == (1, *network.shape)
+    assert callable(fn)
+    assert params["params"]
+
+
+def test_the_peak_of_a_call_is_what_it_holds():
+    size = 200 * 2**20
+    # Written to, or the pages would not be there.
+    # A little of it may have been held before.
+    assert 0.95 * size <= clock.peak_bytes(lambda: np.ones(size, np.uint8).sum()) < 1.2 * size
+    assert clock.peak_bytes(lambda: None) < size / 10
