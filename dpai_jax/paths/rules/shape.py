@@ -258,7 +258,9 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
     aligned, exponent = v.align(flows)
     ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
     rest = joined_rest([rest_of(part) for part in parts])
-    if interpreter.mean_field and all(flow.spread.uniform(axis) for flow in flows):
+    # Where all parts have size one, such as the steps of a loop stacked, each has its own count.
+    uniform = all(flow.spread.uniform(axis) for flow in flows)
+    if interpreter.mean_field and uniform and any(flow.shape[axis] > 1 for flow in flows):
         shares = [flow.shape[axis] / shape[axis] for flow in flows]
         array = functools.reduce(
             jnp.add, [x * share for x, share in zip(aligned, shares, strict=True)]
