@@ -36,3 +36,14 @@ def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     standard = request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches() -> Iterator[None]:
+    """Lets go of what a file's tests compiled.
+
+    Each program holds pages of its own, and a process may have so many: after thousands of
+    programs the compiler crashes.
+    """
+    yield
+    jax.clear_caches()

@@ -334,8 +334,9 @@ def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
 
     In the *mean field* an axis along which all counts are equal, of images, positions or tokens, is
     held as one number and stays so: where zeros (a convolution's padding, a class token that no
-    path enters) would break that, the mean over the positions stands for all. Without such zeros
-    the count is the exact one; its cost hangs on the number of weights alone.
+    path enters) or tokens of another kind beside would break that, the mean over the positions
+    stands for all. Else the count is the exact one; its cost hangs on the number of weights alone.
+    It can be differentiated in reverse, any number of times, but not forward (`jax.jvp`).
 
     Args:
       net: the traced network.
