@@ -24,7 +24,7 @@ from jax import Array, lax
 _PROBES = 7
 
 # How far from the threshold before the first probes lie, on both sides, in units of the last place.
-_FAN = (2**9, 2**13, 2**18)
+_FAN = (2**9, 2**11, 2**15)
 
 # The ranks of −∞, of zero, and of no number, which nothing reaches.
 _LEAST = np.uint32(0x007F_FFFF)
@@ -32,6 +32,18 @@ _ZERO = np.uint32(0x8000_0000)
 _BEYOND = np.uint32(0xFF80_0001)
 
 _LAST = np.uint32(0xFFFF_FFFF)
+
+
+class Cut(NamedTuple):
+    """Which scores are kept: those above thresholds, and some of those that equal them.
+
+    Attributes:
+      thresholds: ranks, uint32 (1, number to keep).
+      layers: how each layer's scores are cut.
+    """
+
+    thresholds: Array
+    layers: list[_LayerCut]
 
 
 def select(
@@ -56,18 +68,39 @@ def select(
     Raises:
       ValueError: if one threshold is to be for 2^32 weights or more.
     """
+    cut = find_cut(scores, keep, near, magnitude=magnitude)
+    return kept(scores, keep, cut, magnitude=magnitude), cut.thresholds
+
+
+def find_cut(
+    scores: Sequence[Array],
+    keep: list[Any] | Any,
+    near: Array | None = None,
+    *,
+    magnitude: bool = False,
+) -> Cut:
+    """Where to cut, for the masks of `select`; small beside the scores."""
     if not scores:
-        return [], jnp.zeros((1, 0), jnp.uint32)
+        return Cut(jnp.zeros((1, 0), jnp.uint32), [])
     layers, numbers, sizes = _layers(scores, keep, magnitude)
     threshold, above, reached = _threshold(layers, numbers, sizes, near)
-    ties = lax.cond(
+    cuts = lax.cond(
         jnp.any(reached > numbers),
-        lambda: layers.first_ties(threshold, numbers - above),
-        lambda: [layer.all_ties() for layer in layers.layers],
+        lambda: layers.cut(threshold, numbers - above),
+        lambda: [layer.whole_cut(threshold) for layer in layers.layers],
     )
-    pairs = zip(layers.layers, ties, strict=True)
-    masks = [layer.kept(threshold, some) for layer, some in pairs]
-    return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)], threshold
+    return Cut(threshold, cuts)
+
+
+def kept(
+    scores: Sequence[Array], keep: list[Any] | Any, cut: Cut, *, magnitude: bool = False
+) -> list[Array]:
+    """The masks of scores by where they are cut, an elementwise function of them."""
+    if not scores:
+        return []
+    pairs = zip(_layers(scores, keep, magnitude)[0].layers, cut.layers, strict=True)
+    masks = [layer.kept(cut) for layer, cut in pairs]
+    return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)]
 
 
 def _threshold(
@@ -115,13 +148,14 @@ class _Rows(NamedTuple):
     last: Array
 
 
-class _Ties(NamedTuple):
-    """Which of the scores that equal a threshold are kept, as arrays that broadcast to a layer.
+class _LayerCut(NamedTuple):
+    """How a layer's scores are cut, as arrays of uint32 that broadcast to them.
 
     Attributes:
-      rows: the rows, along the last axis, of which all are kept.
-      part: the row of which those in some columns are.
-      columns: these columns.
+      rows: the lowest rank to keep in each row along the last axis: the threshold, or the next
+        rank where what equals the threshold is not kept.
+      part: one in the row in which the threshold itself is kept up to some column.
+      columns: one from this column on.
     """
 
     rows: Array
@@ -134,7 +168,7 @@ class _Layer:
     """A layer's scores, and which numbers to keep are about it.
 
     Attributes:
-      scores: their ranks; or float32, if they go by their magnitude.
+      scores: float32.
       shape: that of its numbers, broadcastable to the scores'.
       columns: where its numbers stand among all.
       magnitude: whether the scores go by their magnitude.
@@ -154,37 +188,25 @@ class _Layer:
         """Its own of numbers (row, number), to broadcast to its scores row by row."""
         return numbers[:, self.columns].reshape(-1, *self.shape)
 
-    # Ranks of magnitudes would be written out for the whole search. So floats are compared as they
-    # are, though subnormal ones count as zero then.
-    def reach(self, rank: Array) -> Array:
-        """Which scores have a rank or a higher one."""
-        if not self.magnitude:
-            return self.scores >= rank
-        return (self.scores >= _float(rank)) | (self.scores <= -_float(rank))
+    @property
+    def ranks(self) -> Array:
+        """The ranks of its scores, or of their magnitudes."""
+        return _rank(self.scores, self.magnitude)
 
-    def equal(self, rank: Array) -> Array:
-        """Which scores have a rank."""
-        if not self.magnitude:
-            return self.scores == rank
-        return (self.scores == _float(rank)) | (self.scores == -_float(rank))
-
-    def kept(self, ranks: Array, ties: _Ties) -> Array:
+    def kept(self, cut: _LayerCut) -> Array:
         """What is above the threshold, and of what equals it some."""
-        threshold = self.own(ranks)[0]
-        tie = self.equal(threshold)
-        some = jnp.where(ties.part, ties.columns, ties.rows)
-        return (self.reach(threshold) & ~tie) | (tie & some)
+        return self.ranks >= cut.rows + (cut.part & cut.columns)
 
     def count(self, probes: Array) -> Array:
         """How many scores reach probes (probe, number)."""
-        flags = [self.reach(probe) for probe in self.own(probes)]
+        flags = [self.ranks >= probe for probe in self.own(probes)]
         partial = _sums(flags, self.axes[-1:])
         return jnp.stack([count.ravel() for count in _sums(partial, self.axes[:-1])])
 
     def ties(self, ranks: Array) -> _Rows:
         """Where scores equal the threshold, row by row along the last axis."""
         column = self.axes[-1]
-        tie = self.equal(self.own(ranks)[0])
+        tie = self.ranks == self.own(ranks)[0]
         index = _index(self.scores.shape, column)
         found = lax.reduce(
             [tie.astype(jnp.uint32), jnp.where(tie, index, _LAST), jnp.where(tie, index, 0)],
@@ -194,8 +216,8 @@ class _Layer:
         )
         return _Rows(*(jnp.expand_dims(x, column) for x in found))
 
-    def first_ties(self, ranks: Array, rows: _Rows, taken: Array) -> _Ties:
-        """Which ties to keep, so many of each copy."""
+    def cut(self, ranks: Array, rows: _Rows, taken: Array) -> _LayerCut:
+        """The cut that keeps so many ties of each copy."""
         *others, column = self.axes
         before = _sum_before(rows.ties, others)
         taken = taken.reshape(self.shape)
@@ -211,20 +233,22 @@ class _Layer:
         index = _index(self.scores.shape, column)
 
         def by_count() -> Array:
-            tie = part & self.equal(self.own(ranks)[0])
+            tie = part & (self.ranks == self.own(ranks)[0])
             (flags,) = _sums([tie], others)
-            return _sum_before(flags, [column]) < left
+            return _sum_before(flags, [column]) >= left
 
         crowded = jnp.any((left > 1) & (left + 1 < ties))
-        columns = lax.cond(crowded, by_count, lambda: index < end)
-        return _Ties(whole, part, columns)
+        columns = lax.cond(crowded, by_count, lambda: index >= end)
+        lowest = self.own(ranks)[0] + (~whole & ~part).astype(jnp.uint32)
+        return _LayerCut(lowest, part.astype(jnp.uint32), columns.astype(jnp.uint32))
 
-    def all_ties(self) -> _Ties:
-        """That all ties are kept."""
+    def whole_cut(self, ranks: Array) -> _LayerCut:
+        """The cut that keeps all ties."""
         column = self.axes[-1]
         rows, columns = list(self.scores.shape), list(self.shape)
         rows[column], columns[column] = 1, rows[column]
-        return _Ties(jnp.ones(rows, bool), jnp.zeros(rows, bool), jnp.zeros(columns, bool))
+        lowest = jnp.broadcast_to(self.own(ranks)[0], rows)
+        return _LayerCut(lowest, jnp.zeros(rows, jnp.uint32), jnp.zeros(columns, jnp.uint32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,9 +261,7 @@ class _Layers:
 
     def count(self, probes: Array, wanted: Array) -> Array:
         """How many scores reach probes (probe, number); anything high for numbers not wanted."""
-        if self.shared:
-            counts = [layer.count(probes) for layer in self.layers]
-            return functools.reduce(jnp.add, counts)
+        # Within a branch, for a loop would write out all ranks before it starts.
         each = [
             lax.cond(
                 jnp.any(wanted[:, layer.columns]),
@@ -248,10 +270,10 @@ class _Layers:
             )
             for layer in self.layers
         ]
-        return jnp.concatenate(each, 1)
+        return functools.reduce(jnp.add, each) if self.shared else jnp.concatenate(each, 1)
 
-    def first_ties(self, threshold: Array, missing: Array) -> list[_Ties]:
-        """Which of the scores that equal the thresholds are kept, so many by lowest index."""
+    def cut(self, threshold: Array, missing: Array) -> list[_LayerCut]:
+        """The cuts that keep, of the scores that equal the thresholds, so many by lowest index."""
         chosen = []
         for layer in self.layers:
             rows = layer.ties(threshold)
@@ -259,7 +281,7 @@ class _Layers:
             if self.shared:
                 taken = jnp.minimum(taken, jnp.sum(rows.ties, dtype=jnp.uint32))
                 missing = missing - taken
-            chosen.append(layer.first_ties(threshold, rows, taken))
+            chosen.append(layer.cut(threshold, rows, taken))
         return chosen
 
 
@@ -274,8 +296,7 @@ def _layers(scores: Sequence[Array], keep: Any, magnitude: bool) -> tuple[_Layer
         # Each copy has an axis, if only one of size one.
         score, shape = (score, shape) if 1 in shape else (score[..., None], (*shape, 1))
         columns = slice(column, column + copies)
-        score = score.astype(jnp.float32)
-        layers.append(_Layer(score if magnitude else _rank(score), shape, columns, magnitude))
+        layers.append(_Layer(score.astype(jnp.float32), shape, columns, magnitude))
         column += 0 if shared else copies
     sizes = [sum(sizes)] if shared else sizes
     if max(sizes) >= 2**32:
@@ -326,14 +347,10 @@ def _index(shape: tuple[int, ...], axis: int) -> Array:
     return jnp.arange(shape[axis], dtype=jnp.uint32).reshape(sizes)
 
 
-def _rank(score: Array) -> Array:
-    """The rank of a float; that of −0. is that of 0."""
+def _rank(score: Array, magnitude: bool) -> Array:
+    """The rank of a float, or of its magnitude; that of −0. is that of 0."""
     bits = lax.bitcast_convert_type(score, jnp.uint32)
+    if magnitude:
+        return bits | _ZERO
     bits = jnp.where(bits == _ZERO, jnp.uint32(0), bits)
     return jnp.where(bits >= _ZERO, ~bits, bits | _ZERO)
-
-
-def _float(rank: Array) -> Array:
-    """The number of a rank; no number below that of −∞ and above that of ∞."""
-    bits = jnp.where(rank >= _ZERO, rank - _ZERO, ~rank)
-    return lax.bitcast_convert_type(bits, jnp.float32)

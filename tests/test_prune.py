@@ -233,7 +233,7 @@ def test_progress_is_one_line_that_ends_with_a_summary(capsys):
 
 
 def test_progress_tells_why_it_stopped(capsys):
-    result = dpai.prune(mlp, PARAMS, X, 0, dpai.DPaI(steps=200, patience=3), progress=True)
+    result = dpai.prune(mlp, PARAMS, X, 0, dpai.DPaI(steps=200), progress=True)
     assert result.stopped
     assert result.stopped in capsys.readouterr().err.rsplit("\r", 1)[1]
 

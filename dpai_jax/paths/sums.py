@@ -79,31 +79,36 @@ def sum_over(array: Array, axes: Sequence[int]) -> Array:
 
 
 def count_true(flags: Array) -> Array:
-    """The number of true entries, uint32; exact where a row along the last axis has up to 2^24.
+    """The number of true entries, uint32.
 
-    Rows are summed up as a product with ones, which a CPU does several times as fast as a sum.
+    What a reduction of one operand reduces may be written out before on CPUs, four bytes a flag.
+    One of two operands, both of which are of use, reads what they are made of.
     """
-    ones = jnp.ones(flags.shape[-1:], jnp.float32)
-    rows = jnp.dot(flags.astype(jnp.float32), ones, preferred_element_type=jnp.float32)
-    return jnp.sum(rows.astype(jnp.uint32), dtype=jnp.uint32)
+    ones = flags.astype(jnp.uint32)
+    rows, some = lax.reduce(
+        [ones, ones],
+        [jnp.uint32(0)] * 2,
+        lambda xs, ys: [xs[0] + ys[0], xs[1] | ys[1]],
+        (flags.ndim - 1,),
+    )
+    return jnp.sum(jnp.where(some > 0, rows, 0), dtype=jnp.uint32)
 
 
 def settled(array: Array) -> Array:
     """The same array, worked out once.
 
     A small array that is spread over a large one would be worked out anew for each entry of that,
-    as XLA fuses what leads to it. It leaves a reduction of several operands as it is, but takes
-    `lax.optimization_barrier` away before it fuses on CPUs.
+    as XLA fuses what leads to it. It leaves a reduction of several operands as it is, if all of its
+    results are of use, but takes `lax.optimization_barrier` away before it fuses on CPUs.
     """
     pair = jnp.broadcast_to(array, (2, *array.shape))
-    least = jnp.full((), -jnp.inf, array.dtype)
-    result, _ = lax.reduce(
+    high, low = lax.reduce(
         [pair, pair],
-        [least, least],
-        lambda xs, ys: [jnp.maximum(x, y) for x, y in zip(xs, ys, strict=True)],
+        [jnp.full((), -jnp.inf, array.dtype), jnp.full((), jnp.inf, array.dtype)],
+        lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
         (0,),
     )
-    return result
+    return jnp.maximum(high, low)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -197,10 +197,26 @@ def power_of_two(exponent: Array) -> Array:
 
 def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
     """The same counts with the largest entry in [1/2, 1), and whether there is any."""
-    largest = lax.stop_gradient(jnp.max(array, initial=0.0))
+    largest = largest_entry(lax.stop_gradient(array))
     bits = lax.bitcast_convert_type(largest, jnp.int32)
     shift = jnp.where(largest > 0, lax.shift_right_logical(bits, jnp.int32(23)) - 126, 0)
     return array * power_of_two(-shift), exponent + shift, largest > 0
+
+
+def largest_entry(array: Array) -> Array:
+    """The largest entry, zero if there is none above; not differentiable.
+
+    A CPU writes out what a reduction of one operand reduces, and clears fresh memory for that. One
+    of two operands, both of which are of use, reads what they are made of.
+    """
+    array = jnp.atleast_1d(array)
+    most, least = lax.reduce(
+        [array, array],
+        [jnp.zeros((), array.dtype)] * 2,
+        lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
+        (array.ndim - 1,),
+    )
+    return jnp.max(jnp.maximum(most, least), initial=0.0)
 
 
 @jax.custom_vjp
