@@ -118,7 +118,7 @@ def bench(
         "settings",
         "quality",
     ),
-    seeds: int = 2,
+    seeds: int = 3,
     torch: pathlib.Path | None = None,
     folder: pathlib.Path = pathlib.Path("runs/bench"),
 ) -> None:
@@ -144,7 +144,7 @@ def _console() -> Any:
     import rich.console
 
     console = rich.console.Console()
-    return console if console.is_terminal else rich.console.Console(width=100)
+    return console if console.is_terminal else rich.console.Console(width=140)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ is there, and not measured again while it is.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import math
@@ -28,9 +29,12 @@ Row = dict[str, Any]
 Jobs = Iterator[tuple[str, Callable[[], Row]]]
 """A title for each row, and what measures it."""
 
-ADAM_BYTES = 26
-"""What a step must move for each weight: the score and Adam's two moments, read and written as
-float32, and the old and the new mask."""
+ADAM = optax.adam(0.005)
+"""The published code's optimiser."""
+
+OPTIMIZERS = {"default": (dpai.DPaI.optimizer, 10), "adam": (ADAM, 26)}
+"""Those whose steps are timed, and the bytes that a step must move for each weight: the score, read
+and written as float32, and the mask; Adam's two moments besides."""
 
 PUBLISHED = {"resnet20": 0.044, "resnet18": 1.7, "vgg19": 2.8}
 """Seconds a step of the published PyTorch code on two cores such as these."""
@@ -39,7 +43,7 @@ PUBLISHED = {"resnet20": 0.044, "resnet18": 1.7, "vgg19": 2.8}
 def step(python: str | None) -> Jobs:
     """The time of a step of DPaI beside a plain PyTorch implementation and the memory's own."""
     for network in networks.STEP:
-        yield network.title, functools.partial(_beside_peer, _step, network, python, "prune")
+        yield network.title, functools.partial(_steps, network, python)
 
 
 def large() -> Jobs:
@@ -51,7 +55,7 @@ def large() -> Jobs:
 def training(python: str | None) -> Jobs:
     """The time of a training step of ResNet-20, batch 128, beside PyTorch."""
     network = networks.STEP[0]
-    yield network.title, functools.partial(_beside_peer, _training, network, python, "train")
+    yield network.title, functools.partial(_trainings, network, python)
 
 
 def quality(seeds: int) -> Jobs:
@@ -63,18 +67,23 @@ def quality(seeds: int) -> Jobs:
                 yield title, functools.partial(_quality, network, sparsity, seed)
 
 
+def _unstopped(optimizer: optax.GradientTransformation, steps: int) -> dpai.DPaI:
+    return dpai.DPaI(optimizer=optimizer, steps=steps, tolerance=-math.inf)
+
+
 METHODS: Mapping[str, dpai.DPaI] = {
-    "published, 3000 steps": dpai.DPaI(steps=3000, patience=3000),
-    "published, 300 steps": dpai.DPaI(),
-    "Adam .02, 300 steps": dpai.DPaI(optimizer=optax.adam(0.02)),
-    "Adam .05, 300 steps": dpai.DPaI(optimizer=optax.adam(0.05)),
-    "Adam .05 to 0 (cosine), 300 steps": dpai.DPaI(
-        optimizer=optax.adam(optax.cosine_decay_schedule(0.05, 300))
+    "Adam .005, 3000 steps (published)": _unstopped(ADAM, 3000),
+    "Adam .005, 300 steps": _unstopped(ADAM, 300),
+    "Adam .05, 300 steps": _unstopped(optax.adam(0.05), 300),
+    "Adam .1 to 0, 300 steps": _unstopped(optax.adam(optax.cosine_decay_schedule(0.1, 300)), 300),
+    "normalised .003, 100 steps": _unstopped(dpai.normalized_sgd(0.003), 100),
+    "normalised .01, 100 steps": _unstopped(dpai.DPaI.optimizer, 100),
+    "normalised .03, 100 steps": _unstopped(dpai.normalized_sgd(0.03), 100),
+    "normalised .02 to 0, 100 steps": _unstopped(
+        dpai.normalized_sgd(optax.linear_schedule(0.02, 0.0, 100)), 100
     ),
-    "Adam .1 to 0 (cosine), 300 steps": dpai.DPaI(
-        optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 300))
-    ),
-    "sign .05, 300 steps": dpai.DPaI(optimizer=optax.sign_sgd(0.05)),
+    "default, from scores of U(-1, 1)": dpai.DPaI(),
+    "default": dpai.DPaI(),
 }
 """Settings of DPaI that are compared; the first is the published one."""
 
@@ -112,9 +121,17 @@ def _isolated(function: Callable[..., Row], *args: Any) -> Row:
         return pool.submit(function, *args).result()
 
 
-def _step(network: Network, sparsity: float = 0.9, steps: int = 101) -> Row:
+def _steps(network: Network, python: str | None) -> Row:
+    row: Row = {name: _isolated(_step, network, name) for name in OPTIMIZERS}
+    if python is not None:
+        row["peer"] = _peer(python, "prune", network, "--sparsity", "0.9")
+    return row
+
+
+def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) -> Row:
+    optimizer, least_bytes = OPTIMIZERS[name]
     fn, params, x = network.problem()
-    method = dpai.DPaI(steps=steps, patience=steps)
+    method = _unstopped(optimizer, steps)
     times: list[float] = []
 
     def run() -> dpai.Result:
@@ -123,17 +140,17 @@ def _step(network: Network, sparsity: float = 0.9, steps: int = 101) -> Row:
             fn, params, x, sparsity, method, progress=lambda *_: times.append(time.perf_counter())
         )
 
-    result = run()
+    size = run().net.size
     memory = clock.peak_bytes(run)
     # Progress is told each ten steps, and waits for them. The first ones are still warming up.
     seconds = statistics.median(np.diff(times[1:])) / 10
     bandwidth = clock.copy_bandwidth()
     return {
-        "weights": result.net.size,
+        "weights": size,
         "seconds": seconds,
-        "bytes_a_weight": memory / result.net.size,
+        "bytes_a_weight": memory / size,
         "bandwidth": bandwidth,
-        "times_the_memory": seconds / (ADAM_BYTES * result.net.size / bandwidth),
+        "times_the_memory": seconds / (least_bytes * size / bandwidth),
     }
 
 
@@ -156,6 +173,14 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
     }
 
 
+def _trainings(network: Network, python: str | None) -> Row:
+    row = _isolated(_training, network)
+    if python is not None:
+        for layout in ("contiguous_format", "channels_last"):
+            row[f"peer {layout}"] = _peer(python, "train", network, "--memory-format", layout)
+    return row
+
+
 def _training(network: Network, batch: int = 128) -> Row:
     from experiments import models, steps
 
@@ -176,8 +201,16 @@ def _training(network: Network, batch: int = 128) -> Row:
 
 
 def _settings(network: Network, sparsity: float, name: str, seed: int) -> Row:
-    row = {"network": network.title, "method": name}
-    return row | _objective(network, sparsity, METHODS[name], seed)
+    method = METHODS[name]
+    if "U(-1, 1)" in name:
+        method = dataclasses.replace(method, scores=_uniform(network, seed))
+    return {"network": network.title, "method": name} | _objective(network, sparsity, method, seed)
+
+
+def _uniform(network: Network, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    _, params, _ = network.problem()
+    return jax.tree.map(lambda leaf: rng.uniform(-1, 1, leaf.shape).astype(np.float32), params)
 
 
 def _quality(network: Network, sparsity: float, seed: int) -> Row:
@@ -191,7 +224,8 @@ def _objective(network: Network, sparsity: float, method: dpai.DPaI, seed: int) 
     fn, params, x = network.problem()
     result = dpai.prune(fn, params, x, sparsity, method, jax.random.key(seed), progress=False)
     steps = len(result.history["changed"]) - 1
-    return {"sparsity": sparsity, "seconds": result.seconds, "steps": steps, **_topology(result)}
+    measured = {"seconds": result.seconds, "steps": steps, "stopped": result.stopped}
+    return {"sparsity": sparsity, **measured, **_topology(result)}
 
 
 def _topology(result: dpai.Result) -> Row:
@@ -202,21 +236,11 @@ def _topology(result: dpai.Result) -> Row:
     }
 
 
-def _beside_peer(
-    ours: Callable[..., Row], network: Network, python: str | None, command: str
-) -> Row:
-    """What is measured here, and then by the PyTorch peer, in a Python that has PyTorch."""
-    row = _isolated(ours, network)
-    if python is None:
-        return row
+def _peer(python: str, command: str, network: Network, *options: str) -> Row:
+    """The seconds that the PyTorch peer takes, in a Python that has PyTorch."""
     call = [python, "-m", "experiments.benchmarks.peer", command]
     call += ["--network", network.model, "--size", str(network.shape[0])]
-    call += ["--steps", "5", "--warmup", "1"]
-    formats = ["contiguous_format", "channels_last"] if command == "train" else [""]
-    for layout in formats:
-        extra = ["--memory-format", layout] if layout else ["--sparsity", "0.9"]
-        printed = subprocess.run(
-            [*call, *extra], check=True, capture_output=True, text=True
-        ).stdout.splitlines()[-1]
-        row["peer" + (f" {layout}" if layout else "")] = json.loads(printed)["seconds"]
-    return row
+    call += ["--steps", "5", "--warmup", "1", *options]
+    printed = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+    seconds: Row = json.loads(printed.splitlines()[-1])["seconds"]
+    return seconds
