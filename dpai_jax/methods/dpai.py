@@ -223,12 +223,13 @@ class DPaI:
         cut, _, changed = _cut(state.scores, counts, thresholds, state.masks)
         state, numbers = self._step(net, shardings, state, counts, cut)
         measured.append(numbers | changed)
+        masks = from_layers(net, state.masks)
+        del state  # what the optimiser remembers is as large as all the rest
         history = {
             name: np.asarray(jax.device_get([numbers[name] for numbers in measured]))
             for name in measured[0]
         }
-        masks, rank = from_layers(net, state.masks), jax.tree.map(jnp.abs, scores)
-        return Pruned(masks, scores, history, stopped, rank)
+        return Pruned(masks, scores, history, stopped, rank=jax.tree.map(jnp.abs, scores))
 
     def _start(self, problem: Problem) -> list[Array]:
         net = problem.net
