@@ -7,6 +7,7 @@ on whole trees and broadcasts.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from dpai_jax.paths import Network
+from dpai_jax.paths.meshes import automatic, laid_out, shardings_of
 from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.selection import as_count, select
 
@@ -57,7 +60,8 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
         for name, score, count in kept:
             _check_count(name, math.prod(jnp.shape(score)) // math.prod(np.shape(count)), count)
         counts = [as_count(count) for _, _, count in kept]
-    masks = iter(_select([score for _, score in layers], counts))
+    arrays = [score for _, score in layers]
+    masks = iter(_select(shardings_of(arrays), arrays, counts))
     return treedef.unflatten(
         [next(masks) if jnp.ndim(score) else jnp.ones((), bool) for _, score in named]
     )
@@ -87,7 +91,12 @@ def _check_count(name: str, size: int, keep: Any) -> None:
         raise ValueError(f"keep must be in [0, {size}] for {name}, got {keep}")
 
 
-_select = jax.jit(lambda scores, keep: select(scores, keep)[0])
+@functools.partial(jax.jit, static_argnums=0)
+def _select(
+    shardings: tuple[Sharding | None, ...], scores: list[Array], keep: list[Array] | Array
+) -> list[Array]:
+    masks, _ = automatic(select, scores, keep, like=(scores, None))
+    return laid_out(masks, shardings)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -162,9 +171,10 @@ def shuffled(masks: PyTree, key: Array) -> PyTree:
     return jax.tree.unflatten(treedef, moved)
 
 
-def ones(net: Network) -> PyTree:
-    """The masks that prune nothing."""
-    return from_layers(net, [jnp.ones(layer.shape, bool) for layer in net.layers])
+def ones(net: Network, params: PyTree) -> PyTree:
+    """The masks that prune nothing, on the devices where the parameters are."""
+    pairs = zip(net.layers, shardings_of(net.leaves(params)), strict=True)
+    return from_layers(net, [jnp.ones(layer.shape, bool, device=s) for layer, s in pairs])
 
 
 def from_layers(net: Network, masks: Sequence[Array]) -> PyTree:

@@ -19,6 +19,7 @@ from dpai_jax.allocation import weights_to_keep
 from dpai_jax.methods.base import Loss, Method, Problem, Pruned, Report
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
+from dpai_jax.paths.meshes import placed_like
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repair import repair as repair_masks
 from dpai_jax.topology import Topology, topology
@@ -31,9 +32,9 @@ class Result:
     """A pruned network.
 
     Attributes:
-      masks: pytree of boolean masks parallel to the parameters; `True` for a leaf that cannot be
-        pruned. Exactly `round((1 − sparsity)·N)` weights are kept.
-      scores: pytree of the scores that the masks were made of; `0.` for such a leaf.
+      masks: pytree of boolean masks parallel to the parameters, sharded as these are; `True` for a
+        leaf that cannot be pruned. Exactly `round((1 − sparsity)·N)` weights are kept.
+      scores: pytree of the scores that the masks were made of, likewise; `0.` for such a leaf.
       topology: what remains of the network.
       history: arrays of one length, what the method measured at each step (for DPaI log R_P as
         `log_paths`, R_N as `nodes`, R_C as `kernels`, and how many mask entries `changed`).
@@ -110,7 +111,7 @@ def prune(
     start = time.perf_counter()
     net = trace(fn, params, x, prunable, gates)
     weights_to_keep(net, sparsity)
-    if not math.isfinite(topology(net, mask_trees.ones(net)).log_paths):
+    if not math.isfinite(topology(net, mask_trees.ones(net, params)).log_paths):
         raise ValueError("fn has no path from x to its output even with all weights kept")
     name = type(method).__name__
     line = ProgressLine(name) if _is_shown(progress) else None
@@ -122,6 +123,8 @@ def prune(
         rank = pruned.scores if pruned.rank is None else pruned.rank
         masks = repair_masks(net, pruned.masks, rank, jax.random.fold_in(key, 1))
         pruned = dataclasses.replace(pruned, masks=masks)
+    masks, scores = (placed_like(tree, params) for tree in (pruned.masks, pruned.scores))
+    pruned = dataclasses.replace(pruned, masks=masks, scores=scores)
     result = _checked(net, sparsity, pruned, start)
     if line is not None:
         line.close(_summary(name, result))

@@ -15,6 +15,7 @@ from jax import Array
 from dpai_jax.masks import check_numbers, from_layers
 from dpai_jax.methods.base import numpy_generator
 from dpai_jax.paths import Layer, Network
+from dpai_jax.paths.meshes import on_host, placed_like
 from dpai_jax.paths.network import check_parallel
 
 PyTree = Any
@@ -71,7 +72,8 @@ def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None
     live = work.filled(kept & work.reached(kept))
     while not work.is_full(live) and (longer := work.lengthened(live)) is not None:
         live = work.filled(longer)
-    return from_layers(net, _split(net, jnp.asarray(work.topped_up(live, kept))))
+    repaired = from_layers(net, _split(net, jnp.asarray(work.topped_up(live, kept))))
+    return placed_like(repaired, masks)
 
 
 def _flat_scores(net: Network, scores: PyTree) -> np.ndarray:
@@ -100,7 +102,7 @@ def _split(net: Network, flat: Array) -> list[Array]:
 def _join(net: Network, leaves: Sequence[Array]) -> np.ndarray:
     """To one row of all weights (see `_split`)."""
     rows = [
-        np.asarray(x).transpose(_order(layer)).ravel()
+        on_host(x).transpose(_order(layer)).ravel()
         for layer, x in zip(net.layers, leaves, strict=True)
     ]
     return np.concatenate(rows)

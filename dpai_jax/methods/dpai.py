@@ -11,15 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Sharding
 
 from dpai_jax.allocation import erk
 from dpai_jax.masks import check_numbers, from_layers, is_total
 from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
-from dpai_jax.methods.noise import layout, normal_scores
+from dpai_jax.methods.noise import normal_scores
 from dpai_jax.optimizer import normalized_sgd
 from dpai_jax.paths import Network
+from dpai_jax.paths.meshes import (
+    automatic,
+    laid_out,
+    placed,
+    placed_like,
+    shardings_of,
+    whole_beside,
+)
 from dpai_jax.paths.network import check_counting, check_parallel
 from dpai_jax.paths.sums import count_true, fold, settled
 from dpai_jax.paths.trees import check_structure
@@ -74,9 +82,13 @@ def ascent(
     """
     leaves = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
     check_counting(counting)
-    masks, _ = select(leaves, _counts(net, keep), magnitude=True)
     objective = _Objective(alpha, beta, gamma, counting)
-    return score_tree(net, _direction(net, objective, leaves, masks)[0])
+
+    def direction(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
+        masks, _ = select(scores, keep, magnitude=True)
+        return _direction(net, objective, scores, masks)[0]
+
+    return score_tree(net, automatic(direction, leaves, _counts(net, keep), like=leaves))
 
 
 def _counts(net: Network, keep: PyTree | int) -> list[Array] | Array:
@@ -201,14 +213,17 @@ class DPaI:
         """Prunes a network (see `dpai_jax.prune`)."""
         net = problem.net
         counts = _counts(net, self.allocation(net, problem.sparsity))
-        scores, shardings = self._start(problem), layout(net, problem.params)
+        scores = self._start(problem)
         masks = [jnp.zeros_like(s, bool) for s in scores]
         state = _State(scores, self.optimizer.init(scores), masks)
         thresholds = jnp.zeros((2, sum(k.size for k in jax.tree.leaves(counts))), jnp.uint32)
+        whole = whole_beside(scores)
+        state, counts, thresholds = placed((state, counts, thresholds), whole)
+        shardings = shardings_of(jax.tree.leaves(state))
         measured: list[dict[str, Any]] = []
         stopped, paths = "", -math.inf
         for t in range(self.steps):
-            cut, thresholds, changed = _cut(state.scores, counts, thresholds, state.masks)
+            cut, thresholds, changed = _cut(whole, state.scores, counts, thresholds, state.masks)
             state, numbers = self._step(net, shardings, state, counts, cut)
             measured.append(numbers | changed)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
@@ -220,7 +235,7 @@ class DPaI:
                     break
         # One more look, at the masks of the final scores, which the step would move on.
         scores = score_tree(net, jax.tree.map(jnp.copy, state.scores))
-        cut, _, changed = _cut(state.scores, counts, thresholds, state.masks)
+        cut, _, changed = _cut(whole, state.scores, counts, thresholds, state.masks)
         state, numbers = self._step(net, shardings, state, counts, cut)
         measured.append(numbers | changed)
         masks = from_layers(net, state.masks)
@@ -238,7 +253,8 @@ class DPaI:
         scores = check_parallel(net, self.scores, "scores")
         for layer, s in zip(net.layers, scores, strict=True):
             check_numbers(layer.name, s)
-        return [jnp.array(s, jnp.float32) for s in scores]
+        copies = [jnp.array(s, jnp.float32) for s in scores]
+        return placed_like(copies, net.leaves(problem.params))
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3, keep_unused=True)
     def _step(
@@ -249,10 +265,17 @@ class DPaI:
         keep: list[Array] | Array,
         cut: Cut,
     ) -> tuple[_State, dict[str, Array]]:
-        """One step of Algorithm 1 by where the scores are cut.
+        """One step of Algorithm 1 by where the scores are cut, its state laid out as it was.
 
         The masks of the step before lend the new ones their memory, and nothing else.
         """
+        advance = functools.partial(self._advance, net)
+        after, measured = automatic(advance, state, keep, cut, like=(state, None))
+        return laid_out(after, shardings), measured
+
+    def _advance(
+        self, net: Network, state: _State, keep: list[Array] | Array, cut: Cut
+    ) -> tuple[_State, dict[str, Array]]:
         masks = kept(state.scores, keep, cut, magnitude=True)
         objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
         directions, measured = _direction(net, objective, state.scores, masks)
@@ -260,27 +283,33 @@ class DPaI:
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(descent, state.optimizer, state.scores)
-        scores = _laid_out(optax.apply_updates(state.scores, updates), shardings)
-        return _State(scores, optimizer, _laid_out(masks, shardings)), measured
+        scores = optax.apply_updates(state.scores, updates)
+        return _State(scores, optimizer, masks), measured
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _cut(
-    scores: list[Array], keep: list[Array] | Array, thresholds: Array, masks: list[Array]
+    whole: Sharding | None,
+    scores: list[Array],
+    keep: list[Array] | Array,
+    thresholds: Array,
+    masks: list[Array],
 ) -> tuple[Cut, Array, dict[str, Array]]:
-    """Where scores are cut, the last two thresholds, and how many mask entries changed."""
-    # Thresholds go on as they went, more or less.
-    before, last = thresholds[:1], thresholds[1:]
-    cut = find_cut(scores, keep, last + (last - before), magnitude=True)
-    new = kept(scores, keep, cut, magnitude=True)
-    changes = [count_true(a != b) for a, b in zip(new, masks, strict=True)]
-    changed = functools.reduce(jnp.add, changes)
-    return cut, jnp.concatenate([last, cut.thresholds]), {"changed": changed}
+    """Where scores are cut, the last two thresholds, and how many mask entries changed.
 
+    All of it is whole on every device.
+    """
 
-def _laid_out(arrays: list[Array], shardings: tuple[Sharding | None, ...]) -> list[Array]:
-    """The layers' arrays on the devices where their kernels are."""
-    return [
-        x if sharding is None else lax.with_sharding_constraint(x, sharding)
-        for x, sharding in zip(arrays, shardings, strict=True)
-    ]
+    def find(
+        scores: list[Array], keep: list[Array] | Array, thresholds: Array, masks: list[Array]
+    ) -> tuple[Cut, Array, dict[str, Array]]:
+        # Thresholds go on as they went, more or less.
+        before, last = thresholds[:1], thresholds[1:]
+        cut = find_cut(scores, keep, last + (last - before), magnitude=True)
+        new = kept(scores, keep, cut, magnitude=True)
+        changes = [count_true(a != b) for a, b in zip(new, masks, strict=True)]
+        changed = functools.reduce(jnp.add, changes)
+        return cut, jnp.concatenate([last, cut.thresholds]), {"changed": changed}
+
+    found = automatic(find, scores, keep, thresholds, masks, like=None)
+    return laid_out(found, [whole] * len(jax.tree.leaves(found)))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend import random as extended
+from jax.extend.random import threefry2x32_p
 from jax.sharding import Sharding
 
 from dpai_jax.methods.base import score_tree
 from dpai_jax.paths import Network
+from dpai_jax.paths.meshes import automatic, shardings_of
 
 PyTree = Any
 
@@ -31,27 +33,18 @@ def normal_scores(net: Network, key: Array, params: PyTree) -> PyTree:
     Returns:
       Pytree of float32 arrays, the same for any sharding.
     """
-    shardings = layout(net, params)
+    shardings = shardings_of(net.leaves(params))
     key = _threefry(key)
     if all(sharding is None for sharding in shardings):
         return score_tree(net, _normal(tuple(layer.shape for layer in net.layers), key))
+    # As NumPy's, they are of every process and every mesh.
+    key_data = np.asarray(jax.random.key_data(key))
     starts = itertools.accumulate((layer.size for layer in net.layers), initial=0)
-    scores = []
-    for layer, sharding, start in zip(net.layers, shardings, starts, strict=False):
-        block = functools.partial(_block, jax.random.key_data(key), start, layer.shape)
-        if sharding is None:
-            scores.append(jnp.asarray(block((slice(None),) * len(layer.shape))))
-        else:
-            scores.append(jax.make_array_from_callback(layer.shape, sharding, block))
+    scores = [
+        _drawing(layer.shape, sharding)(key_data, _digits(np.asarray(start, np.uint64)))
+        for layer, sharding, start in zip(net.layers, shardings, starts, strict=False)
+    ]
     return score_tree(net, scores)
-
-
-def layout(net: Network, params: PyTree) -> tuple[Sharding | None, ...]:
-    """How the layers' kernels lie on several devices; nothing for those that lie on one."""
-    shardings = [getattr(leaf, "sharding", None) for leaf in net.leaves(params)]
-    return tuple(
-        s if isinstance(s, Sharding) and len(s.device_set) > 1 else None for s in shardings
-    )
 
 
 def _threefry(key: Array) -> Array:
@@ -69,25 +62,28 @@ def _normal(shapes: tuple[tuple[int, ...], ...], key: Array) -> list[Array]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _block(
-    key_data: Array, start: int, shape: tuple[int, ...], index: tuple[slice, ...]
-) -> np.ndarray:
-    """A part of a layer's numbers in `_normal`, where the layer's begin at `start`."""
-    places = np.asarray(start, np.uint64)
-    for axis, (size, part) in enumerate(zip(shape, index, strict=True)):
-        along = np.arange(*part.indices(size), dtype=np.uint64) * math.prod(shape[axis + 1 :])
-        places = places[..., None] + along
-    counters = np.stack([places >> np.uint64(32), places & np.uint64(2**32 - 1)])
-    return np.asarray(_normal_at(key_data, counters.astype(np.uint32)))
+@functools.lru_cache
+def _drawing(shape: tuple[int, ...], sharding: Sharding | None) -> Callable[..., Array]:
+    """Draws what `jax.random.normal` does from some place on, each device its own part."""
+    draw = functools.partial(_normal_at, shape)
+    return jax.jit(functools.partial(automatic, draw, like=sharding), out_shardings=sharding)
 
 
-@jax.jit
-def _normal_at(key_data: Array, counters: Array) -> Array:
-    """What `jax.random.normal` draws at some places, by their two digits of 32 bits."""
-    high, low = extended.threefry_2x32(key_data, counters.ravel()).reshape(2, -1)
+def _normal_at(shape: tuple[int, ...], key_data: Array, start: Array) -> Array:
+    places = start[0], start[1]
+    for axis, size in enumerate(shape):
+        steps = np.arange(size, dtype=np.uint64) * np.uint64(math.prod(shape[axis + 1 :]))
+        high, low = _digits(steps.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+        sum_low = places[1] + low
+        places = places[0] + high + (sum_low < low).astype(jnp.uint32), sum_low
+    bits = functools.reduce(jnp.bitwise_xor, threefry2x32_p.bind(*key_data, *places))
     ones = jnp.float32(1).view(jnp.uint32)
-    fraction = lax.bitcast_convert_type(((high ^ low) >> 9) | ones, jnp.float32) - 1
+    fraction = lax.bitcast_convert_type((bits >> 9) | ones, jnp.float32) - 1
     least = np.nextafter(np.float32(-1), np.float32(0))
     uniform = jnp.maximum(least, fraction * (np.float32(1) - least) + least)
-    normal = np.float32(math.sqrt(2)) * lax.erf_inv(uniform)
-    return normal.reshape(counters.shape[1:])
+    return np.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+
+
+def _digits(places: np.ndarray) -> np.ndarray:
+    """Places as two digits of 32 bits, the higher ones first."""
+    return np.stack([places >> np.uint64(32), places & np.uint64(2**32 - 1)]).astype(np.uint32)

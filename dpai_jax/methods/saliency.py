@@ -52,7 +52,7 @@ def gradual(
       The masks, and the scores of the last step; the history holds the weights kept by each step.
     """
     net = problem.net
-    masks, kept = ones(net), []
+    masks, kept = ones(net, problem.params), []
     for t, sparsity in enumerate(sparsities):
         present = [m.astype(jnp.float32) for m in net.leaves(masks)]
         saliencies = saliency(present, t)

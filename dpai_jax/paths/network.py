@@ -15,6 +15,7 @@ from jax import Array, lax
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
 from dpai_jax.paths.interpreter import COUNTINGS, GATES, Interpreter, Use
+from dpai_jax.paths.meshes import automatic
 from dpai_jax.paths.rules.reduction import total
 from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.paths.values import Flow, Free, Value, Weight
@@ -101,6 +102,9 @@ class Network:
 
     def log_count(self, masks: list[Array], counting: str = "exact") -> Array:
         """The logarithm of the number of paths, from the layers' masks as float32."""
+        return automatic(functools.partial(self._log_count, counting), masks, like=None)
+
+    def _log_count(self, counting: str, masks: list[Array]) -> Array:
         interpreter = Interpreter(self.gates, mean_field=counting == "mean_field")
         flows = self._outputs(masks, interpreter)
         sums, exponent = v.align(flows)
@@ -130,7 +134,10 @@ class Network:
             flows = self._outputs(masks, Interpreter("jacobian", saturating=True))
             return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
 
-        return [(g > 0.5).astype(g.dtype) for g in jax.grad(count)(masks)]
+        def reached(masks: list[Array]) -> list[Array]:
+            return [(g > 0.5).astype(g.dtype) for g in jax.grad(count)(masks)]
+
+        return automatic(reached, masks, like=masks)
 
     def incoming(self, masks: list[Array]) -> list[Array]:
         """The number of paths that enter each layer at each of its weights, kept or pruned.
@@ -151,9 +158,12 @@ class Network:
             flows = self._outputs(masks, Interpreter(self.gates, entering=True))
             return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
 
-        entering = jax.grad(count)(masks)
-        largest = [jnp.max(e, initial=0.0) for e in entering]
-        return [e / jnp.where(m > 0, m, 1.0) for e, m in zip(entering, largest, strict=True)]
+        def incoming(masks: list[Array]) -> list[Array]:
+            entering = jax.grad(count)(masks)
+            largest = [jnp.max(e, initial=0.0) for e in entering]
+            return [e / jnp.where(m > 0, m, 1.0) for e, m in zip(entering, largest, strict=True)]
+
+        return automatic(incoming, masks, like=masks)
 
     def _outputs(self, masks: list[Array], interpreter: Interpreter) -> list[Flow]:
         by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
@@ -282,16 +292,16 @@ def _uses(
     """The first use of each kernel, in the order of evaluation."""
     interpreter = Interpreter(gates)
 
-    def discover(masks: dict[int, Array]) -> list[Flow]:
+    def discover(masks: dict[int, Array]) -> list[Array]:
         params = [
             _weight(i, masks[i]) if i in masks else Free(shape) for i, shape in enumerate(shapes)
         ]
-        return _evaluate(jaxpr, params, interpreter)
+        return [flow.mantissa for flow in _evaluate(jaxpr, params, interpreter)]
 
     masks = {
         i: jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes) if kernels[i]
     }
-    jax.eval_shape(discover, masks)
+    jax.eval_shape(lambda masks: automatic(discover, masks, like=None), masks)
     first: dict[int, Use] = {}
     for use in interpreter.uses:
         first.setdefault(use.leaf, use)
