@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 import json
 
+DTYPES = ("float32", "bfloat16")
+"""What a network can compute in."""
+
 DENSE = "dense"
 """The method that removes no weight."""
 
@@ -31,6 +34,8 @@ class Config:
         weight_decay: Factor of the weights added to the gradients.
         warmup: Fraction of the steps in which the learning rate rises, before it falls to zero
             along a cosine.
+        dtype: What the network computes in, "float32" or "bfloat16"; weights, the optimizer and
+            the loss are float32.
     """
 
     dataset: str = "digits"
@@ -45,6 +50,7 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.method == DENSE:
@@ -66,6 +72,8 @@ class Config:
             raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}.")
         if not 0.0 <= self.warmup < 1.0:
             raise ConfigError(f"warmup must lie in [0, 1); got {self.warmup}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {DTYPES}; got {self.dtype!r}.")
 
     @property
     def label(self) -> str:

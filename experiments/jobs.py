@@ -4,6 +4,8 @@ import pathlib
 import shutil
 import time
 
+import jax
+
 from experiments import results, train
 from experiments.config import Config
 
@@ -37,5 +39,6 @@ def run(
     start = time.monotonic()
     metrics = train.train_and_evaluate(config, workdir, report=report)
     record = results.make_record(config, metrics, time.monotonic() - start)
-    results.append(path, record)
+    if jax.process_index() == 0:  # of several that train together
+        results.append(path, record)
     return record

@@ -80,8 +80,7 @@ def train_step(
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), (logits, batch_stats(updated))
+        return cross_entropy(logits, labels), (logits, batch_stats(updated))
 
     (loss, (logits, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     optimizer = make_optimizer(recipe, state.masks)
@@ -89,6 +88,12 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {"train_loss": loss, "train_accuracy": jnp.mean(logits.argmax(-1) == labels)}
     return TrainState(params, statistics, opt_state, state.masks), metrics
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Returns the mean cross-entropy, in float32, of logits divided by a temperature."""
+    scaled = logits.astype(jnp.float32) / temperature
+    return optax.softmax_cross_entropy_with_integer_labels(scaled, labels).mean()
 
 
 # The same function for the same arguments: jobs share what is compiled for it.
@@ -109,8 +114,8 @@ def pruning_loss(model: nn.Module, temperature: float) -> Callable[[Any, Any], j
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
         images, labels = batch
-        logits = in_training(model)(variables, images) / temperature
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        logits = in_training(model)(variables, images)
+        return cross_entropy(logits, labels, temperature)
 
     return loss_fn
 

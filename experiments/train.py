@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import dpai_jax as dpai
-from experiments import datasets, methods, models, steps
+from experiments import datasets, devices, methods, models, steps
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, ConfigError
 from experiments.steps import Recipe, TrainState
@@ -39,6 +40,7 @@ class Job:
         model: Its network.
         pruning: How it is pruned.
         recipe: Its optimizer's numbers.
+        mesh: The devices that share its batches.
     """
 
     config: Config
@@ -46,12 +48,14 @@ class Job:
     model: nn.Module
     pruning: methods.Recipe
     recipe: Recipe
+    mesh: Mesh
 
 
 def train_and_evaluate(
     config: Config,
     workdir: str | os.PathLike[str],
     *,
+    mesh: Mesh | None = None,
     report: Report | None = None,
     checkpoint_seconds: float = 15.0,
 ) -> dict[str, Any]:
@@ -62,6 +66,8 @@ def train_and_evaluate(
     Args:
         config: The job.
         workdir: Folder of the job's checkpoints; the trained weights stay there.
+        mesh: The devices to train on, with an axis "data" over which batches are split; by default
+            all of them.
         report: Told how the job goes.
         checkpoint_seconds: Least time between two checkpoints. There is always one after the
             pruning and one after the last epoch.
@@ -75,7 +81,7 @@ def train_and_evaluate(
     """
     say = report or (lambda *_: None)
     say("start", 0, config.epochs, {})
-    job = resolve(config)
+    job = resolve(config, mesh)
     with Checkpoints(pathlib.Path(workdir), config) as checkpoints:
         state, progress = _begin(job, checkpoints, say)
         history = progress["history"]
@@ -94,16 +100,18 @@ def train_and_evaluate(
     return {**summarize(history), **progress}
 
 
-def resolve(config: Config) -> Job:
-    """Looks up all that a configuration names.
+def resolve(config: Config, mesh: Mesh | None = None) -> Job:
+    """Looks up all that a configuration names, to be run on a mesh or else on all devices.
 
     Raises:
         ConfigError: A value makes no sense, or a name is unknown.
     """
     config.check()
+    mesh = devices.data_mesh() if mesh is None else mesh
+    devices.check_batch_size(mesh, config.batch_size)
     pruning = methods.recipe(config.method)
     data = datasets.load(config.dataset)
-    model = models.create(config.model, data.num_classes, config.width)
+    model = models.create(config.model, data.num_classes, config.width, _dtype(config))
     images = len(data.train.labels)
     if config.batch_size > images:
         raise ConfigError(
@@ -117,7 +125,12 @@ def resolve(config: Config) -> Job:
         warmup_steps=int(config.warmup * total),
         steps=total,
     )
-    return Job(config, data, model, pruning, recipe)
+    return Job(config, data, model, pruning, recipe, mesh)
+
+
+def _dtype(config: Config) -> Any:
+    """The dtype to ask of a network; nothing for that of its weights."""
+    return None if config.dtype == "float32" else jnp.dtype(config.dtype)
 
 
 def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
@@ -153,7 +166,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
 
 def train_variables(job: Job, variables: Any, masks: Any) -> Any:
     """Trains a network under masks from the given variables; returns the trained ones."""
-    state = steps.start(job.recipe, variables, masks["params"])
+    state = steps.start(job.recipe, *devices.on_each(job.mesh, (variables, masks["params"])))
     for epoch in range(job.config.epochs):
         state, _ = train_epoch(job, state, epoch)
     return variables | {"params": state.params, "batch_stats": state.batch_stats}
@@ -169,7 +182,8 @@ def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Me
         shift=job.data.shift,
     )
     measured = []
-    for images, labels in batches:
+    for batch in batches:
+        images, labels = devices.split(job.mesh, *batch)
         state, metrics = steps.train_step(job.model, job.recipe, state, images, labels)
         measured.append(metrics)
     means = jax.tree.map(lambda *values: float(np.mean(jax.device_get(values))), *measured)
@@ -180,7 +194,7 @@ def evaluate(job: Job, state: TrainState, history: list[Metrics]) -> Metrics:
     """Measures the validation split and, where its result may be reported, the test split."""
 
     def measure(split: datasets.Split) -> float:
-        return accuracy(job.model, state, split, job.config.batch_size)
+        return accuracy(job.model, state, split, job.config.batch_size, job.mesh)
 
     metrics = {"validation_accuracy": measure(job.data.validation)}
     best = max((past["validation_accuracy"] for past in history), default=-1.0)
@@ -189,16 +203,18 @@ def evaluate(job: Job, state: TrainState, history: list[Metrics]) -> Metrics:
     return metrics
 
 
-def accuracy(model: nn.Module, state: TrainState, split: datasets.Split, batch_size: int) -> float:
+def accuracy(
+    model: nn.Module, state: TrainState, split: datasets.Split, batch_size: int, mesh: Mesh
+) -> float:
     """Returns the fraction of a split that the network labels rightly."""
     # Padded to whole batches, so that one compiled program serves every split; no class is -1.
     missing = -len(split.labels) % batch_size
     images = np.pad(split.images, ((0, missing), (0, 0), (0, 0), (0, 0)))
     labels = np.pad(split.labels, (0, missing), constant_values=-1)
-    starts = range(0, len(labels), batch_size)
+    slices = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
     correct = [
-        steps.count_correct(model, state, images[i : i + batch_size], labels[i : i + batch_size])
-        for i in starts
+        steps.count_correct(model, state, *devices.split(mesh, images[i], labels[i]))
+        for i in slices
     ]
     return int(sum(jax.device_get(correct))) / len(split.labels)
 
@@ -250,10 +266,14 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
 def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainState, dict[str, Any]]:
     """Returns the checkpoint's state and progress, or prunes and starts."""
     variables = steps.initialize(job.model, job.config.seed, job.data.image_shape)
+    variables = devices.on_each(job.mesh, variables)
     if (progress := checkpoints.progress()) is not None:
-        masks = checkpoints.masks()
+        masks = devices.on_each(job.mesh, checkpoints.masks())
         fresh = steps.start(job.recipe, variables, masks)
-        template = jax.eval_shape(lambda: fresh.replace(masks=None))
+        template = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.whole(job.mesh)),
+            fresh.replace(masks=None),
+        )
         return checkpoints.state(template).replace(masks=masks), progress
     report("prune", 0, 1, {})
     result = prune(job, variables, report)
@@ -263,7 +283,8 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "topology": describe(result),
         "history": [],
     }
-    state = steps.start(job.recipe, variables, result.masks["params"])
+    masks = devices.on_each(job.mesh, result.masks["params"])
+    state = steps.start(job.recipe, variables, masks)
     _save(job.config, checkpoints, state, progress)
     return state, progress
 
@@ -272,4 +293,6 @@ def _save(
     config: Config, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]
 ) -> None:
     check_pruned(state.params, state.masks, config.sparsity)
-    checkpoints.save(len(progress["history"]), state.replace(masks=None), state.masks, progress)
+    # As NumPy's, masks come back whatever the devices.
+    masks = jax.device_get(state.masks)
+    checkpoints.save(len(progress["history"]), state.replace(masks=None), masks, progress)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
@@ -41,7 +42,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 @functools.lru_cache
-def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
+def create(name: str, num_classes: int, width: int | None = None, dtype: Any = None) -> nn.Module:
     """Makes a network, or returns the very module made before of the same arguments.
 
     Whatever is cached by the module's methods, such as traces of `apply`, then serves again.
@@ -51,6 +52,7 @@ def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
         num_classes: Size of the output; of a language model, its vocabulary.
         width: Channels of the first stage, or features of a token or of the first hidden layer;
             None for the published number.
+        dtype: Of the computation; None for that of images and parameters.
 
     Returns:
         A Linen module called as `module.apply(variables, images, train=...)`.
@@ -60,8 +62,9 @@ def create(name: str, num_classes: int, width: int | None = None) -> nn.Module:
     """
     if name not in MODELS:
         raise ConfigError(f"model must be one of {sorted(MODELS)}; got {name!r}.")
-    sizes = {} if width is None else {"width": width}
-    return MODELS[name](num_classes=num_classes, **sizes)
+    given = {"width": width, "dtype": dtype}
+    settings = {field: value for field, value in given.items() if value is not None}
+    return MODELS[name](num_classes=num_classes, **settings)
 
 
 __all__ = [

@@ -1,9 +1,12 @@
 """What the tests of the experiments share."""
 
+from typing import Any
+
 import flax.linen as nn
 import pytest
 
-from experiments import datasets, models
+from experiments import datasets, devices, models
+from tests.experiments.meshes import mesh_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,18 +23,29 @@ def digits(data_dir):
     return datasets.load("digits", data_dir)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_device():
+    """Trains on one device of the simulated ones, unless a test asks for more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "data_mesh", lambda: mesh_of(1))
+        yield
+
+
 class Tiny(nn.Module):
     """Two convolutions and a head: all that a network has, and compiled in seconds."""
 
     num_classes: int
     width: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, train=False):
         for index in range(2):
-            x = nn.Conv(self.width * 2**index, (3, 3), strides=2, use_bias=False)(x)
-            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+            features = self.width * 2**index
+            x = nn.Conv(features, (3, 3), strides=2, use_bias=False, dtype=self.dtype)(x)
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)
+            x = nn.relu(norm(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x.reshape(len(x), -1))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ import dpai_jax as dpai
 from experiments import steps, train
 from experiments.config import Config, ConfigError
 from experiments.methods import METHODS
+from tests.experiments.meshes import mesh_of
 
 # Optax's schedules promote their integer step count.
 pytestmark = pytest.mark.standard_promotion
@@ -226,7 +227,7 @@ def test_accuracy_is_the_fraction_of_right_labels_whatever_the_batch(digits):
     logits = digits.test.images.reshape(360, 64) @ head["kernel"] + head["bias"]
     expected = np.mean(logits.argmax(-1) == digits.test.labels)
     for batch_size in (7, 64, 400):
-        assert train.accuracy(Counted(), state, digits.test, batch_size) == expected
+        assert train.accuracy(Counted(), state, digits.test, batch_size, mesh_of(1)) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])

@@ -1,0 +1,46 @@
+"""Training on all devices: batches are split over them, everything else is whole on each."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from experiments.config import ConfigError
+
+DATA = "data"
+"""The mesh axis over which batches are split."""
+
+
+def data_mesh() -> Mesh:
+    """Returns the mesh of all devices, those of other processes too, along one axis."""
+    return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int) -> None:
+    """Checks that the mesh can split a batch.
+
+    Raises:
+        ConfigError: Some devices would get more images than others.
+    """
+    if batch_size % mesh.shape[DATA]:
+        raise ConfigError(
+            f"batch_size must be a multiple of the {mesh.shape[DATA]} devices that share a batch; "
+            f"got {batch_size}."
+        )
+
+
+def split(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
+    """Returns arrays split along their first axis, of which each process has the whole."""
+    sharding = NamedSharding(mesh, PartitionSpec(DATA))
+    return [jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays]
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what is whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def on_each(mesh: Mesh, tree: Any) -> Any:
+    """Returns a tree of arrays, each of them whole on every device."""
+    return jax.device_put(tree, whole(mesh))
