@@ -228,7 +228,7 @@ def test_a_nan_score_is_refused():
 def test_masks_that_prune_nothing_are_true_everywhere():
     params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
     net = dpai.trace(lambda p, x: x @ p["kernel"] + p["bias"][None], params, jnp.ones((1, 3)))
-    masks = ones(net)
+    masks = ones(net, params)
     assert jax.tree.map(jnp.shape, masks) == {"kernel": (3, 4), "bias": ()}
     assert all(jnp.all(mask) and mask.dtype == bool for mask in jax.tree.leaves(masks))
     mask = jnp.eye(3, 4, dtype=bool)
