@@ -5,8 +5,11 @@ for the same number of weights in each layer at random places.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import optax
 
 import dpai_jax as dpai
 from dpai_jax.methods.base import Method
@@ -62,6 +65,9 @@ METHODS: Mapping[str, Recipe] = {
     "ntk-sap": Recipe(dpai.NTKSAP(), images=64),
     "prospr": Recipe(dpai.ProsPr(), batches=4),
     "dpai": Recipe(dpai.DPaI()),
+    "dpai-published": Recipe(
+        dpai.DPaI(optimizer=optax.adam(5e-3), steps=3000, tolerance=-math.inf, counting="exact")
+    ),
     "imp": Recipe(dpai.IMP),
 }
 

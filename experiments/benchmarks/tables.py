@@ -166,7 +166,7 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
     return {
         "weights": pruned.net.size,
         "seconds": time.perf_counter() - start,
-        "steps": len(pruned.history["changed"]),
+        "steps": len(pruned.history["changed"]) - 1,
         "stopped": pruned.stopped,
         "peak_bytes": memory - baseline,
         **_topology(pruned),
