@@ -14,6 +14,13 @@ import optax
 import dpai_jax as dpai
 
 
+COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+"""Options of XLA for a training step, by platform.
+
+On CPUs XLA takes barriers away before it fuses, unless it is told to skip that pass.
+"""
+
+
 class TrainState(flax.struct.PyTreeNode):
     """All that a training step reads and writes.
 
@@ -70,13 +77,27 @@ def start(recipe: Recipe, variables: Any, masks: Any) -> TrainState:
     return TrainState(params, batch_stats(variables), opt_state, masks)
 
 
-# A step is called from Python and never inside lax.scan, where XLA runs convolutions on one core.
-@functools.partial(jax.jit, static_argnames=("model", "recipe"))
 def train_step(
     model: nn.Module, recipe: Recipe, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one step of SGD. The masks are data, so jobs that differ in them share one program."""
+    """Takes one step of SGD. The masks are data, so jobs that differ in them share one program.
 
+    It is called from Python, never inside another transformation: inside `lax.scan` XLA runs
+    convolutions on one core.
+    """
+    return _jitted_step(jax.default_backend())(model, recipe, state, images, labels)
+
+
+# The platform is asked for at the first step, not at import, which would start JAX's backend.
+@functools.lru_cache
+def _jitted_step(platform: str) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    options = COMPILER_OPTIONS.get(platform)
+    return jax.jit(_step, static_argnames=("model", "recipe"), compiler_options=options)
+
+
+def _step(
+    model: nn.Module, recipe: Recipe, state: TrainState, images: jax.Array, labels: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
