@@ -13,7 +13,6 @@ import optax
 
 import dpai_jax as dpai
 
-
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 """Options of XLA for a training step, by platform.
 
