@@ -13,10 +13,17 @@ import optax
 
 import dpai_jax as dpai
 
-COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+COMPILER_OPTIONS = {
+    "cpu": {
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+        "xla_cpu_experimental_ynn_fusion_type": "",
+    }
+}
 """Options of XLA for a training step, by platform.
 
-On CPUs XLA takes barriers away before it fuses, unless it is told to skip that pass.
+On CPUs XLA takes barriers away before it fuses, unless it is told to skip that pass. Of its two
+libraries of convolutions there YNNPACK runs one on a single core, if a fast one; Eigen, which is
+left where nothing is to go to YNNPACK, runs it on all.
 """
 
 
