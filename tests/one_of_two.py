@@ -1,11 +1,7 @@
 """One of two processes that prune a network together: python -m tests.one_of_two PORT ID FILE."""
 
-import os
 import sys
 from typing import Any
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import numpy as np

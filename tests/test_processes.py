@@ -1,5 +1,6 @@
 """Two processes that prune one network together, with the masks of one that prunes it alone."""
 
+import os
 import pathlib
 import socket
 import subprocess
@@ -17,11 +18,13 @@ def test_two_processes_find_the_masks_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     paths = [tmp_path / f"{i}.npz" for i in range(2)]
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.one_of_two", str(port), str(i), str(path)],
             cwd=ROOT,
+            env=os.environ | devices,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
