@@ -50,17 +50,21 @@ def on_one_device(name):
         ("transformer", "mixed", "explicit"),
     ],
 )
-def test_masks_and_scores_are_those_of_one_device_bit_by_bit(name, mesh, kind):
+def test_masks_are_those_of_one_device_bit_by_bit_and_scores_but_for_rounding(name, mesh, kind):
     _, params, _ = sharded.network(name)
     spread = sharded.spread(params, sharded.mesh(mesh, KINDS[kind]))
     result, reference = pruned(name, spread), on_one_device(name)
     assert_same(result.masks, reference.masks)
-    assert_same(result.scores, reference.scores)
+    # A compiler may fuse a product and a sum in one program, with one rounding less, and not in
+    # the other.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result.scores, reference.scores
+    )
     assert_laid_out_like(result.masks, spread)
     assert_laid_out_like(result.scores, spread)
     assert result.topology == reference.topology
     for measured, values in reference.history.items():
-        np.testing.assert_array_equal(result.history[measured], values)
+        np.testing.assert_allclose(result.history[measured], values, rtol=1e-6)
 
 
 @pytest.mark.parametrize("how", [dpai.Random(), dpai.Magnitude(), dpai.Magnitude(dpai.erk)])
