@@ -56,9 +56,11 @@ def test_masks_are_those_of_one_device_bit_by_bit_and_scores_but_for_rounding(na
     result, reference = pruned(name, spread), on_one_device(name)
     assert_same(result.masks, reference.masks)
     # A compiler may fuse a product and a sum in one program, with one rounding less, and not in
-    # the other.
+    # the other: in each of 12 steps half a unit in the last place of scores below 4.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result.scores, reference.scores
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6),
+        result.scores,
+        reference.scores,
     )
     assert_laid_out_like(result.masks, spread)
     assert_laid_out_like(result.scores, spread)
