@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from dpai_jax.paths import Layer, Network
-from dpai_jax.paths.network import check_parallel
+from dpai_jax.paths.meshes import shardings_of
+from dpai_jax.paths.network import Shardings, check_parallel
 
 PyTree = Any
 
@@ -119,7 +120,7 @@ def topology(net: Network, masks: PyTree) -> Topology:
       Good Sparse Mask?, NeurIPS 2023.
     """
     kept = [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")]
-    log_count, counts = _measure(net, kept)
+    log_count, counts = _measure(net, shardings_of(kept), kept)
     layers = []
     for layer, numbers in zip(net.layers, jax.device_get(counts), strict=True):
         weights, effective, nodes, kernels = (int(n) for n in numbers)
@@ -141,23 +142,26 @@ def effective_weights(net: Network, masks: PyTree) -> PyTree:
       ValueError: if the masks' tree or shapes are not those of the network.
     """
     kept = [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")]
-    return net.tree(_effective(net, kept), lambda: jnp.ones((), bool))
+    return net.tree(_effective(net, shardings_of(kept), kept), lambda: jnp.ones((), bool))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _effective(net: Network, kept: list[Array]) -> list[Array]:
-    reached = net.reached([m.astype(jnp.float32) for m in kept])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _effective(net: Network, shardings: Shardings, kept: list[Array]) -> list[Array]:
+    reached = net.reached([m.astype(jnp.float32) for m in kept], shardings)
     return [m & (r > 0) for m, r in zip(kept, reached, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _measure(net: Network, kept: list[Array]) -> tuple[Array, list[list[Array]]]:
-    effective = _effective(net, kept)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    net: Network, shardings: Shardings, kept: list[Array]
+) -> tuple[Array, list[list[Array]]]:
+    effective = _effective(net, shardings, kept)
     counts = [
         [_count(k), _count(e), _count(has_node(layer, e)), _count(has_kernel(layer, e))]
         for layer, k, e in zip(net.layers, kept, effective, strict=True)
     ]
-    return net.log_count([m.astype(jnp.float32) for m in kept]), counts
+    log_count = net.log_count([m.astype(jnp.float32) for m in kept], "exact", shardings)
+    return log_count, counts
 
 
 def has_node(layer: Layer, effective: Array) -> Array:

@@ -1,6 +1,7 @@
 """Small networks, meshes of eight devices, and how parameters lie on them."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,48 +21,61 @@ def mlp(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 class Residual(nn.Module):
-    """Convolutions of 3x3 taps beside a shortcut."""
+    """Convolutions of 3x3 taps, one of them in groups, beside a shortcut."""
+
+    width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(16, (3, 3), name="stem")(x))
-        y = nn.relu(nn.Conv(16, (3, 3), strides=2, name="conv1")(x))
-        y = nn.Conv(16, (3, 3), name="conv2")(y)
-        x = nn.relu(nn.Conv(16, (1, 1), strides=2, name="shortcut")(x) + y)
-        return nn.Dense(8, name="head")(x.mean((1, 2)))
+        x = nn.relu(nn.Conv(self.width, (3, 3), name="stem")(x))
+        y = nn.relu(nn.Conv(self.width, (3, 3), strides=2, name="conv1")(x))
+        y = nn.Conv(self.width, (3, 3), feature_group_count=4, name="conv2")(y)
+        x = nn.relu(nn.Conv(self.width, (1, 1), strides=2, name="shortcut")(x) + y)
+        return nn.Dense(self.width // 2, name="head")(x.mean((1, 2)))
 
 
 class Block(nn.Module):
+    width: int
+
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        queries, keys, values = jnp.split(nn.Dense(48)(nn.LayerNorm()(x)), 3, -1)
+        queries, keys, values = jnp.split(nn.Dense(3 * self.width)(nn.LayerNorm()(x)), 3, -1)
         attention = nn.softmax(queries @ keys.mT)
-        x = x + nn.Dense(16)(attention @ values)
-        y = nn.gelu(nn.Dense(32)(nn.LayerNorm()(x)))
-        return x + nn.Dense(16)(y), None
+        x = x + nn.Dense(self.width)(attention @ values)
+        y = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(self.width)(y), None
 
 
 class Transformer(nn.Module):
     """Eight blocks whose kernels are stacked by `nn.scan`."""
 
+    width: int
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=8)
-        x, _ = blocks(name="blocks")(nn.Dense(16, name="stem")(x), None)
-        return nn.Dense(8, name="head")(x.mean(1))
+        stem = nn.Dense(self.width, name="stem")
+        x, _ = blocks(self.width, name="blocks")(stem(x), None)
+        return nn.Dense(self.width // 2, name="head")(x.mean(1))
 
 
 @functools.cache
-def network(name: str) -> tuple[Callable[..., jax.Array], PyTree, jax.ShapeDtypeStruct]:
+def network(
+    name: str, wider: int = 1
+) -> tuple[Callable[..., jax.Array], PyTree, jax.ShapeDtypeStruct]:
     """A network function, parameters as NumPy's arrays, and the shape of an input."""
     if name == "mlp":
-        x = jax.ShapeDtypeStruct((1, 16), jnp.float32)
+        widths = [wider * n for n in (16, 32, 64, 8)]
+        x = jax.ShapeDtypeStruct((1, widths[0]), jnp.float32)
         fn: Any = mlp
-        shapes: Any = {"1": (16, 32), "2": (32, 64), "3": (64, 8)}
-        shapes = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
+        shapes: Any = {
+            str(i): jax.ShapeDtypeStruct(shape, np.float32)
+            for i, shape in enumerate(itertools.pairwise(widths), 1)
+        }
     else:
-        module = {"residual": Residual, "transformer": Transformer}[name]()
-        x = jax.ShapeDtypeStruct((1, 8, 8, 3) if name == "residual" else (1, 8, 8), jnp.float32)
+        module = {"residual": Residual, "transformer": Transformer}[name](16 * wider)
+        shape = (1, 4, 4, 3 * wider) if name == "residual" else (1, 8, 8 * wider)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
         fn = module.apply
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     rng = np.random.default_rng(0)

@@ -28,7 +28,7 @@ from dpai_jax.paths.meshes import (
     shardings_of,
     whole_beside,
 )
-from dpai_jax.paths.network import check_counting, check_parallel
+from dpai_jax.paths.network import Shardings, check_counting, check_parallel
 from dpai_jax.paths.sums import count_true, fold, settled
 from dpai_jax.paths.trees import check_structure
 from dpai_jax.selection import Cut, as_count, find_cut, kept, select
@@ -109,12 +109,16 @@ class _Objective(NamedTuple):
 
 
 def _direction(
-    net: Network, objective: _Objective, scores: list[Array], masks: list[Array]
+    net: Network,
+    objective: _Objective,
+    scores: list[Array],
+    masks: list[Array],
+    shardings: Shardings = (),
 ) -> tuple[list[Array], dict[str, Array]]:
     """The direction at the masks of the scores, and what is measured there."""
     alpha, beta, gamma, counting = objective
     log_paths, gradients = jax.value_and_grad(net.log_count)(
-        [m.astype(jnp.float32) for m in masks], counting
+        [m.astype(jnp.float32) for m in masks], counting, shardings
     )
     directions, nodes, kernels = [], [], []
     for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
@@ -269,16 +273,21 @@ class DPaI:
 
         The masks of the step before lend the new ones their memory, and nothing else.
         """
-        advance = functools.partial(self._advance, net)
+        advance = functools.partial(self._advance, net, shardings[: len(net.layers)])
         after, measured = automatic(advance, state, keep, cut, like=(state, None))
         return laid_out(after, shardings), measured
 
     def _advance(
-        self, net: Network, state: _State, keep: list[Array] | Array, cut: Cut
+        self,
+        net: Network,
+        shardings: Shardings,
+        state: _State,
+        keep: list[Array] | Array,
+        cut: Cut,
     ) -> tuple[_State, dict[str, Array]]:
         masks = kept(state.scores, keep, cut, magnitude=True)
         objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
-        directions, measured = _direction(net, objective, state.scores, masks)
+        directions, measured = _direction(net, objective, state.scores, masks, shardings)
         descent = jax.tree.map(jnp.negative, directions)
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):

@@ -8,13 +8,14 @@ result. Rules are looked up by primitive; `register_rule` adds one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import JaxprEqn, Literal, Primitive
+from jax.sharding import NamedSharding
 
 from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import find_primitives, open_jaxpr, source_line
@@ -59,6 +60,8 @@ class Interpreter:
         weights (of largest one at each use), instead of the derivative of what is counted.
       mean_field: whether counts that are uniform along an axis stay so: where padding would break
         that, their mean stands for all. Sums then do not hang on the order of their terms.
+      shardings: how kernels lie on a mesh, by their indices among the leaves of the parameters.
+        What meets a kernel is split like it, so that the kernel itself stays where it is.
       uses: every use of a kernel in a contraction, in the order of evaluation.
     """
 
@@ -66,6 +69,7 @@ class Interpreter:
     saturating: bool = False
     entering: bool = False
     mean_field: bool = False
+    shardings: Mapping[int, NamedSharding] = dataclasses.field(default_factory=dict)
     uses: list[Use] = dataclasses.field(default_factory=list)
     _units: dict[Any, object] = dataclasses.field(default_factory=dict)
     _callers: list[JaxprEqn] = dataclasses.field(default_factory=list)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 PyTree = Any
 T = TypeVar("T")
@@ -76,6 +77,11 @@ def _sharding(array: Any) -> Sharding | None:
     return sharding if sharding is not None and len(sharding.device_set) > 1 else None
 
 
+def explicit_shardings(arrays: Sequence[Any]) -> tuple[NamedSharding | None, ...]:
+    """How arrays lie along the explicit axes of a mesh; within `jax.jit` too."""
+    return tuple(jax.typeof(x).sharding if _explicit_axes(_mesh(x)) else None for x in arrays)
+
+
 def laid_out(tree: T, shardings: Sequence[Sharding | None]) -> T:
     """The arrays of a tree, within `jax.jit`, to lie as `shardings_of` says."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -89,6 +95,57 @@ def laid_out(tree: T, shardings: Sequence[Sharding | None]) -> T:
 def _constrained(x: Array, sharding: Sharding) -> Array:
     if isinstance(sharding, NamedSharding) and _explicit_axes(sharding.mesh.abstract_mesh):
         return jax.sharding.reshard(x, sharding)
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def moved_off(sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int]) -> NamedSharding:
+    """The sharding of an array that leaves some of its axes whole, and splits others the finer.
+
+    Args:
+      sharding: how the array lies.
+      shape: its shape.
+      axes: which to leave whole, where another one can be split in their place.
+
+    Returns:
+      The sharding, with as many parts.
+    """
+    names = mesh_axes(sharding)
+    names += [()] * (len(shape) - len(names))
+    sizes = sharding.mesh.shape
+
+    def part(axis: int) -> float:
+        return shape[axis] / math.prod(sizes[name] for name in names[axis])
+
+    for axis in axes:
+        for name in names[axis]:
+            others = [i for i in range(len(shape)) if i not in axes and part(i) % sizes[name] == 0]
+            if others:
+                place = max(others, key=part)
+                names[axis] = tuple(other for other in names[axis] if other != name)
+                names[place] = (*names[place], name)
+    return NamedSharding(sharding.mesh, PartitionSpec(*names))
+
+
+def mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
+    """The axes of a mesh along which the first axes of an array are split; none for the others."""
+    return [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in sharding.spec]
+
+
+def split_like(x: Array, sharding: NamedSharding | None) -> Array:
+    """An array, within `automatic`, to lie so; as it does if nothing is given."""
+    if sharding is None:
+        return x
+    return split_along(x, sharding.mesh, dict(enumerate(mesh_axes(sharding))))
+
+
+def split_along(x: Array, mesh: Mesh | AbstractMesh, axes: Mapping[int, tuple[str, ...]]) -> Array:
+    """An array, within `automatic`, to be split along these axes where that divides them."""
+    context = _context()
+    divided = [
+        axes[i] if i in axes and size % math.prod(mesh.shape[name] for name in axes[i]) == 0 else ()
+        for i, size in enumerate(x.shape)
+    ]
+    sharding = NamedSharding(mesh if context.empty else context, PartitionSpec(*divided))
     return lax.with_sharding_constraint(x, sharding)
 
 

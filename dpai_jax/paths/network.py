@@ -11,16 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, Sharding
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
 from dpai_jax.paths.interpreter import COUNTINGS, GATES, Interpreter, Use
-from dpai_jax.paths.meshes import automatic
+from dpai_jax.paths.meshes import (
+    automatic,
+    explicit_shardings,
+    moved_off,
+    shardings_of,
+    split_like,
+)
 from dpai_jax.paths.rules.reduction import total
 from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.paths.values import Flow, Free, Value, Weight
 
 PyTree = Any
+Shardings = Sequence[Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +108,26 @@ class Network:
         indices = range(self.treedef.num_leaves)
         return self.treedef.unflatten([by_index[i] if i in by_index else rest() for i in indices])
 
-    def log_count(self, masks: list[Array], counting: str = "exact") -> Array:
-        """The logarithm of the number of paths, from the layers' masks as float32."""
-        return automatic(functools.partial(self._log_count, counting), masks, like=None)
+    def log_count(
+        self, masks: list[Array], counting: str = "exact", shardings: Shardings = ()
+    ) -> Array:
+        """The logarithm of the number of paths.
 
-    def _log_count(self, counting: str, masks: list[Array]) -> Array:
-        interpreter = Interpreter(self.gates, mean_field=counting == "mean_field")
+        Args:
+          masks: the layers' masks as float32.
+          counting: "exact" or "mean_field".
+          shardings: how the masks lie on a mesh (see `shardings_of`); else as their types tell.
+
+        Returns:
+          float32 scalar.
+        """
+        mean_field = counting == "mean_field"
+        interpreter = Interpreter(
+            self.gates, mean_field=mean_field, shardings=self._apart(masks, shardings)
+        )
+        return automatic(functools.partial(self._log_count, interpreter), masks, like=None)
+
+    def _log_count(self, interpreter: Interpreter, masks: list[Array]) -> Array:
         flows = self._outputs(masks, interpreter)
         sums, exponent = v.align(flows)
         ends = [
@@ -120,18 +142,21 @@ class Network:
             count > 0, log + exponent.astype(jnp.float32) * math.log(2.0), log - jnp.inf
         )
 
-    def reached(self, masks: list[Array]) -> list[Array]:
+    def reached(self, masks: list[Array], shardings: Shardings = ()) -> list[Array]:
         """Which weights a path passes, kept or pruned: a weight pruned is as if it were kept.
 
         Args:
           masks: the layers' masks as float32 zeros and ones.
+          shardings: as in `log_count`.
 
         Returns:
           For each layer one where a weight, if kept, lies on a path, and zero elsewhere.
         """
+        apart = self._apart(masks, shardings)
 
         def count(masks: list[Array]) -> Array:
-            flows = self._outputs(masks, Interpreter("jacobian", saturating=True))
+            interpreter = Interpreter("jacobian", saturating=True, shardings=apart)
+            flows = self._outputs(masks, interpreter)
             return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
 
         def reached(masks: list[Array]) -> list[Array]:
@@ -165,8 +190,23 @@ class Network:
 
         return automatic(incoming, masks, like=masks)
 
+    def _apart(self, masks: list[Array], shardings: Shardings) -> dict[int, NamedSharding]:
+        """How kernels lie while paths are counted, by their indices: each copy split alike.
+
+        A loop over copies that lie on different devices would bring all of them to each device.
+        """
+        found = zip(self.layers, shardings or explicit_shardings(masks), strict=True)
+        return {
+            layer.index: moved_off(sharding, layer.shape, layer.stack)
+            for layer, sharding in found
+            if isinstance(sharding, NamedSharding)
+        }
+
     def _outputs(self, masks: list[Array], interpreter: Interpreter) -> list[Flow]:
-        by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
+        by_index = {
+            layer.index: split_like(m, interpreter.shardings.get(layer.index))
+            for layer, m in zip(self.layers, masks, strict=True)
+        }
         params = [
             _weight(i, by_index[i]) if i in by_index else Free(shape)
             for i, shape in enumerate(self._shapes)
@@ -365,12 +405,12 @@ def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
     """
     check_counting(counting)
     leaves = [jnp.asarray(m, jnp.float32) for m in check_parallel(net, masks, "masks")]
-    return _log_count(net, leaves, counting)
+    return _log_count(net, leaves, counting, shardings_of(leaves))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _log_count(net: Network, masks: list[Array], counting: str) -> Array:
-    return net.log_count(masks, counting)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _log_count(net: Network, masks: list[Array], counting: str, shardings: Shardings) -> Array:
+    return net.log_count(masks, counting, shardings)
 
 
 def check_counting(counting: str) -> None:

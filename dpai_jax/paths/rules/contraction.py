@@ -8,20 +8,23 @@ with V) is a product followed by a sum.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
+from jax.sharding import NamedSharding
 
 from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, Use, rules_for
+from dpai_jax.paths.meshes import mesh_axes, split_along
 from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.sums import fold, product_sum
@@ -42,24 +45,58 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value
             _record(interpreter, operand, set(contracted[side]), outputs, set(), groups)
     shape = shape_of(eqn.outvars[0])
     dot = _dot_by_sums if interpreter.mean_field else _dot
-    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: dot(a, b, dims, shape))
+    summed = [(*contracted[side], *batch[side]) for side in (0, 1)]
+    others = [
+        [i for i in range(len(operand.shape)) if i not in summed[side]]
+        for side, operand in enumerate((lhs, rhs))
+    ]
+    places = [[*batch[0], *others[0]], [*batch[1], *[-1] * len(others[0]), *others[1]]]
+    meetings = [
+        _Meeting(
+            dict(zip(summed[side], summed[1 - side], strict=True)),
+            {axis: place for place, axis in enumerate(places[side]) if axis >= 0},
+        )
+        for side in (0, 1)
+    ]
+    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: dot(a, b, dims, shape), meetings)
 
 
 @rules_for("conv_general_dilated")
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
+    dims = eqn.params["dimension_numbers"]
+    out, features, *taps = dims.rhs_spec
+    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
     if isinstance(lhs, Flow) and isinstance(rhs, Weight):
-        out, features, *taps = eqn.params["dimension_numbers"].rhs_spec
-        groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
         _record(interpreter, rhs, {features}, {out}, set(taps), groups)
     shape = shape_of(eqn.outvars[0])
+    on_mesh = isinstance(rhs, Weight) and _sharding(interpreter, rhs) is not None
     bilinear = functools.partial(
-        _convolve, params=eqn.params, shape=shape, mean_field=interpreter.mean_field
+        _convolve,
+        params=eqn.params,
+        shape=shape,
+        mean_field=interpreter.mean_field,
+        convolve=_convolve_by_taps if on_mesh and groups > 1 else _convolve_at_once,
     )
-    return _contract(interpreter, eqn, lhs, rhs, bilinear)
+    # The features of a group are what those of its outputs are made of.
+    split = features if groups == 1 else out
+    meeting = _Meeting({split: dims.lhs_spec[1]}, {out: dims.out_spec[1]})
+    return _contract(interpreter, eqn, lhs, rhs, bilinear, [_Meeting({}, {}), meeting])
+
+
+class _Meeting(NamedTuple):
+    """Which axes of the other operand, and of the result, an operand's axes meet."""
+
+    other: dict[int, int]
+    result: dict[int, int]
 
 
 def _contract(
-    interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value, bilinear: Bilinear
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    lhs: Value,
+    rhs: Value,
+    bilinear: Bilinear,
+    meetings: Sequence[_Meeting],
 ) -> Value:
     if isinstance(lhs, Flow) and isinstance(rhs, Flow):
         return _contract_flows(interpreter, lhs, rhs, bilinear)
@@ -70,6 +107,12 @@ def _contract(
     else:
         return unknown(eqn)[0]
     a, b = _spread(lhs), _spread(rhs)
+    split = functools.partial(_split, interpreter, other)
+    meeting = meetings[0 if other is lhs else 1]
+    if other is rhs:
+        a = split(meeting.other, a)
+    else:
+        b = split(meeting.other, b)
     if interpreter.entering and isinstance(other, Weight):
         if other is rhs:
             b = _entered(b, functools.partial(bilinear, a))
@@ -78,7 +121,7 @@ def _contract(
     # A matrix of known numbers (a mean, a rotation) is no kernel: what it gives is a statistic.
     known = isinstance(other, Free) and other.known is not None
     return interpreter.flow(
-        bilinear(a, b),
+        split(meeting.result, bilinear(a, b)),
         flow.exponent,
         ancestors=flow.lineage if known else frozenset(),
         rest=math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0,
@@ -107,6 +150,25 @@ def _entered(weight: Spread, contract: Callable[[Spread], Spread]) -> Spread:
     largest = jnp.max(entering, initial=0.0)
     entering = entering / jnp.where(largest > 0, largest, 1.0)
     return Spread(v.with_gradient(weight.array, entering), weight.shape)
+
+
+def _split(interpreter: Interpreter, kernel: Value, places: dict[int, int], x: Spread) -> Spread:
+    """Counts that meet a kernel's axes in these places, split on a mesh like the kernel."""
+    if not isinstance(kernel, Weight):
+        return x
+    sharding = _sharding(interpreter, kernel)
+    if sharding is None:
+        return x
+    names = mesh_axes(sharding)
+    # Of axes that a reshape makes one, the first splits it in blocks.
+    axes = kernel.sources[0][1]
+    firsts = {place: sorted(axes[i])[:1] for i, place in places.items()}
+    split = {place: names[first[0]] for place, first in firsts.items() if first}
+    return Spread(split_along(x.array, sharding.mesh, split), x.shape)
+
+
+def _sharding(interpreter: Interpreter, kernel: Weight) -> NamedSharding | None:
+    return interpreter.shardings.get(kernel.sources[0][0])
 
 
 def _spread(value: Value) -> Spread:
@@ -210,7 +272,12 @@ def _last(number: int, rank: int) -> tuple[int, ...]:
 
 
 def _convolve(
-    lhs: Spread, rhs: Spread, params: dict[str, Any], shape: v.Shape, mean_field: bool
+    lhs: Spread,
+    rhs: Spread,
+    params: dict[str, Any],
+    shape: v.Shape,
+    mean_field: bool,
+    convolve: Callable[..., Array],
 ) -> Spread:
     """`lax.conv_general_dilated`, keeping axes uniform where no padding breaks them.
 
@@ -249,7 +316,7 @@ def _convolve(
         return _convolve_uniform(lhs, taps, dims, groups, shape)
     kept = [axis for i, axis in enumerate(dims.lhs_spec[2:]) if dims.rhs_spec[2 + i] not in summed]
     batches = [batch] if batch_groups > 1 else []
-    array: Array = lax.conv_general_dilated(
+    array = convolve(
         lhs.full(features, *batches, *kept).array,
         taps,
         strides,
@@ -259,10 +326,62 @@ def _convolve(
         dims,
         groups,
         batch_groups,
-        lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
     )
     return Spread(array, shape)
+
+
+_convolve_at_once = functools.partial(
+    lax.conv_general_dilated,
+    precision=lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+)
+
+
+def _convolve_by_taps(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    base_dilation: Sequence[int],
+    dilation: Sequence[int],
+    dims: Any,
+    groups: int,
+    batch_groups: int,
+) -> Array:
+    """`lax.conv_general_dilated` of several groups as a sum over taps, for a kernel on a mesh.
+
+    The compiler's partitioner brings the kernel of a grouped convolution to each device, or fails.
+    """
+    x, kernel = x.transpose(dims.lhs_spec), kernel.transpose(dims.rhs_spec)
+    edges = [
+        (low, high, step - 1) for (low, high), step in zip(padding, base_dilation, strict=True)
+    ]
+    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), (0, 0, 0), *edges])
+    n_groups = groups * batch_groups
+    batches, features, *sizes = x.shape
+    n_out, n_in, *window = kernel.shape
+    x = x.reshape(batch_groups, batches // batch_groups, groups, features // groups, *sizes)
+    kernel = kernel.reshape(n_groups, n_out // n_groups, n_in, *window)
+    reaches = [(n - 1) * step + 1 for n, step in zip(window, dilation, strict=True)]
+    ends = [
+        (size - reach) // stride * stride + 1
+        for size, reach, stride in zip(sizes, reaches, strides, strict=True)
+    ]
+
+    def of_tap(tap: tuple[int, ...]) -> Array:
+        starts = [i * step for i, step in zip(tap, dilation, strict=True)]
+        places = tuple(
+            slice(start, start + end, stride)
+            for start, end, stride in zip(starts, ends, strides, strict=True)
+        )
+        weights = kernel[(..., *tap)].reshape(batch_groups, groups, n_out // n_groups, n_in)
+        return jnp.einsum(
+            "abgi...,agoi->bago...", x[(..., *places)], weights, precision=lax.Precision.HIGHEST
+        )
+
+    sums = functools.reduce(jnp.add, map(of_tap, itertools.product(*map(range, window))))
+    found = sums.reshape(batches // batch_groups, n_out, *sums.shape[4:])
+    return found.transpose(np.argsort(dims.out_spec))
 
 
 def _convolve_uniform(lhs: Spread, taps: Array, dims: Any, groups: int, shape: v.Shape) -> Spread:
