@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-# Probes counted in one pass over the scores.
-_PROBES = 7
+# Probes counted in one pass over the scores: those that part the room evenly, and those around the
+# rank to expect, in standard deviations of it.
+_PARTS = 4
+_DEVIATIONS = (-0.75, -0.2, 0.2, 0.75)
 
 # How far from the threshold before the first probes lie, on both sides, in units of the last place.
 _FAN = (2**9, 2**11, 2**15)
@@ -82,60 +85,80 @@ def find_cut(
     """Where to cut, for the masks of `select`; small beside the scores."""
     if not scores:
         return Cut(jnp.zeros((1, 0), jnp.uint32), [])
-    layers, numbers, sizes = _layers(scores, keep, magnitude)
-    threshold, above, reached = _threshold(layers, numbers, sizes, near)
-    cuts = lax.cond(
-        jnp.any(reached > numbers),
-        lambda: layers.cut(threshold, numbers - above),
-        lambda: [layer.whole_cut(threshold) for layer in layers.layers],
-    )
-    return Cut(threshold, cuts)
+    groups = _groups(scores, keep, magnitude)
+    ends = list(itertools.accumulate((group.numbers.size for group in groups), initial=0))
+    cuts = [
+        _cut(group, None if near is None else near[:, start:end])
+        for group, (start, end) in zip(groups, itertools.pairwise(ends), strict=True)
+    ]
+    thresholds = jnp.concatenate([threshold for threshold, _ in cuts], 1)
+    return Cut(thresholds, [layer for _, layers in cuts for layer in layers])
 
 
 def kept(
     scores: Sequence[Array], keep: list[Any] | Any, cut: Cut, *, magnitude: bool = False
 ) -> list[Array]:
     """The masks of scores by where they are cut, an elementwise function of them."""
-    if not scores:
-        return []
-    pairs = zip(_layers(scores, keep, magnitude)[0].layers, cut.layers, strict=True)
-    masks = [layer.kept(cut) for layer, cut in pairs]
+    layers = [layer for group in _groups(scores, keep, magnitude) for layer in group.layers]
+    masks = [layer.kept(cut) for layer, cut in zip(layers, cut.layers, strict=True)]
     return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)]
 
 
-def _threshold(
-    layers: _Layers, numbers: Array, sizes: Array, near: Array | None
-) -> tuple[Array, Array, Array]:
+def _cut(group: _Group, near: Array | None) -> tuple[Array, list[_LayerCut]]:
+    """The thresholds of a group, and how its layers are cut."""
+    threshold, above, reached = _threshold(group, near)
+    layers = lax.cond(
+        jnp.any(reached > group.numbers),
+        lambda: group.cut(threshold, group.numbers - above),
+        lambda: [layer.whole_cut(threshold) for layer in group.layers],
+    )
+    return threshold, layers
+
+
+def _threshold(group: _Group, near: Array | None) -> tuple[Array, Array, Array]:
     """The highest ranks that enough scores reach, how many are above, and how many reach them.
 
     A search ends before at a lower rank, where just as many scores as asked reach that.
     """
     State = tuple[Array, Array, Array, Array, Array]
+    numbers = group.numbers
+
+    def probes(low: Array, high: Array, above: Array, reached: Array) -> Array:
+        """Ranks above the low one, up to the high one."""
+        span = high - low
+        stride = span // _PARTS + jnp.minimum(span % _PARTS, 1)
+        even = jnp.minimum(_column(range(1, _PARTS)) * stride, span)
+        # Where the threshold would be if the scores in between lay evenly, and how far from there
+        # it is, as a rule, if by chance.
+        width, between = span.astype(jnp.float32), (reached - above).astype(jnp.float32)
+        place = width * ((reached - numbers).astype(jnp.float32) + 0.5) / between
+        deviation = width / jnp.sqrt(between)
+        expected = place + jnp.asarray(_DEVIATIONS, jnp.float32)[:, None] * deviation
+        expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
+        return low + jnp.concatenate([even, jnp.minimum(expected, span)])
 
     def narrow(state: State) -> State:
         low, high, above, reached, begins = state
-        span = high - low
-        stride = span // (_PROBES + 1) + jnp.minimum(span % (_PROBES + 1), 1)
-        probes = low + jnp.minimum(_column(range(1, _PROBES + 1)) * stride, span)
+        tried = probes(low, high, above, reached)
         if near is not None:
             below = near - jnp.minimum(near, _column(reversed(_FAN)))
             after = near + jnp.minimum(_BEYOND - near, _column((0, *_FAN)))
-            probes = jnp.where(begins, jnp.concatenate([below, after]), probes)
+            tried = jnp.where(begins, jnp.concatenate([below, after]), tried)
         # Both ends stay within what was known before; a search that is over has no room.
-        probes = jnp.clip(probes, low, high)
-        counts = layers.count(probes, low < high)
+        tried = jnp.clip(tried, low, high)
+        counts = group.count(tried, low < high)
         holds = counts >= numbers
-        low = jnp.max(jnp.where(holds, probes, low), 0, keepdims=True)
+        low = jnp.max(jnp.where(holds, tried, low), 0, keepdims=True)
         least = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
         reached = jnp.minimum(reached, least)
-        high = jnp.min(jnp.where(holds, high, probes - 1), 0, keepdims=True)
+        high = jnp.min(jnp.where(holds, high, tried - 1), 0, keepdims=True)
         above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
         return low, jnp.where(reached == numbers, low, high), above, reached, jnp.zeros((), bool)
 
-    none = jnp.zeros_like(sizes)
-    bottom = jnp.full_like(sizes, _ZERO if layers.magnitude else _LEAST)
+    sizes = group.sizes
+    bottom = jnp.full_like(sizes, _ZERO if group.magnitude else _LEAST)
     top = jnp.where(sizes == numbers, bottom, jnp.full_like(sizes, _BEYOND))
-    start = (bottom, top, none, sizes, jnp.ones((), bool))
+    start = (bottom, top, jnp.zeros_like(sizes), sizes, jnp.ones((), bool))
     low, _, above, reached, _ = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), narrow, start)
     return low, above, reached
 
@@ -170,14 +193,17 @@ class _Layer:
     Attributes:
       scores: float32.
       shape: that of its numbers, broadcastable to the scores'.
-      columns: where its numbers stand among all.
       magnitude: whether the scores go by their magnitude.
     """
 
     scores: Array
     shape: tuple[int, ...]
-    columns: slice
     magnitude: bool
+
+    @property
+    def size(self) -> int:
+        """The number of scores of a single copy."""
+        return self.scores.size // math.prod(self.shape)
 
     @property
     def axes(self) -> list[int]:
@@ -185,8 +211,8 @@ class _Layer:
         return [i for i, copies in enumerate(self.shape) if copies == 1]
 
     def own(self, numbers: Array) -> Array:
-        """Its own of numbers (row, number), to broadcast to its scores row by row."""
-        return numbers[:, self.columns].reshape(-1, *self.shape)
+        """Numbers (row, number), to broadcast to its scores row by row."""
+        return numbers.reshape(-1, *self.shape)
 
     @property
     def ranks(self) -> Array:
@@ -252,58 +278,69 @@ class _Layer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Layers:
-    """All layers, each with thresholds of its own, or under one that they share."""
+class _Group:
+    """Layers whose thresholds are searched for together: one layer, or all under one threshold.
+
+    Attributes:
+      layers: the layers.
+      numbers: how many scores to keep, uint32 (1, number).
+      sizes: of how many scores, uint32 (1, number).
+      magnitude: whether scores go by their magnitude.
+    """
 
     layers: list[_Layer]
-    shared: bool
+    numbers: Array
+    sizes: Array
     magnitude: bool
 
     def count(self, probes: Array, wanted: Array) -> Array:
-        """How many scores reach probes (probe, number); anything high for numbers not wanted."""
+        """How many scores reach probes (probe, number); anything high where no number is wanted."""
         # Within a branch, for a loop would write out all ranks before it starts.
-        each = [
+        counts = [
             lax.cond(
-                jnp.any(wanted[:, layer.columns]),
+                jnp.any(wanted),
                 functools.partial(layer.count, probes),
-                functools.partial(jnp.full_like, probes[:, layer.columns], _LAST),
+                functools.partial(jnp.full_like, probes, _LAST),
             )
             for layer in self.layers
         ]
-        return functools.reduce(jnp.add, each) if self.shared else jnp.concatenate(each, 1)
+        return functools.reduce(jnp.add, counts)
 
     def cut(self, threshold: Array, missing: Array) -> list[_LayerCut]:
         """The cuts that keep, of the scores that equal the thresholds, so many by lowest index."""
-        chosen = []
+        chosen, shared = [], len(self.layers) > 1
         for layer in self.layers:
             rows = layer.ties(threshold)
-            taken = missing[:, layer.columns]
-            if self.shared:
-                taken = jnp.minimum(taken, jnp.sum(rows.ties, dtype=jnp.uint32))
+            taken = missing
+            if shared:
+                taken = jnp.minimum(missing, jnp.sum(rows.ties, dtype=jnp.uint32))
                 missing = missing - taken
             chosen.append(layer.cut(threshold, rows, taken))
         return chosen
 
 
-def _layers(scores: Sequence[Array], keep: Any, magnitude: bool) -> tuple[_Layers, Array, Array]:
-    """The layers, the numbers to keep, and of how many weights each of them is."""
+def _groups(scores: Sequence[Array], keep: Any, magnitude: bool) -> list[_Group]:
+    """The layers, each with numbers of its own, or all under one."""
     shared = not isinstance(keep, list)
-    layers, sizes, column = [], [], 0
-    for score, number in zip(scores, [1] * len(scores) if shared else keep, strict=True):
-        shape = np.shape(number) or (1,) * score.ndim
-        copies = math.prod(shape)
-        sizes += [score.size // copies] * copies
-        # Each copy has an axis, if only one of size one.
-        score, shape = (score, shape) if 1 in shape else (score[..., None], (*shape, 1))
-        columns = slice(column, column + copies)
-        layers.append(_Layer(score.astype(jnp.float32), shape, columns, magnitude))
-        column += 0 if shared else copies
-    sizes = [sum(sizes)] if shared else sizes
-    if max(sizes) >= 2**32:
-        raise ValueError(f"one threshold can be for less than 2^32 weights, got {max(sizes)}")
-    each = [as_count(number).reshape(1, -1) for number in ([keep] if shared else keep)]
-    numbers = jnp.concatenate(each, 1)
-    return _Layers(layers, shared, magnitude), numbers, jnp.asarray(np.asarray([sizes], np.uint32))
+    numbers = [as_count(number) for number in ([keep] if shared else keep)]
+    shapes = [()] * len(scores) if shared else [number.shape for number in numbers]
+    layers = [_layer(s, shape, magnitude) for s, shape in zip(scores, shapes, strict=True)]
+    groups = []
+    for number, members in zip(numbers, [layers] if shared else [[x] for x in layers], strict=True):
+        size = sum(layer.size for layer in members)
+        if size >= 2**32:
+            raise ValueError(f"one threshold can be for less than 2^32 weights, got {size}")
+        number = number.reshape(1, -1)
+        sizes = jnp.asarray(np.full(number.shape, size, np.uint32))
+        groups.append(_Group(members, number, sizes, magnitude))
+    return groups
+
+
+def _layer(scores: Array, shape: tuple[int, ...], magnitude: bool) -> _Layer:
+    shape = shape or (1,) * scores.ndim
+    # Each copy has an axis, if only one of size one.
+    scores, shape = (scores, shape) if 1 in shape else (scores[..., None], (*shape, 1))
+    return _Layer(scores.astype(jnp.float32), shape, magnitude)
 
 
 def as_count(number: Any) -> Array:

@@ -276,13 +276,13 @@ def test_nothing_is_sorted(magnitude: bool) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one entry with each pass over the scores."""
     counted: list[int] = []
-    count = selection._Layers.count
+    count = selection._Group.count
 
     def counting(layers: Any, probes: jax.Array, wanted: jax.Array) -> jax.Array:
         jax.debug.callback(lambda: counted.append(1))
         return count(layers, probes, wanted)
 
-    monkeypatch.setattr(selection._Layers, "count", counting)
+    monkeypatch.setattr(selection._Group, "count", counting)
     return counted
 
 
@@ -295,7 +295,7 @@ def test_few_passes_find_a_threshold_and_fewer_one_that_moved_a_little(
     rng = np.random.default_rng(0)
     scores = [jnp.asarray(rng.standard_normal(n), jnp.float32) for n in (90_000, 10_000)]
     moved = [s + jnp.asarray(rng.choice([-0.005, 0.005], s.size), jnp.float32) for s in scores]
-    keep = 5000 if shared else [3000, 2000]
+    keep, searches = (5000, 1) if shared else ([3000, 2000], 2)
 
     def search(scores: list[jax.Array], near: jax.Array | None = None) -> tuple[Any, int]:
         before = len(passes)
@@ -307,5 +307,5 @@ def test_few_passes_find_a_threshold_and_fewer_one_that_moved_a_little(
 
     thresholds, cold = search(scores)
     _, warm = search(moved, thresholds)
-    assert 0 < cold <= 10
-    assert 0 < warm <= 5
+    assert 0 < cold <= 10 * searches
+    assert 0 < warm <= 5 * searches

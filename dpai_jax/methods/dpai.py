@@ -148,15 +148,6 @@ class _State(NamedTuple):
     masks: list[Array]
 
 
-class _Selected(NamedTuple):
-    """Where the scores are cut, the thresholds of the step before, and the changes of masks."""
-
-    cut: Cut
-    before: Array
-    changed: Array
-    unchanged: Array
-
-
 @dataclasses.dataclass(frozen=True)
 class DPaI:
     """Differentiable Pruning at Initialization.

@@ -57,7 +57,7 @@ LARGE = (
 
 QUALITY = (
     Network("resnet20", 10, (32, 32, 3)),
-    Network("vgg19", 100, (32, 32, 3), 16),
+    Network("vgg19", 100, (32, 32, 3)),
     Network("efficientnet_b0", 10, (32, 32, 3)),
     Network("vit_ti4", 10, (32, 32, 3), 48),
 )
