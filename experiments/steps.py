@@ -13,18 +13,20 @@ import optax
 
 import dpai_jax as dpai
 
-COMPILER_OPTIONS = {
-    "cpu": {
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-        "xla_cpu_experimental_ynn_fusion_type": "",
-    }
-}
-"""Options of XLA for a training step, by platform.
 
-On CPUs XLA takes barriers away before it fuses, unless it is told to skip that pass. Of its two
-libraries of convolutions there YNNPACK runs one on a single core, if a fast one; Eigen, which is
-left where nothing is to go to YNNPACK, runs it on all.
-"""
+def compiler_options() -> dict[str, str]:
+    """Returns XLA's options for a training step on this machine's devices.
+
+    On CPUs XLA takes barriers away before it fuses, unless it is told to skip that pass. Of its two
+    libraries of convolutions there YNNPACK, the faster one, runs a convolution on a single core; so
+    a lone device takes Eigen, which is left where nothing is to go to YNNPACK.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if jax.local_device_count() == 1:
+        options["xla_cpu_experimental_ynn_fusion_type"] = ""
+    return options
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -91,13 +93,13 @@ def train_step(
     It is called from Python, never inside another transformation: inside `lax.scan` XLA runs
     convolutions on one core.
     """
-    return _jitted_step(jax.default_backend())(model, recipe, state, images, labels)
+    return _jitted_step()(model, recipe, state, images, labels)
 
 
 # The platform is asked for at the first step, not at import, which would start JAX's backend.
-@functools.lru_cache
-def _jitted_step(platform: str) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    options = COMPILER_OPTIONS.get(platform)
+@functools.cache
+def _jitted_step() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    options = compiler_options()
     return jax.jit(_step, static_argnames=("model", "recipe"), compiler_options=options)
 
 

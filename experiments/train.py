@@ -107,10 +107,12 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
         ConfigError: A value makes no sense, or a name is unknown.
     """
     config.check()
-    mesh = devices.data_mesh() if mesh is None else mesh
-    devices.check_batch_size(mesh, config.batch_size)
     pruning = methods.recipe(config.method)
     data = datasets.load(config.dataset)
+    if mesh is None:
+        devices.use_all_cores(config.batch_size, data.image_shape)
+        mesh = devices.data_mesh()
+    devices.check_batch_size(mesh, config.batch_size)
     model = models.create(config.model, data.num_classes, config.width, _dtype(config))
     images = len(data.train.labels)
     if config.batch_size > images:
@@ -266,10 +268,9 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
 def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainState, dict[str, Any]]:
     """Returns the checkpoint's state and progress, or prunes and starts."""
     variables = steps.initialize(job.model, job.config.seed, job.data.image_shape)
-    variables = devices.on_each(job.mesh, variables)
     if (progress := checkpoints.progress()) is not None:
         masks = devices.on_each(job.mesh, checkpoints.masks())
-        fresh = steps.start(job.recipe, variables, masks)
+        fresh = steps.start(job.recipe, devices.on_each(job.mesh, variables), masks)
         template = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.whole(job.mesh)),
             fresh.replace(masks=None),
@@ -283,7 +284,7 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "topology": describe(result),
         "history": [],
     }
-    masks = devices.on_each(job.mesh, result.masks["params"])
+    variables, masks = devices.on_each(job.mesh, (variables, result.masks["params"]))
     state = steps.start(job.recipe, variables, masks)
     _save(job.config, checkpoints, state, progress)
     return state, progress

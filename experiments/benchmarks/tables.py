@@ -182,15 +182,18 @@ def _trainings(network: Network, python: str | None) -> Row:
 
 
 def _training(network: Network, batch: int = 128) -> Row:
-    from experiments import models, steps
+    from experiments import devices, models, steps
 
+    devices.use_all_cores(batch, network.shape)
+    mesh = devices.data_mesh()
     model = models.create(network.model, network.classes, network.width)
     variables = steps.initialize(model, 0, network.shape)
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), variables["params"])
     recipe = steps.Recipe(0.1, 0.9, 1e-4, 0, 1000)
-    state = steps.start(recipe, variables, masks)
-    images = jax.random.normal(jax.random.key(0), (batch, *network.shape))
-    labels = jax.random.randint(jax.random.key(1), (batch,), 0, network.classes)
+    state = steps.start(recipe, *devices.on_each(mesh, (variables, masks)))
+    rng = np.random.default_rng(0)
+    pictures = rng.standard_normal((batch, *network.shape)).astype(np.float32)
+    images, labels = devices.split(mesh, pictures, rng.integers(0, network.classes, batch))
 
     def run() -> Any:
         nonlocal state

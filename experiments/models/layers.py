@@ -14,7 +14,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.
     The kernel's gradient reads the input transposed. XLA on CPUs would fuse that with all that
     leads to the input, and so work out the norms and the residual sums of a whole stage once more
     for each layer, in a slow order. A barrier keeps them apart, in programs that are compiled with
-    `experiments.steps.COMPILER_OPTIONS`. Convolutions elsewhere may gain by such a fusion.
+    `experiments.steps.compiler_options()`. Convolutions elsewhere may gain by such a fusion.
     """
     if jax.default_backend() == "cpu":
         x = lax.optimization_barrier(x)

@@ -47,7 +47,7 @@ def test_a_convolution_and_its_derivatives_are_those_of_lax(size, stride, paddin
         y, pullback = jax.vjp(fn, x, kernel)
         return y, pullback(jnp.cos(y)), jax.jvp(fn, (x, kernel), (jnp.sin(x), kernel))
 
-    options = steps.COMPILER_OPTIONS["cpu"]
+    options = steps.compiler_options()
     found = jax.jit(lambda: derivatives(convolve), compiler_options=options)()
     expected = jax.jit(lambda: derivatives(lax.conv_general_dilated))()
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -93,7 +93,7 @@ def test_a_step_works_out_no_residual_sum_anew_for_a_kernel():
     recipe = steps.Recipe(0.1, 0.9, 0.0, 0, 2)
     state = steps.start(recipe, variables, masks)
     labels = jnp.zeros(4, jnp.int32)
-    program = steps._jitted_step("cpu").lower(model, recipe, state, x, labels).compile().as_text()
+    program = steps._jitted_step().lower(model, recipe, state, x, labels).compile().as_text()
     bodies = re.split(r"\n}\n", program)
     transposing = [body for body in bodies if " transpose(" in body and "ENTRY" not in body]
     assert transposing
