@@ -144,7 +144,7 @@ def _console() -> Any:
     import rich.console
 
     console = rich.console.Console()
-    return console if console.is_terminal else rich.console.Console(width=140)
+    return console if console.is_terminal else rich.console.Console(width=160)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -47,7 +47,6 @@ def on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "kind"),
     [
-        ("mlp", "data", "explicit"),
         ("mlp", "mixed", "explicit"),
         ("mlp", "tensor", "automatic"),
         ("residual", "mixed", "explicit"),

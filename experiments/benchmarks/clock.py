@@ -5,7 +5,7 @@ import gc
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,13 @@ def hardware() -> dict[str, Any]:
     return results.hardware() | {"versions": results.versions()}
 
 
-def median_seconds(fn: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> float:
-    """Returns the median time of a call, until all arrays that it returns are computed.
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Returns the median, the least and the most of some times."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def call_seconds(fn: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
+    """Returns the `spread` of a call's times, until all arrays that it returns are computed.
 
     Args:
         fn: What to measure.
@@ -39,7 +44,7 @@ def median_seconds(fn: Callable[[], Any], repeats: int = 10, warmup: int = 2) ->
         start = time.perf_counter()
         jax.block_until_ready(fn())
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return spread(seconds)
 
 
 def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
@@ -67,7 +72,7 @@ def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
         array = increment(array)
         return array
 
-    return 2 * array.nbytes / median_seconds(step, repeats)
+    return 2 * array.nbytes / call_seconds(step, repeats)["median"]
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

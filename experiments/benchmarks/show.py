@@ -61,21 +61,30 @@ def _step(rows: Sequence[Row]) -> rich.table.Table:
         "weights": lambda r: f"{r['default']['weights']:,}",
     }
 
-    def cell(name: str, key: str, unit: float = 1.0) -> Callable[[Row], str]:
-        return lambda r: f"{r[name][key] / unit:.1f}"
+    def cell(name: str, key: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[name][key]:.1f}"
+
+    def milliseconds(name: str) -> Callable[[Row], str]:
+        return lambda r: _range(r[name]["seconds"], 1e-3, 1)
 
     for name, title in (("default", "default"), ("adam", "Adam")):
-        columns[f"{title}, ms"] = cell(name, "seconds", 1e-3)
-        columns[f"{title}, × memory"] = cell(name, "times_the_memory")
-        columns[f"{title}, bytes"] = cell(name, "bytes_a_weight")
+        columns[f"{title}\nms"] = milliseconds(name)
+        columns[f"{title}\n× memory"] = cell(name, "times_the_memory")
+        columns[f"{title}\nbytes"] = cell(name, "bytes_a_weight")
     columns |= {
-        "PyTorch, ms": lambda r: f"{r['peer']['median'] * 1e3:.0f}" if "peer" in r else "–",
-        "PyTorch / Adam": lambda r: (
-            f"{r['peer']['median'] / r['adam']['seconds']:.0f}" if "peer" in r else "–"
+        "PyTorch\nms": lambda r: _range(r["peer"], 1e-3, 0) if "peer" in r else "–",
+        "PyTorch\n/ Adam": lambda r: (
+            f"{r['peer']['median'] / r['adam']['seconds']['median']:.0f}" if "peer" in r else "–"
         ),
-        "published / Adam": lambda r: f"{_published(r) / r['adam']['seconds']:.0f}",
+        "published\n/ Adam": lambda r: f"{_published(r) / r['adam']['seconds']['median']:.0f}",
     }
-    return _grid("One step of DPaI, 90 %; bytes of memory a weight", columns, rows)
+    title = "One step of DPaI, 90 %: milliseconds (least–most), bytes of memory a weight"
+    return _grid(title, columns, rows)
+
+
+def _range(seconds: Mapping[str, float], unit: float, digits: int) -> str:
+    median, least, most = (f"{seconds[k] / unit:,.{digits}f}" for k in ("median", "min", "max"))
+    return f"{median} ({least}–{most})"
 
 
 def _published(row: Row) -> float:
@@ -85,15 +94,15 @@ def _published(row: Row) -> float:
 def _training(rows: Sequence[Row]) -> rich.table.Table:
     def peer(layout: str) -> Callable[[Row], str]:
         key = f"peer {layout}"
-        return lambda r: f"{r[key]['median']:.2f}" if key in r else "–"
+        return lambda r: _range(r[key], 1, 2) if key in r else "–"
 
     columns: Columns = {
         "network": lambda r: r["title"],
-        "s a step": lambda r: f"{r['seconds']:.2f}",
+        "s a step": lambda r: _range(r["seconds"], 1, 2),
         "PyTorch s": peer("contiguous_format"),
         "PyTorch s, channels last": peer("channels_last"),
     }
-    return _grid("One step of training, batch 128", columns, rows)
+    return _grid("One step of training, batch 128: seconds (least–most)", columns, rows)
 
 
 def _large(rows: Sequence[Row]) -> rich.table.Table:

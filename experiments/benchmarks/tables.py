@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import pathlib
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -143,14 +142,15 @@ def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) 
     size = run().net.size
     memory = clock.peak_bytes(run)
     # Progress is told each ten steps, and waits for them. The first ones are still warming up.
-    seconds = statistics.median(np.diff(times[1:])) / 10
+    each = [float(seconds) / 10 for seconds in np.diff(times[1:])]
+    seconds = clock.spread(each)
     bandwidth = clock.copy_bandwidth()
     return {
         "weights": size,
         "seconds": seconds,
         "bytes_a_weight": memory / size,
         "bandwidth": bandwidth,
-        "times_the_memory": seconds / (least_bytes * size / bandwidth),
+        "times_the_memory": seconds["median"] / (least_bytes * size / bandwidth),
     }
 
 
@@ -200,7 +200,7 @@ def _training(network: Network, batch: int = 128) -> Row:
         state, metrics = steps.train_step(model, recipe, state, images, labels)
         return metrics
 
-    return {"seconds": clock.median_seconds(run)}
+    return {"seconds": clock.call_seconds(run)}
 
 
 def _settings(network: Network, sparsity: float, name: str, seed: int) -> Row:
