@@ -73,6 +73,22 @@ def test_masks_are_those_of_one_device_bit_by_bit_and_scores_but_for_rounding(na
         np.testing.assert_allclose(result.history[measured], values, rtol=1e-6)
 
 
+def test_kernels_may_be_seen_through_reshapes():
+    def fn(params, x):
+        heads = jnp.einsum("bi,ihd->bhd", x, params["1"].reshape(16, 4, 8))
+        return jax.nn.relu(heads.reshape(1, 32)) @ params["2"].reshape(4, 8, 8).reshape(32, 8)
+
+    rng = np.random.default_rng(0)
+    shapes = {"1": (16, 32), "2": (32, 8)}
+    params = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+    spread = sharded.spread(params, sharded.mesh("mixed", AxisType.Auto))
+    x = jax.ShapeDtypeStruct((1, 16), jnp.float32)
+    how = dpai.DPaI(steps=3)
+    result, reference = (dpai.prune(fn, p, x, 0.8, how, progress=False) for p in (spread, params))
+    assert_same(result.masks, reference.masks)
+    assert result.topology == reference.topology
+
+
 @pytest.mark.parametrize("how", [dpai.Random(), dpai.Magnitude(), dpai.Magnitude(dpai.erk)])
 def test_other_methods_prune_on_a_mesh_too(how):
     _, params, _ = sharded.network("mlp")

@@ -116,7 +116,8 @@ class Network:
         Args:
           masks: the layers' masks as float32.
           counting: "exact" or "mean_field".
-          shardings: how the masks lie on a mesh (see `shardings_of`); else as their types tell.
+          shardings: how the masks lie on a mesh, where their types don't tell (see
+            `shardings_of`).
 
         Returns:
           float32 scalar.
@@ -195,10 +196,11 @@ class Network:
 
         A loop over copies that lie on different devices would bring all of them to each device.
         """
-        found = zip(self.layers, shardings or explicit_shardings(masks), strict=True)
+        given = shardings or [None] * len(masks)
+        found = [a or b for a, b in zip(given, explicit_shardings(masks), strict=True)]
         return {
             layer.index: moved_off(sharding, layer.shape, layer.stack)
-            for layer, sharding in found
+            for layer, sharding in zip(self.layers, found, strict=True)
             if isinstance(sharding, NamedSharding)
         }
 

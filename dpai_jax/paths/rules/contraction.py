@@ -159,11 +159,12 @@ def _split(interpreter: Interpreter, kernel: Value, places: dict[int, int], x: S
     sharding = _sharding(interpreter, kernel)
     if sharding is None:
         return x
-    names = mesh_axes(sharding)
-    # Of axes that a reshape makes one, the first splits it in blocks.
-    axes = kernel.sources[0][1]
-    firsts = {place: sorted(axes[i])[:1] for i, place in places.items()}
-    split = {place: names[first[0]] for place, first in firsts.items() if first}
+    names, split = mesh_axes(sharding), {}
+    for axis, place in sorted(places.items()):
+        # Of axes that a reshape makes one the first splits it in blocks, of one that it makes
+        # several it is the first that is split.
+        for of_kernel in sorted(kernel.sources[0][1][axis])[:1]:
+            split[place], names[of_kernel] = names[of_kernel], ()
     return Spread(split_along(x.array, sharding.mesh, split), x.shape)
 
 
