@@ -24,7 +24,7 @@ from jax import Array, lax
 # Probes counted in one pass over the scores: those that part the room evenly, and those around the
 # rank to expect, in standard deviations of it.
 _PARTS = 4
-_DEVIATIONS = (-0.75, -0.2, 0.2, 0.75)
+_DEVIATIONS = (-1.5, -0.4, 0.4, 1.5)
 
 # How far from the threshold before the first probes lie, on both sides, in units of the last place.
 _FAN = (2**9, 2**11, 2**15)
@@ -129,10 +129,11 @@ def _threshold(group: _Group, near: Array | None) -> tuple[Array, Array, Array]:
         stride = span // _PARTS + jnp.minimum(span % _PARTS, 1)
         even = jnp.minimum(_column(range(1, _PARTS)) * stride, span)
         # Where the threshold would be if the scores in between lay evenly, and how far from there
-        # it is, as a rule, if by chance.
-        width, between = span.astype(jnp.float32), (reached - above).astype(jnp.float32)
+        # chance would have it.
+        width = span.astype(jnp.float32)
+        between = jnp.maximum(reached - above, 1).astype(jnp.float32)
         place = width * ((reached - numbers).astype(jnp.float32) + 0.5) / between
-        deviation = width / jnp.sqrt(between)
+        deviation = width / (2 * jnp.sqrt(between))
         expected = place + jnp.asarray(_DEVIATIONS, jnp.float32)[:, None] * deviation
         expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
         return low + jnp.concatenate([even, jnp.minimum(expected, span)])
