@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from typing import Any
 
 import jax
@@ -35,6 +36,9 @@ def use_all_cores(batch_size: int, image_shape: tuple[int, ...]) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", number)
     except RuntimeError:
+        return
+    # Before JAX starts its threads, each of which would have a heap of its own.
+    if sys.platform != "linux":
         return
     set_malloc_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_malloc_option is not None:  # of the GNU C library
