@@ -146,7 +146,7 @@ def test_a_direction_is_that_of_one_device_within_jit_too(kind):
 
 
 def programs(params, fn, x, optimizer):
-    """The compiled programs of `prune`: scores' first values, their cut, their step, topology."""
+    """The compiled programs of a step, where scores are cut and how they move on, and topology."""
     net = dpai.trace(fn, params, x)
     how = dpai.DPaI(optimizer=optimizer)
     scores = net.leaves(normal_scores(net, jax.random.key(0), params))
@@ -159,17 +159,11 @@ def programs(params, fn, x, optimizer):
     cut = method._cut(*find)[0]
     shardings = shardings_of(jax.tree.leaves(state))
     masks = shardings_of(state.masks)
-    key, start = np.zeros(2, np.uint32), np.zeros(2, np.uint32)
-    drawings = [
-        noise._drawing(s.shape, sharding).lower(key, start)
-        for s, sharding in zip(scores, shardings_of(scores), strict=True)
+    return [
+        method._cut.lower(*find).compile(),
+        method.DPaI._step.lower(how, net, shardings, state, counts, cut).compile(),
+        measuring._measure.lower(net, masks, state.masks).compile(),
     ]
-    return {
-        "first": [drawing.compile() for drawing in drawings],
-        "cut": method._cut.lower(*find).compile(),
-        "step": method.DPaI._step.lower(how, net, shardings, state, counts, cut).compile(),
-        "topology": measuring._measure.lower(net, masks, state.masks).compile(),
-    }
 
 
 def exchanged(program, kinds="all-gather|all-reduce|collective-permute|collective-broadcast"):
@@ -205,16 +199,21 @@ def on_devices(n, kind=AxisType.Explicit):
 def test_no_sharded_leaf_is_gathered(name, kind):
     fn, params, x = sharded.network(name, 8)
     spread = sharded.spread(params, sharded.mesh("mixed", KINDS[kind]))
-    found = programs(spread, fn, x, dpai.DPaI.optimizer)
-    assert not any(exchanged(drawing) for drawing in found.pop("first"))
     kernels = dpai.trace(fn, spread, x).leaves(spread)
     part = min(np.prod(kernel.sharding.shard_shape(kernel.shape)) for kernel in kernels)
-    for program in found.values():
+    for program in programs(spread, fn, x, dpai.DPaI.optimizer):
         sizes = exchanged(program)
         assert sizes
         # Two parts of a kernel together are more than all that is put together: sums, and counts
         # at features. Parts may move, each of them from device to device.
         assert max(sizes) < 2 * part
+
+
+def test_first_scores_are_drawn_on_each_device_by_itself():
+    sharding = NamedSharding(sharded.mesh("mixed", AxisType.Auto), PartitionSpec("fsdp", "tensor"))
+    digits = np.zeros(2, np.uint32)
+    program = noise._drawing((64, 32), sharding).lower(digits, digits).compile()
+    assert not exchanged(program)
 
 
 def test_a_program_that_gathers_a_leaf_is_caught():
@@ -228,9 +227,7 @@ def test_memory_of_a_device_falls_with_their_number():
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
 
     def memory(n):
-        found = programs(on_devices(n), wide, x, method._ASCENT)
-        del found["first"]
-        found = [program.memory_analysis() for program in found.values()]
+        found = [p.memory_analysis() for p in programs(on_devices(n), wide, x, method._ASCENT)]
         return [
             a.argument_size_in_bytes
             + a.temp_size_in_bytes
