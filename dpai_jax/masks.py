@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Sharding
 
 from dpai_jax.paths import Network
-from dpai_jax.paths.meshes import automatic, laid_out, shardings_of
+from dpai_jax.paths.meshes import Shardings, automatic, laid_out, shardings_of
 from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.selection import as_count, select
 
@@ -92,9 +91,7 @@ def _check_count(name: str, size: int, keep: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _select(
-    shardings: tuple[Sharding | None, ...], scores: list[Array], keep: list[Array] | Array
-) -> list[Array]:
+def _select(shardings: Shardings, scores: list[Array], keep: list[Array] | Array) -> list[Array]:
     masks, _ = automatic(select, scores, keep, like=(scores, None))
     return laid_out(masks, shardings)
 

@@ -99,6 +99,8 @@ def kept(
     scores: Sequence[Array], keep: list[Any] | Any, cut: Cut, *, magnitude: bool = False
 ) -> list[Array]:
     """The masks of scores by where they are cut, an elementwise function of them."""
+    if not scores:
+        return []
     layers = [layer for group in _groups(scores, keep, magnitude) for layer in group.layers]
     masks = [layer.kept(cut) for layer, cut in zip(layers, cut.layers, strict=True)]
     return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)]
@@ -156,8 +158,8 @@ def _threshold(group: _Group, near: Array | None) -> tuple[Array, Array, Array]:
         above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
         return low, jnp.where(reached == numbers, low, high), above, reached, jnp.zeros((), bool)
 
-    sizes = group.sizes
-    bottom = jnp.full_like(sizes, _ZERO if group.magnitude else _LEAST)
+    sizes = jnp.full_like(numbers, np.uint32(group.size))
+    bottom = jnp.full_like(sizes, _ZERO if group.layers[0].magnitude else _LEAST)
     top = jnp.where(sizes == numbers, bottom, jnp.full_like(sizes, _BEYOND))
     start = (bottom, top, jnp.zeros_like(sizes), sizes, jnp.ones((), bool))
     low, _, above, reached, _ = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), narrow, start)
@@ -285,14 +287,15 @@ class _Group:
     Attributes:
       layers: the layers.
       numbers: how many scores to keep, uint32 (1, number).
-      sizes: of how many scores, uint32 (1, number).
-      magnitude: whether scores go by their magnitude.
     """
 
     layers: list[_Layer]
     numbers: Array
-    sizes: Array
-    magnitude: bool
+
+    @property
+    def size(self) -> int:
+        """Of how many scores a number is to be kept."""
+        return sum(layer.size for layer in self.layers)
 
     def count(self, probes: Array, wanted: Array) -> Array:
         """How many scores reach probes (probe, number); anything high where no number is wanted."""
@@ -326,14 +329,12 @@ def _groups(scores: Sequence[Array], keep: Any, magnitude: bool) -> list[_Group]
     numbers = [as_count(number) for number in ([keep] if shared else keep)]
     shapes = [()] * len(scores) if shared else [number.shape for number in numbers]
     layers = [_layer(s, shape, magnitude) for s, shape in zip(scores, shapes, strict=True)]
-    groups = []
-    for number, members in zip(numbers, [layers] if shared else [[x] for x in layers], strict=True):
-        size = sum(layer.size for layer in members)
-        if size >= 2**32:
-            raise ValueError(f"one threshold can be for less than 2^32 weights, got {size}")
-        number = number.reshape(1, -1)
-        sizes = jnp.asarray(np.full(number.shape, size, np.uint32))
-        groups.append(_Group(members, number, sizes, magnitude))
+    members = [layers] if shared else [[layer] for layer in layers]
+    pairs = zip(members, numbers, strict=True)
+    groups = [_Group(together, number.reshape(1, -1)) for together, number in pairs]
+    most = max(group.size for group in groups)
+    if most >= 2**32:
+        raise ValueError(f"one threshold can be for less than 2^32 weights, got {most}")
     return groups
 
 

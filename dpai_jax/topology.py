@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 
 from dpai_jax.paths import Layer, Network
-from dpai_jax.paths.meshes import shardings_of
-from dpai_jax.paths.network import Shardings, check_parallel
+from dpai_jax.paths.meshes import Shardings, shardings_of
+from dpai_jax.paths.network import check_parallel
 
 PyTree = Any
 

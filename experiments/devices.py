@@ -15,6 +15,14 @@ DATA = "data"
 """The mesh axis over which batches are split."""
 
 
+# Pixels of an image from which on a step of ResNet-20 gains.
+_SMALL = 16 * 16
+
+# The numbers of malloc.h: a single heap (M_ARENA_MAX), never trimmed (M_TRIM_THRESHOLD), that large
+# blocks come from, too (M_MMAP_MAX).
+_MALLOC_OPTIONS = ((-8, 1), (-1, 2**31 - 1), (-4, 0))
+
+
 def use_all_cores(batch_size: int, image_shape: tuple[int, ...]) -> None:
     """Makes each core a device of JAX's CPU platform, and lets freed memory stay at hand.
 
@@ -44,14 +52,6 @@ def use_all_cores(batch_size: int, image_shape: tuple[int, ...]) -> None:
     if set_malloc_option is not None:  # of the GNU C library
         for option, value in _MALLOC_OPTIONS:
             set_malloc_option(option, value)
-
-
-# Pixels of an image from which on a step of ResNet-20 gains.
-_SMALL = 16 * 16
-
-# The numbers of malloc.h: a single heap (M_ARENA_MAX), never trimmed (M_TRIM_THRESHOLD), that large
-# blocks come from, too (M_MMAP_MAX).
-_MALLOC_OPTIONS = ((-8, 1), (-1, 2**31 - 1), (-4, 0))
 
 
 def data_mesh() -> Mesh:

@@ -47,6 +47,7 @@ def on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "kind"),
     [
+        ("mlp", "data", "explicit"),
         ("mlp", "mixed", "explicit"),
         ("mlp", "tensor", "automatic"),
         ("residual", "mixed", "explicit"),
@@ -166,8 +167,12 @@ def programs(params, fn, x, optimizer):
     ]
 
 
-def exchanged(program, kinds="all-gather|all-reduce|collective-permute|collective-broadcast"):
-    """The sizes of all arrays that devices put together, in numbers of entries."""
+PUT_TOGETHER = "all-gather|all-reduce|collective-permute|collective-broadcast"
+ALL = f"{PUT_TOGETHER}|all-to-all"
+
+
+def exchanged(program, kinds=ALL):
+    """The sizes of all arrays that devices hand each other, in numbers of entries."""
     text = program.as_text()
     lines = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
     shapes = re.findall(r"[a-z]\w*\[([\d,]*)\]", " ".join(lines))
@@ -192,20 +197,34 @@ def on_devices(n, kind=AxisType.Explicit):
     }
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_no_sharded_leaf_is_gathered(kind):
+    x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+    rng = np.random.default_rng(0)
+    params = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in WIDE.items()}
+    spread = sharded.spread(params, sharded.mesh("mixed", kind))
+    smallest = min(np.prod(shape) for shape in WIDE.values())
+    for program in programs(spread, wide, x, dpai.DPaI.optimizer):
+        sizes = exchanged(program)
+        assert sizes
+        # What goes around is sums and one entry a row, not what the rows hold.
+        assert max(sizes) <= smallest / 16
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("mlp", "explicit"), ("residual", "automatic"), ("transformer", "explicit")],
+    ("name", "kind", "kinds"),
+    [("residual", "automatic", ALL), ("transformer", "explicit", PUT_TOGETHER)],
 )
-def test_no_sharded_leaf_is_gathered(name, kind):
+def test_no_kernel_of_a_convolution_or_a_scan_is_gathered(name, kind, kinds):
     fn, params, x = sharded.network(name, 8)
     spread = sharded.spread(params, sharded.mesh("mixed", KINDS[kind]))
     kernels = dpai.trace(fn, spread, x).leaves(spread)
     part = min(np.prod(kernel.sharding.shard_shape(kernel.shape)) for kernel in kernels)
     for program in programs(spread, fn, x, dpai.DPaI.optimizer):
-        sizes = exchanged(program)
+        sizes = exchanged(program, kinds)
         assert sizes
         # Two parts of a kernel together are more than all that is put together: sums, and counts
-        # at features. Parts may move, each of them from device to device.
+        # at features. Parts of stacked kernels move, each of them from device to device.
         assert max(sizes) < 2 * part
 
 

@@ -21,6 +21,7 @@ from dpai_jax.methods.noise import normal_scores
 from dpai_jax.optimizer import normalized_sgd
 from dpai_jax.paths import Network
 from dpai_jax.paths.meshes import (
+    Shardings,
     automatic,
     laid_out,
     placed,
@@ -28,7 +29,7 @@ from dpai_jax.paths.meshes import (
     shardings_of,
     whole_beside,
 )
-from dpai_jax.paths.network import Shardings, check_counting, check_parallel
+from dpai_jax.paths.network import check_counting, check_parallel
 from dpai_jax.paths.sums import count_true, fold, settled
 from dpai_jax.paths.trees import check_structure
 from dpai_jax.selection import Cut, as_count, find_cut, kept, select
@@ -255,7 +256,7 @@ class DPaI:
     def _step(
         self,
         net: Network,
-        shardings: tuple[Sharding | None, ...],
+        shardings: Shardings,
         state: _State,
         keep: list[Array] | Array,
         cut: Cut,
@@ -264,6 +265,7 @@ class DPaI:
 
         The masks of the step before lend the new ones their memory, and nothing else.
         """
+        # The scores come first.
         advance = functools.partial(self._advance, net, shardings[: len(net.layers)])
         after, measured = automatic(advance, state, keep, cut, like=(state, None))
         return laid_out(after, shardings), measured

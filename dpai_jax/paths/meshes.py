@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 PyTree = Any
 T = TypeVar("T")
+Shardings = Sequence[Sharding | None]
+"""How arrays lie on several devices, as `shardings_of` tells."""
 
 
 def automatic(fn: Callable[..., T], *args: PyTree, like: PyTree) -> T:
@@ -82,7 +84,7 @@ def explicit_shardings(arrays: Sequence[Any]) -> tuple[NamedSharding | None, ...
     return tuple(jax.typeof(x).sharding if _explicit_axes(_mesh(x)) else None for x in arrays)
 
 
-def laid_out(tree: T, shardings: Sequence[Sharding | None]) -> T:
+def laid_out(tree: T, shardings: Shardings) -> T:
     """The arrays of a tree, within `jax.jit`, to lie as `shardings_of` says."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = zip(leaves, shardings, strict=True)

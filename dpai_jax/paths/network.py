@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
 from dpai_jax.paths.interpreter import COUNTINGS, GATES, Interpreter, Use
 from dpai_jax.paths.meshes import (
+    Shardings,
     automatic,
     explicit_shardings,
     moved_off,
@@ -28,7 +29,6 @@ from dpai_jax.paths.trees import check_structure, named_leaves
 from dpai_jax.paths.values import Flow, Free, Value, Weight
 
 PyTree = Any
-Shardings = Sequence[Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)

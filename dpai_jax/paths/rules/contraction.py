@@ -37,28 +37,23 @@ Bilinear = Callable[[Spread, Spread], Spread]
 def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     dims = eqn.params["dimension_numbers"]
     (contracted, batch) = dims
+    kernel = None
     for side, (operand, other) in enumerate(((lhs, rhs), (rhs, lhs))):
         if isinstance(operand, Weight) and isinstance(other, Flow):
-            rest = set(range(len(operand.shape))) - set(contracted[side]) - set(batch[side])
+            summed = (*contracted[side], *batch[side])
+            rest = [i for i in range(len(operand.shape)) if i not in summed]
             groups = math.prod(operand.shape[i] for i in batch[side])
             outputs = {*rest, *batch[side]}
             _record(interpreter, operand, set(contracted[side]), outputs, set(), groups)
+            meets = dict(zip(summed, (*contracted[1 - side], *batch[1 - side]), strict=True))
+            # Of the result the batch axes come first, then those of the left side, of the right.
+            n_before = len(batch[0]) if side == 0 else len(other.shape) - len(contracted[0])
+            becomes = {axis: n_before + i for i, axis in enumerate(rest)}
+            becomes |= {axis: i for i, axis in enumerate(batch[side])}
+            kernel = _Kernel(operand, meets, becomes)
     shape = shape_of(eqn.outvars[0])
     dot = _dot_by_sums if interpreter.mean_field else _dot
-    summed = [(*contracted[side], *batch[side]) for side in (0, 1)]
-    others = [
-        [i for i in range(len(operand.shape)) if i not in summed[side]]
-        for side, operand in enumerate((lhs, rhs))
-    ]
-    places = [[*batch[0], *others[0]], [*batch[1], *[-1] * len(others[0]), *others[1]]]
-    meetings = [
-        _Meeting(
-            dict(zip(summed[side], summed[1 - side], strict=True)),
-            {axis: place for place, axis in enumerate(places[side]) if axis >= 0},
-        )
-        for side in (0, 1)
-    ]
-    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: dot(a, b, dims, shape), meetings)
+    return _contract(interpreter, eqn, lhs, rhs, lambda a, b: dot(a, b, dims, shape), kernel)
 
 
 @rules_for("conv_general_dilated")
@@ -66,10 +61,14 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Va
     dims = eqn.params["dimension_numbers"]
     out, features, *taps = dims.rhs_spec
     groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+    kernel, on_mesh = None, False
     if isinstance(lhs, Flow) and isinstance(rhs, Weight):
         _record(interpreter, rhs, {features}, {out}, set(taps), groups)
+        # The features of a group are what those of its outputs are made of.
+        split = features if groups == 1 else out
+        kernel = _Kernel(rhs, {split: dims.lhs_spec[1]}, {out: dims.out_spec[1]})
+        on_mesh = _sharding(interpreter, rhs) is not None
     shape = shape_of(eqn.outvars[0])
-    on_mesh = isinstance(rhs, Weight) and _sharding(interpreter, rhs) is not None
     bilinear = functools.partial(
         _convolve,
         params=eqn.params,
@@ -77,17 +76,21 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Va
         mean_field=interpreter.mean_field,
         convolve=_convolve_by_taps if on_mesh and groups > 1 else _convolve_at_once,
     )
-    # The features of a group are what those of its outputs are made of.
-    split = features if groups == 1 else out
-    meeting = _Meeting({split: dims.lhs_spec[1]}, {out: dims.out_spec[1]})
-    return _contract(interpreter, eqn, lhs, rhs, bilinear, [_Meeting({}, {}), meeting])
+    return _contract(interpreter, eqn, lhs, rhs, bilinear, kernel)
 
 
-class _Meeting(NamedTuple):
-    """Which axes of the other operand, and of the result, an operand's axes meet."""
+class _Kernel(NamedTuple):
+    """A kernel that meets a flow.
 
-    other: dict[int, int]
-    result: dict[int, int]
+    Attributes:
+      weight: its mask.
+      meets: the flow's axes that its axes meet.
+      becomes: the result's axes that its axes become.
+    """
+
+    weight: Weight
+    meets: dict[int, int]
+    becomes: dict[int, int]
 
 
 def _contract(
@@ -96,7 +99,7 @@ def _contract(
     lhs: Value,
     rhs: Value,
     bilinear: Bilinear,
-    meetings: Sequence[_Meeting],
+    kernel: _Kernel | None,
 ) -> Value:
     if isinstance(lhs, Flow) and isinstance(rhs, Flow):
         return _contract_flows(interpreter, lhs, rhs, bilinear)
@@ -107,21 +110,22 @@ def _contract(
     else:
         return unknown(eqn)[0]
     a, b = _spread(lhs), _spread(rhs)
-    split = functools.partial(_split, interpreter, other)
-    meeting = meetings[0 if other is lhs else 1]
-    if other is rhs:
-        a = split(meeting.other, a)
-    else:
-        b = split(meeting.other, b)
+    if kernel is not None and other is rhs:
+        a = _split(interpreter, kernel.weight, kernel.meets, a)
+    elif kernel is not None:
+        b = _split(interpreter, kernel.weight, kernel.meets, b)
     if interpreter.entering and isinstance(other, Weight):
         if other is rhs:
             b = _entered(b, functools.partial(bilinear, a))
         else:
             a = _entered(a, lambda weight: bilinear(weight, b))
+    result = bilinear(a, b)
+    if kernel is not None:
+        result = _split(interpreter, kernel.weight, kernel.becomes, result)
     # A matrix of known numbers (a mean, a rotation) is no kernel: what it gives is a statistic.
     known = isinstance(other, Free) and other.known is not None
     return interpreter.flow(
-        split(meeting.result, bilinear(a, b)),
+        result,
         flow.exponent,
         ancestors=flow.lineage if known else frozenset(),
         rest=math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0,
@@ -152,10 +156,8 @@ def _entered(weight: Spread, contract: Callable[[Spread], Spread]) -> Spread:
     return Spread(v.with_gradient(weight.array, entering), weight.shape)
 
 
-def _split(interpreter: Interpreter, kernel: Value, places: dict[int, int], x: Spread) -> Spread:
-    """Counts that meet a kernel's axes in these places, split on a mesh like the kernel."""
-    if not isinstance(kernel, Weight):
-        return x
+def _split(interpreter: Interpreter, kernel: Weight, places: dict[int, int], x: Spread) -> Spread:
+    """Counts in which a kernel's axes have these places, split on a mesh like the kernel."""
     sharding = _sharding(interpreter, kernel)
     if sharding is None:
         return x
