@@ -129,8 +129,7 @@ def normalized_sgd(
 
 def _normalized(update: Any) -> Any:
     """An update divided by the mean of its magnitudes."""
-    total = jnp.abs(jnp.atleast_1d(update)).astype(jnp.float32)
-    for axis in reversed(range(total.ndim)):
-        total = sum_over(total, (axis,))
+    distance = jnp.abs(jnp.atleast_1d(update)).astype(jnp.float32)
+    total = sum_over(distance, tuple(range(distance.ndim)))
     mean = total.reshape(()) / max(update.size, 1)
     return update * jnp.where(mean > 0, 1 / mean, 0.0).astype(update.dtype)

@@ -44,12 +44,12 @@ class Cut(NamedTuple):
 
     Attributes:
       thresholds: ranks, uint32 (1, number to keep).
-      ends: of scores that equal a threshold those are kept whose index, in C order, is below this;
-        uint32 (1, number to keep).
+      layers: for each layer its thresholds, and its ends: of scores that equal a threshold those
+        are kept whose index, in C order, is below. Both uint32, of the rank of its scores.
     """
 
     thresholds: Array
-    ends: Array
+    layers: list[tuple[Array, Array]]
 
 
 def select(
@@ -87,7 +87,7 @@ def find_cut(
 ) -> Cut:
     """Where to cut, for the masks of `select`."""
     if not scores:
-        return Cut(*[jnp.zeros((1, 0), jnp.uint32)] * 2)
+        return Cut(jnp.zeros((1, 0), jnp.uint32), [])
     layers, numbers, sizes = _layers(scores, keep, magnitude)
     bottom = jnp.full_like(numbers, _ZERO if magnitude else _LEAST)
     top = jnp.where(sizes == numbers, bottom, jnp.full_like(numbers, _BEYOND))
@@ -99,14 +99,16 @@ def find_cut(
     tied = reached > numbers
     first = jnp.full_like(numbers, _LAST)
     last = jnp.where(tied, first - (sizes - 1), first)
+    at = {layer: layer.own(threshold)[0] for layer in layers}
 
     def ties(layer: _Layer, probes: Array) -> list[Array]:
-        return layer.tied(threshold, probes)
+        return layer.tied(at[layer], probes)
 
     found, _, _ = _search(
         functools.partial(_counts, layers, ties), numbers - above, last, first, reached - above
     )
-    return Cut(threshold, jnp.where(tied, first - found + 1, first))
+    end = jnp.where(tied, first - found + 1, first)
+    return Cut(threshold, [(at[layer], layer.own(end)[0]) for layer in layers])
 
 
 def kept(
@@ -116,7 +118,7 @@ def kept(
     if not scores:
         return []
     layers, _, _ = _layers(scores, keep, magnitude)
-    masks = [layer.kept(cut) for layer in layers]
+    masks = [layer.kept(*ends) for layer, ends in zip(layers, cut.layers, strict=True)]
     return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)]
 
 
@@ -233,20 +235,18 @@ class _Layer:
         """Of numbers (row, number) its own, to broadcast to its scores row by row."""
         return numbers[:, self.place].reshape(-1, *self.shape)
 
-    def kept(self, cut: Cut) -> Array:
-        """What is above the threshold, and of what equals it some."""
-        (threshold,), (end,) = _signed(self.own(cut.thresholds)), self.own(cut.ends)
-        return self.ranks >= threshold + (self.index >= end).astype(jnp.int32)
+    def kept(self, threshold: Array, end: Array) -> Array:
+        """What is above the threshold, and of what equals it what comes before the end."""
+        return self.ranks >= _signed(threshold) + (self.index >= end).astype(jnp.int32)
 
     def reaching(self, probes: Array) -> list[Array]:
-        """Which scores reach each probe."""
-        return [self.ranks >= probe for probe in _signed(self.own(probes))]
+        """Which scores reach each probe, of its own."""
+        return [self.ranks >= probe for probe in _signed(probes)]
 
-    def tied(self, thresholds: Array, probes: Array) -> list[Array]:
-        """Which scores equal the threshold, by an index that reaches each probe."""
-        (threshold,) = _signed(self.own(thresholds))
-        tie, rank = self.ranks == threshold, _LAST - self.index
-        return [tie & (rank >= probe) for probe in self.own(probes)]
+    def tied(self, threshold: Array, probes: Array) -> list[Array]:
+        """Which scores equal the threshold, and have an index that reaches each probe."""
+        tie, rank = self.ranks == _signed(threshold), _LAST - self.index
+        return [tie & (rank >= probe) for probe in probes]
 
 
 def _counts(
@@ -257,17 +257,17 @@ def _counts(
 ) -> Array:
     """How many flags are up at probes (probe, number); more than that where none is wanted."""
 
-    def count(layer: _Layer) -> Array:
-        last = layer.axes[-1:]
-        counts = _sums(_sums(flags(layer, probes), last), layer.axes[:-1])
-        return jnp.stack([count.ravel() for count in counts])
+    def count(layer: _Layer, own: Array) -> Array:
+        rows = _sums(flags(layer, own), layer.axes[-1:])
+        return jnp.stack([count.ravel() for count in _sums(rows, layer.axes[:-1])])
 
     # Within a branch, for a loop would write out all ranks before it starts.
     counts = [
         lax.cond(
             jnp.any(wanted[:, layer.place]),
             functools.partial(count, layer),
-            functools.partial(jnp.full_like, probes[:, layer.place], _LAST),
+            lambda own: jnp.full((len(own), own[0].size), _LAST),
+            layer.own(probes),
         )
         for layer in layers
     ]

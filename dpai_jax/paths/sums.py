@@ -37,20 +37,9 @@ def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     a, b = (x if x.size == math.prod(sizes) else settled(x) for x in (a, b))
     if n_terms == 1:
         return a * b
-    # Of derivatives of second order some are negative.
-    exponent_a, exponent_b = (v.normalise(jnp.abs(x), jnp.int32(0))[1] for x in (a, b))
-    a, b = a * v.power_of_two(-exponent_a), b * v.power_of_two(-exponent_b)
-    # 2^30 holds all terms, each of them below one in these units.
-    digit = float(2 ** (30 - math.ceil(math.log2(max(n_terms, 1)))))
-    scaled = a * b * digit
-    whole = jnp.floor(scaled)
-    terms = [whole.astype(jnp.int32), ((scaled - whole) * digit).astype(jnp.int32)]
-    high, low = lax.reduce(
-        terms, [jnp.int32(0)] * 2, lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)], axes
-    )
-    total = (high.astype(jnp.float32) + low.astype(jnp.float32) / digit) / digit
-    total = total * v.power_of_two(exponent_a) * v.power_of_two(exponent_b)
-    return jnp.expand_dims(total, axes)
+    scale_a, scale_b = _scale(a), _scale(b)
+    below_one = (a * v.inverse(scale_a)) * (b * v.inverse(scale_b))
+    return _sum_below_one(below_one, axes) * scale_a * scale_b
 
 
 def _forward(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, tuple[Array, Array]]:
@@ -73,9 +62,56 @@ def _backward(
 product_sum.defvjp(_forward, _backward)
 
 
-def sum_over(array: Array, axes: Sequence[int]) -> Array:
-    """The sum of a float32 array over some axes, which are left with size one."""
-    return product_sum(array, jnp.ones((1,) * array.ndim, jnp.float32), tuple(axes))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
+    """The sum of a float32 array over some axes, which are left with size one.
+
+    The last one comes first, along which a sum runs through memory.
+    """
+    scale = _scale(array)
+    total = array * v.inverse(scale)
+    for stage in (axes[-1:], axes[:-1]):
+        n_terms = math.prod(array.shape[i] for i in stage)
+        total = _sum_below_one(total, stage)
+        if n_terms > 1:
+            total, scale = total / _held(n_terms), scale * _held(n_terms)
+    return total * scale
+
+
+sum_over.defvjp(
+    lambda array, axes: (sum_over(array, axes), jnp.zeros((*array.shape, 0))),
+    lambda _, like, cotangent: (jnp.broadcast_to(cotangent, like.shape[:-1]),),
+)
+
+
+def _scale(array: Array) -> Array:
+    """A power of two above all magnitudes."""
+    # Of derivatives of second order some are negative.
+    return v.power_above(v.largest_entry(lax.stop_gradient(jnp.abs(array))))
+
+
+def _held(n_terms: int) -> float:
+    """The power of two that as many terms below one don't go beyond."""
+    return float(2 ** math.ceil(math.log2(max(n_terms, 1))))
+
+
+def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
+    """The sum over some axes, left with size one, of terms of magnitude below one."""
+    n_terms = math.prod(terms.shape[i] for i in axes)
+    if n_terms == 1:
+        return terms
+    digit = 2.0**30 / _held(n_terms)
+    scaled = terms * digit
+    whole = lax.floor(scaled)
+    digits = [lax.convert_element_type(x, jnp.int32) for x in (whole, (scaled - whole) * digit)]
+    high, low = lax.reduce(
+        digits,
+        [jnp.int32(0)] * 2,
+        lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)],
+        axes,
+    )
+    total = (high.astype(jnp.float32) + low.astype(jnp.float32) * (1 / digit)) * (1 / digit)
+    return jnp.expand_dims(total, axes)
 
 
 def count_true(flags: Array) -> Array:

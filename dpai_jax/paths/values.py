@@ -191,16 +191,29 @@ replace = dataclasses.replace
 
 def power_of_two(exponent: Array) -> Array:
     """`2**exponent` as float32, exactly; zero below the smallest normal number."""
-    bits = lax.shift_left(jnp.clip(exponent, -126, 127) + 127, jnp.int32(23))
-    return jnp.where(exponent < -126, 0.0, lax.bitcast_convert_type(bits, jnp.float32))
+    biased = lax.clamp(jnp.int32(-127), exponent, jnp.int32(127)) + jnp.int32(127)
+    return lax.bitcast_convert_type(lax.shift_left(biased, jnp.int32(23)), jnp.float32)
+
+
+def power_above(largest: Array) -> Array:
+    """The power of two next above a positive float32; 1 where it is zero."""
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F80_0000)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return lax.select(power > 0, power + power, jnp.ones_like(power))
+
+
+def inverse(power: Array) -> Array:
+    """One over a power of two, 0 for 2^127; XLA leaves a division apart from what is around it."""
+    bits = jnp.int32(0x7F00_0000) - lax.bitcast_convert_type(power, jnp.int32)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
     """The same counts with the largest entry in [1/2, 1), and whether there is any."""
     largest = largest_entry(lax.stop_gradient(array))
-    bits = lax.bitcast_convert_type(largest, jnp.int32)
-    shift = jnp.where(largest > 0, lax.shift_right_logical(bits, jnp.int32(23)) - 126, 0)
-    return array * power_of_two(-shift), exponent + shift, largest > 0
+    scale = power_above(largest)
+    biased = lax.shift_right_logical(lax.bitcast_convert_type(scale, jnp.int32), jnp.int32(23))
+    return array * inverse(scale), exponent + (biased - jnp.int32(127)), largest > 0
 
 
 def largest_entry(array: Array) -> Array:
@@ -216,7 +229,8 @@ def largest_entry(array: Array) -> Array:
         lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
         (array.ndim - 1,),
     )
-    return jnp.max(jnp.maximum(most, least), initial=0.0)
+    largest = jnp.maximum(most, least)
+    return largest.reshape(()) if largest.size == 1 else jnp.max(largest, initial=0.0)
 
 
 @jax.custom_vjp

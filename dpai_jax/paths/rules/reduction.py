@@ -117,7 +117,7 @@ def total(interpreter: Interpreter, spread: Spread, axes: Sequence[int]) -> Spre
     """The sums over some axes, which are left as uniform ones."""
     copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
     if interpreter.mean_field:
-        array = sum_over(spread.array, axes)
+        array = sum_over(spread.array, tuple(axes))
     else:
         array = jnp.sum(spread.array, tuple(axes), keepdims=True)
     return Spread(array * float(copies), spread.shape)
