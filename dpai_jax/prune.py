@@ -37,7 +37,7 @@ class Result:
       scores: pytree of the scores that the masks were made of, likewise; `0.` for such a leaf.
       topology: what remains of the network.
       history: arrays of one length, what the method measured at each step (for DPaI log R_P as
-        `log_paths`, R_N as `nodes`, R_C as `kernels`, and how many mask entries `changed`).
+        `log_paths`, R_N as `nodes`, and R_C as `kernels`).
       stopped: why the method ended before its last step, or an empty string.
       seconds: the time that it took, compilation included.
       net: the traced network.

@@ -63,7 +63,7 @@ def test_the_result_holds_masks_scores_topology_history_and_the_network():
     assert result.scores["bias"] == 0
     assert result.topology == dpai.topology(result.net, result.masks)
     assert result.topology.weights == 30 == sum(int(m.sum()) for m in result.masks.values()) - 1
-    assert set(result.history) == {"log_paths", "nodes", "kernels", "changed"}
+    assert set(result.history) == {"log_paths", "nodes", "kernels"}
     assert all(len(values) == 4 for values in result.history.values())
     assert result.stopped == ""
     assert 0 < result.seconds < 600

@@ -219,9 +219,9 @@ class DPaI:
         measured: list[dict[str, Any]] = []
         stopped, paths = "", -math.inf
         for t in range(self.steps):
-            cut, thresholds, changed = _cut(whole, state.scores, counts, thresholds, state.masks)
+            cut, thresholds = _cut(whole, state.scores, counts, thresholds)
             state, numbers = self._step(net, shardings, state, counts, cut)
-            measured.append(numbers | changed)
+            measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
                 numbers = jax.device_get(measured[-1])
                 problem.report(t + 1, self.steps, numbers)
@@ -231,9 +231,9 @@ class DPaI:
                     break
         # One more look, at the masks of the final scores, which the step would move on.
         scores = score_tree(net, jax.tree.map(jnp.copy, state.scores))
-        cut, _, changed = _cut(whole, state.scores, counts, thresholds, state.masks)
+        cut, _ = _cut(whole, state.scores, counts, thresholds)
         state, numbers = self._step(net, shardings, state, counts, cut)
-        measured.append(numbers | changed)
+        measured.append(numbers)
         masks = from_layers(net, state.masks)
         del state  # what the optimiser remembers is as large as all the rest
         history = {
@@ -295,23 +295,16 @@ def _cut(
     scores: list[Array],
     keep: list[Array] | Array,
     thresholds: Array,
-    masks: list[Array],
-) -> tuple[Cut, Array, dict[str, Array]]:
-    """Where scores are cut, the last two thresholds, and how many mask entries changed.
-
-    All of it is whole on every device.
-    """
+) -> tuple[Cut, Array]:
+    """Where scores are cut, and the last two thresholds; whole on every device."""
 
     def find(
-        scores: list[Array], keep: list[Array] | Array, thresholds: Array, masks: list[Array]
-    ) -> tuple[Cut, Array, dict[str, Array]]:
+        scores: list[Array], keep: list[Array] | Array, thresholds: Array
+    ) -> tuple[Cut, Array]:
         # Thresholds go on as they went, more or less.
         before, last = thresholds[:1], thresholds[1:]
         cut = find_cut(scores, keep, last + (last - before), magnitude=True)
-        new = kept(scores, keep, cut, magnitude=True)
-        changes = [count_true(a != b) for a, b in zip(new, masks, strict=True)]
-        changed = functools.reduce(jnp.add, changes)
-        return cut, jnp.concatenate([last, cut.thresholds]), {"changed": changed}
+        return cut, jnp.concatenate([last, cut.thresholds])
 
-    found = automatic(find, scores, keep, thresholds, masks, like=None)
+    found = automatic(find, scores, keep, thresholds, like=None)
     return laid_out(found, [whole] * len(jax.tree.leaves(found)))

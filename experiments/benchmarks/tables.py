@@ -166,7 +166,7 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
     return {
         "weights": pruned.net.size,
         "seconds": time.perf_counter() - start,
-        "steps": len(pruned.history["changed"]) - 1,
+        "steps": len(pruned.history["nodes"]) - 1,
         "stopped": pruned.stopped,
         "peak_bytes": memory - baseline,
         **_topology(pruned),
@@ -226,7 +226,7 @@ def _quality(network: Network, sparsity: float, seed: int) -> Row:
 def _objective(network: Network, sparsity: float, method: dpai.DPaI, seed: int) -> Row:
     fn, params, x = network.problem()
     result = dpai.prune(fn, params, x, sparsity, method, jax.random.key(seed), progress=False)
-    steps = len(result.history["changed"]) - 1
+    steps = len(result.history["nodes"]) - 1
     measured = {"seconds": result.seconds, "steps": steps, "stopped": result.stopped}
     return {"sparsity": sparsity, **measured, **_topology(result)}
 
