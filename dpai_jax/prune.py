@@ -120,7 +120,7 @@ def prune(
     data = tuple(batches)
     pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, loss_fn, data))
     if repair:
-        rank = pruned.scores if pruned.rank is None else pruned.rank
+        rank = pruned.scores if pruned.rank is None else pruned.rank()
         masks = repair_masks(net, pruned.masks, rank, jax.random.fold_in(key, 1))
         pruned = dataclasses.replace(pruned, masks=masks)
     masks, scores = (placed_like(tree, params) for tree in (pruned.masks, pruned.scores))

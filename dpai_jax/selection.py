@@ -45,7 +45,7 @@ class Cut(NamedTuple):
     Attributes:
       thresholds: ranks, uint32 (1, number to keep).
       layers: for each layer its thresholds, and its ends: of scores that equal a threshold those
-        are kept whose index, in C order, is below. Both uint32, of the rank of its scores.
+        are kept whose index, in C order, is below. Both uint32, to broadcast to its scores.
     """
 
     thresholds: Array
@@ -75,7 +75,7 @@ def select(
       ValueError: if one threshold is to be for 2^32 weights or more.
     """
     cut = find_cut(scores, keep, near, magnitude=magnitude)
-    return kept(scores, keep, cut, magnitude=magnitude), cut.thresholds
+    return kept(scores, cut, magnitude=magnitude), cut.thresholds
 
 
 def find_cut(
@@ -108,18 +108,21 @@ def find_cut(
         functools.partial(_counts, layers, ties), numbers - above, last, first, reached - above
     )
     end = jnp.where(tied, first - found + 1, first)
-    return Cut(threshold, [(at[layer], layer.own(end)[0]) for layer in layers])
+    ends = {
+        layer: layer.own(end - jnp.minimum(end, np.uint32(layer.before)))[0] for layer in layers
+    }
+    return Cut(threshold, [(at[layer], ends[layer]) for layer in layers])
 
 
-def kept(
-    scores: Sequence[Array], keep: list[Any] | Any, cut: Cut, *, magnitude: bool = False
-) -> list[Array]:
+def kept(scores: Sequence[Array], cut: Cut, *, magnitude: bool = False) -> list[Array]:
     """The masks of scores by where they are cut, an elementwise function of them."""
-    if not scores:
-        return []
-    layers, _, _ = _layers(scores, keep, magnitude)
-    masks = [layer.kept(*ends) for layer, ends in zip(layers, cut.layers, strict=True)]
-    return [m.reshape(score.shape) for m, score in zip(masks, scores, strict=True)]
+    masks = []
+    for score, (threshold, end) in zip(scores, cut.layers, strict=True):
+        each = score.reshape(*score.shape, *threshold.shape[score.ndim :])
+        is_behind = _index(each.shape, threshold.shape) >= end
+        mask = _rank(each, magnitude) >= _signed(threshold) + is_behind.astype(jnp.int32)
+        masks.append(mask.reshape(score.shape))
+    return masks
 
 
 def _search(
@@ -135,8 +138,8 @@ def _search(
     A search ends before at a lower rank, where just as many as asked reach that.
 
     Args:
-      count: how many reach probes, `count(probes, wanted)`, both (probe, search); of a search that
-        is not wanted (1, search) any number.
+      count: how many reach probes, `count(probes, wanted)`, both (probe, search); no less than
+        asked of a search that is not wanted, (1, search).
       numbers: how many are asked for, uint32 (1, search).
       bottom: ranks that all reach.
       top: ranks, the highest that may be found.
@@ -215,29 +218,13 @@ class _Layer:
         return [i for i, copies in enumerate(self.shape) if copies == 1]
 
     @property
-    def index(self) -> Array:
-        """The index of each score within its copy, after those before."""
-        index, stride = jnp.uint32(self.before), self.size
-        for axis in self.axes:
-            length = self.scores.shape[axis]
-            stride //= max(length, 1)
-            sizes = [length if i == axis else 1 for i in range(self.scores.ndim)]
-            places = np.arange(length, dtype=np.uint32) * np.uint32(stride)
-            index = index + places.reshape(sizes)
-        return index
-
-    @property
     def ranks(self) -> Array:
-        """The ranks of its scores, as signed integers."""
-        return _signed_rank(self.scores, self.magnitude)
+        """The ranks of its scores, signed."""
+        return _rank(self.scores, self.magnitude)
 
     def own(self, numbers: Array) -> Array:
         """Of numbers (row, number) its own, to broadcast to its scores row by row."""
         return numbers[:, self.place].reshape(-1, *self.shape)
-
-    def kept(self, threshold: Array, end: Array) -> Array:
-        """What is above the threshold, and of what equals it what comes before the end."""
-        return self.ranks >= _signed(threshold) + (self.index >= end).astype(jnp.int32)
 
     def reaching(self, probes: Array) -> list[Array]:
         """Which scores reach each probe, of its own."""
@@ -245,8 +232,8 @@ class _Layer:
 
     def tied(self, threshold: Array, probes: Array) -> list[Array]:
         """Which scores equal the threshold, and have an index that reaches each probe."""
-        tie, rank = self.ranks == _signed(threshold), _LAST - self.index
-        return [tie & (rank >= probe) for probe in probes]
+        tie, index = self.ranks == _signed(threshold), _index(self.scores.shape, self.shape)
+        return [tie & (_LAST - np.uint32(self.before) - index >= probe) for probe in probes]
 
 
 def _counts(
@@ -255,7 +242,7 @@ def _counts(
     probes: Array,
     wanted: Array,
 ) -> Array:
-    """How many flags are up at probes (probe, number); more than that where none is wanted."""
+    """How many flags are up at probes (probe, number); 2^32 - 1 where that is not wanted."""
 
     def count(layer: _Layer, own: Array) -> Array:
         rows = _sums(flags(layer, own), layer.axes[-1:])
@@ -291,7 +278,7 @@ def _layers(
         start = 0 if shared or last is None else last.place.stop
         before = last.before + last.size if shared and last is not None else 0
         place = slice(start, start + math.prod(shape))
-        layers.append(_Layer(x.astype(jnp.float32), shape, place, before, magnitude))
+        layers.append(_Layer(x, shape, place, before, magnitude))
     # Of a number for several copies, that of one.
     sizes = [layer.size for layer in layers for _ in range(layer.place.stop - layer.place.start)]
     sizes = [sum(sizes)] if shared else sizes
@@ -330,14 +317,25 @@ def _sums(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     return [jnp.expand_dims(x, tuple(axes)) for x in sums]
 
 
+def _index(sizes: tuple[int, ...], copies: tuple[int, ...]) -> Array:
+    """The index of each score within its copy, in C order."""
+    axes = [i for i, n in enumerate(copies) if n == 1]
+    index, stride = jnp.zeros((1,) * len(sizes), jnp.uint32), math.prod(sizes[i] for i in axes)
+    for axis in axes:
+        stride //= max(sizes[axis], 1)
+        places = np.arange(sizes[axis], dtype=np.uint32) * np.uint32(stride)
+        index = index + jnp.expand_dims(places, [i for i in range(len(sizes)) if i != axis])
+    return index
+
+
 def _signed(rank: Array) -> Array:
     """Ranks as signed integers, which CPUs compare faster."""
     return lax.bitcast_convert_type(rank ^ _ZERO, jnp.int32)
 
 
-def _signed_rank(score: Array, magnitude: bool) -> Array:
-    """The rank of a float, or of its magnitude, as a signed integer; that of −0. is that of 0."""
-    bits = lax.bitcast_convert_type(score, jnp.int32)
+def _rank(score: Array, magnitude: bool) -> Array:
+    """The rank of a float, or of its magnitude, signed; that of −0. is that of 0."""
+    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
     if magnitude:
         return bits & _MAGNITUDE
     bits = jnp.where(bits == ~_MAGNITUDE, 0, bits)

@@ -156,13 +156,13 @@ def programs(params, fn, x, optimizer):
     whole = whole_beside(scores)
     thresholds = jnp.zeros((2, sum(k.size for k in counts)), jnp.uint32)
     state, counts, thresholds = placed((state, counts, thresholds), whole)
-    find = (whole, state.scores, counts, thresholds, state.masks)
+    find = (whole, state.scores, counts, thresholds)
     cut = method._cut(*find)[0]
     shardings = shardings_of(jax.tree.leaves(state))
     masks = shardings_of(state.masks)
     return [
         method._cut.lower(*find).compile(),
-        method.DPaI._step.lower(how, net, shardings, state, counts, cut).compile(),
+        method.DPaI._step.lower(how, net, shardings, state, cut).compile(),
         measuring._measure.lower(net, masks, state.masks).compile(),
     ]
 

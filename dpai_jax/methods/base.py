@@ -91,14 +91,15 @@ class Pruned:
       scores: pytree of the scores that they were made of.
       history: arrays of one length, what was measured along the way; empty for one-shot methods.
       stopped: why it ended before its last step, or an empty string.
-      rank: pytree by which weights are preferred, the highest first; the scores if not given.
+      rank: makes the pytree by which weights are preferred, the highest first, for those who ask;
+        by the scores if not given.
     """
 
     masks: PyTree
     scores: PyTree
     history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     stopped: str = ""
-    rank: PyTree = None
+    rank: Callable[[], PyTree] | None = None
 
 
 class Method(Protocol):

@@ -220,7 +220,7 @@ class DPaI:
         stopped, paths = "", -math.inf
         for t in range(self.steps):
             cut, thresholds = _cut(whole, state.scores, counts, thresholds)
-            state, numbers = self._step(net, shardings, state, counts, cut)
+            state, numbers = self._step(net, shardings, state, cut)
             measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
                 numbers = jax.device_get(measured[-1])
@@ -232,7 +232,7 @@ class DPaI:
         # One more look, at the masks of the final scores, which the step would move on.
         scores = score_tree(net, jax.tree.map(jnp.copy, state.scores))
         cut, _ = _cut(whole, state.scores, counts, thresholds)
-        state, numbers = self._step(net, shardings, state, counts, cut)
+        state, numbers = self._step(net, shardings, state, cut)
         measured.append(numbers)
         masks = from_layers(net, state.masks)
         del state  # what the optimiser remembers is as large as all the rest
@@ -240,7 +240,8 @@ class DPaI:
             name: np.asarray(jax.device_get([numbers[name] for numbers in measured]))
             for name in measured[0]
         }
-        return Pruned(masks, scores, history, stopped, rank=jax.tree.map(jnp.abs, scores))
+        rank = functools.partial(jax.tree.map, jnp.abs, scores)
+        return Pruned(masks, scores, history, stopped, rank)
 
     def _start(self, problem: Problem) -> list[Array]:
         net = problem.net
@@ -258,7 +259,6 @@ class DPaI:
         net: Network,
         shardings: Shardings,
         state: _State,
-        keep: list[Array] | Array,
         cut: Cut,
     ) -> tuple[_State, dict[str, Array]]:
         """One step of Algorithm 1 by where the scores are cut, its state laid out as it was.
@@ -267,7 +267,7 @@ class DPaI:
         """
         # The scores come first.
         advance = functools.partial(self._advance, net, shardings[: len(net.layers)])
-        after, measured = automatic(advance, state, keep, cut, like=(state, None))
+        after, measured = automatic(advance, state, cut, like=(state, None))
         return laid_out(after, shardings), measured
 
     def _advance(
@@ -275,10 +275,9 @@ class DPaI:
         net: Network,
         shardings: Shardings,
         state: _State,
-        keep: list[Array] | Array,
         cut: Cut,
     ) -> tuple[_State, dict[str, Array]]:
-        masks = kept(state.scores, keep, cut, magnitude=True)
+        masks = kept(state.scores, cut, magnitude=True)
         objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
         directions, measured = _direction(net, objective, state.scores, masks, shardings)
         descent = jax.tree.map(jnp.negative, directions)

@@ -104,7 +104,7 @@ class NPB:
         # Where something is to choose further, as in a repair, all that is left is chance.
         rank = [score + rng.random(score.shape, np.float32) for score in scores]
         kept = from_layers(net, [score > 0 for score in scores])
-        return Pruned(kept, score_tree(net, scores), rank=score_tree(net, rank))
+        return Pruned(kept, score_tree(net, scores), rank=lambda: score_tree(net, rank))
 
     def _solve(
         self, layer: Layer, incoming: np.ndarray, keep: int, rng: np.random.Generator
