@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dpai_jax.paths.sums import totals
+
 # Probes counted in one pass over the scores: those that part the room evenly, and those around the
 # rank to expect, in standard deviations of it.
 _PARTS = 4
@@ -245,8 +247,9 @@ def _counts(
     """How many flags are up at probes (probe, number); 2^32 - 1 where that is not wanted."""
 
     def count(layer: _Layer, own: Array) -> Array:
-        rows = _sums(flags(layer, own), layer.axes[-1:])
-        return jnp.stack([count.ravel() for count in _sums(rows, layer.axes[:-1])])
+        # Along the last axis a sum runs through memory; the others are shared out among cores.
+        rows = totals(flags(layer, own), layer.axes[-1:])
+        return jnp.stack([count.ravel() for count in totals(rows, layer.axes[:-1])])
 
     # Within a branch, for a loop would write out all ranks before it starts.
     counts = [
@@ -300,21 +303,6 @@ def _row(numbers: Sequence[Array]) -> Array:
 
 def _column(numbers: Iterable[int]) -> Array:
     return jnp.asarray(tuple(numbers), jnp.uint32)[:, None]
-
-
-def _sums(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
-    """The sums of several arrays over some axes, which are left with size one.
-
-    One reduction of all of them reads what they are made of once. Along the last axis it runs
-    through memory, and what is left of the others is shared out among cores.
-    """
-    sums = lax.reduce(
-        [array.astype(jnp.uint32) for array in arrays],
-        [jnp.uint32(0)] * len(arrays),
-        lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)],
-        tuple(axes),
-    )
-    return [jnp.expand_dims(x, tuple(axes)) for x in sums]
 
 
 def _index(sizes: tuple[int, ...], copies: tuple[int, ...]) -> Array:

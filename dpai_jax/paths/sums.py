@@ -103,30 +103,30 @@ def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
     scaled = terms * digit
     whole = lax.floor(scaled)
     digits = [lax.convert_element_type(x, jnp.int32) for x in (whole, (scaled - whole) * digit)]
-    high, low = lax.reduce(
-        digits,
-        [jnp.int32(0)] * 2,
+    high, low = (total.astype(jnp.float32) for total in totals(digits, axes))
+    return (high + low * (1 / digit)) * (1 / digit)
+
+
+def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+    """The sums over some axes, left with size one, of arrays of one shape, all in one pass.
+
+    Flags are counted, up to 2^32 of them. What a reduction of one operand reduces may be written
+    out before on CPUs; one of several reads what they are made of, if all its results are of use.
+    """
+    terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in arrays]
+    sums = lax.reduce(
+        terms,
+        [jnp.zeros((), x.dtype) for x in terms],
         lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)],
-        axes,
+        tuple(axes),
     )
-    total = (high.astype(jnp.float32) + low.astype(jnp.float32) * (1 / digit)) * (1 / digit)
-    return jnp.expand_dims(total, axes)
+    return [jnp.expand_dims(x, tuple(axes)) for x in sums]
 
 
 def count_true(flags: Array) -> Array:
-    """The number of true entries, uint32.
-
-    What a reduction of one operand reduces may be written out before on CPUs, four bytes a flag.
-    One of two operands, both of which are of use, reads what they are made of.
-    """
-    ones = flags.astype(jnp.uint32)
-    rows, some = lax.reduce(
-        [ones, ones],
-        [jnp.uint32(0)] * 2,
-        lambda xs, ys: [xs[0] + ys[0], xs[1] | ys[1]],
-        (flags.ndim - 1,),
-    )
-    return jnp.sum(jnp.where(some > 0, rows, 0), dtype=jnp.uint32)
+    """The number of true entries, uint32."""
+    rows, others = totals([flags, ~flags], (flags.ndim - 1,))
+    return jnp.sum(jnp.where(others < flags.shape[-1], rows, 0), dtype=jnp.uint32)
 
 
 def settled(array: Array) -> Array:

@@ -220,17 +220,19 @@ def largest_entry(array: Array) -> Array:
     """The largest entry, zero if there is none above; not differentiable.
 
     A CPU writes out what a reduction of one operand reduces, and clears fresh memory for that. One
-    of two operands, both of which are of use, reads what they are made of.
+    of two operands, both of which are of use, reads what they are made of. Along the last axis it
+    runs through memory, and what is left of the others is shared out among cores.
     """
-    array = jnp.atleast_1d(array)
-    most, least = lax.reduce(
-        [array, array],
-        [jnp.zeros((), array.dtype)] * 2,
-        lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
-        (array.ndim - 1,),
-    )
-    largest = jnp.maximum(most, least)
-    return largest.reshape(()) if largest.size == 1 else jnp.max(largest, initial=0.0)
+    most = least = jnp.atleast_1d(array)
+    for axes in ((most.ndim - 1,), tuple(range(most.ndim - 1))):
+        if math.prod(most.shape[i] for i in axes) != 1:
+            most, least = lax.reduce(
+                [most, least],
+                [jnp.zeros((), array.dtype)] * 2,
+                lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
+                axes,
+            )
+    return jnp.maximum(most, least).reshape(())
 
 
 @jax.custom_vjp
