@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,7 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
 
 def count_true(flags: Array) -> Array:
     """The number of true entries, uint32."""
+    # Of no use otherwise, the others make it a reduction of two operands.
     rows, others = totals([flags, ~flags], (flags.ndim - 1,))
     return jnp.sum(jnp.where(others < flags.shape[-1], rows, 0), dtype=jnp.uint32)
 
