@@ -80,7 +80,7 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
 
 sum_over.defvjp(
     lambda array, axes: (sum_over(array, axes), jnp.zeros((*array.shape, 0))),
-    lambda _, like, cotangent: (jnp.broadcast_to(cotangent, like.shape[:-1]),),
+    lambda _, like, cotangent: (product_sum(cotangent, jnp.ones(like.shape[:-1]), ()),),
 )
 
 

@@ -181,6 +181,19 @@ def test_second_derivatives_are_those_of_float64(outer: Any) -> None:
         np.testing.assert_allclose(x, y, 1e-5, 1e-6 * np.max(np.abs(y)))
 
 
+def test_a_sum_over_some_axes_has_first_and_second_derivatives() -> None:
+    x = jnp.asarray(draw((3, 4), 0) + np.float32(0.1))
+
+    def total(sums: Any, x: jax.Array) -> jax.Array:
+        return jnp.vdot(jnp.arange(1.0, 5), jnp.log(sums(x))[0])
+
+    fixed = jax.jit(functools.partial(total, jax.jit(lambda x: sum_over(x, (0,)))))
+    floating = functools.partial(total, lambda x: jnp.sum(x, 0, keepdims=True))
+    np.testing.assert_allclose(jax.grad(fixed)(x), jax.grad(floating)(x), 1e-5)
+    second = jax.jacrev(jax.grad(floating))(x)
+    np.testing.assert_allclose(jax.jacrev(jax.grad(fixed))(x), second, 1e-5, 1e-6)
+
+
 FOLDED: list[tuple[Shape, Shape]] = [
     ((3, 3, 4, 5), (0, 1)),
     ((4, 2, 5), (1,)),
