@@ -193,7 +193,7 @@ def _search(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer's scores, and which numbers to keep are about it.
+    """A layer's scores, and which of all numbers to keep are about it.
 
     Attributes:
       scores: float32.
@@ -287,7 +287,8 @@ def _layers(
     sizes = [sum(sizes)] if shared else sizes
     if max(sizes) >= 2**32:
         raise ValueError(f"one threshold can be for less than 2^32 weights, got {max(sizes)}")
-    return layers, _row(numbers), jnp.asarray([sizes], jnp.uint32)
+    row = jnp.concatenate([number.reshape(1, -1) for number in numbers], 1)
+    return layers, row, jnp.asarray([sizes], jnp.uint32)
 
 
 def as_count(number: Any) -> Array:
@@ -295,10 +296,6 @@ def as_count(number: Any) -> Array:
     if isinstance(number, jax.Array):
         return number.astype(jnp.uint32)
     return jnp.asarray(np.asarray(number).astype(np.uint32))
-
-
-def _row(numbers: Sequence[Array]) -> Array:
-    return jnp.concatenate([number.reshape(1, -1) for number in numbers], 1)
 
 
 def _column(numbers: Iterable[int]) -> Array:

@@ -110,6 +110,7 @@ def _large(rows: Sequence[Row]) -> rich.table.Table:
         "network": lambda r: r["title"],
         "weights": lambda r: f"{r['weights']:,}",
         "seconds": lambda r: f"{r['seconds']:.0f}",
+        "again": lambda r: f"{r['seconds_again']:.1f}",
         "steps": lambda r: f"{r['steps']}",
         "peak GiB": lambda r: f"{r['peak_bytes'] / 2**30:.1f}",
         "effective": lambda r: f"{r['effective']:,}",

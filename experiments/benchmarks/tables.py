@@ -46,7 +46,10 @@ def step(python: str | None) -> Jobs:
 
 
 def large() -> Jobs:
-    """The time and the memory of pruning large networks, as a user would with the defaults."""
+    """The time and the memory of pruning large networks, as a user would with the defaults.
+
+    Once as a process starts, and again with another key, when all is compiled.
+    """
     for network in networks.LARGE:
         yield network.title, functools.partial(_isolated, _large, network)
 
@@ -156,16 +159,20 @@ def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) 
 
 def _large(network: Network, sparsity: float = 0.9) -> Row:
     fn, params, x = network.problem()
-    start = time.perf_counter()
+    results: list[dpai.Result] = []
+
+    def run() -> None:
+        key = jax.random.key(len(results))
+        results.append(dpai.prune(fn, params, x, sparsity, key=key, progress=False))
+
     baseline = clock.peak_bytes(lambda: None)
-    result: list[dpai.Result] = []
-    memory = clock.peak_bytes(
-        lambda: result.append(dpai.prune(fn, params, x, sparsity, progress=False))
-    )
-    (pruned,) = result
+    memory = clock.peak_bytes(run)
+    run()
+    pruned, again = results
     return {
         "weights": pruned.net.size,
-        "seconds": time.perf_counter() - start,
+        "seconds": pruned.seconds,
+        "seconds_again": again.seconds,
         "steps": len(pruned.history["nodes"]) - 1,
         "stopped": pruned.stopped,
         "peak_bytes": memory - baseline,
