@@ -71,16 +71,14 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
     scale = _scale(array)
     total = array * v.inverse(scale)
     for stage in (axes[-1:], axes[:-1]):
-        n_terms = math.prod(array.shape[i] for i in stage)
-        total = _sum_below_one(total, stage)
-        if n_terms > 1:
-            total, scale = total / _held(n_terms), scale * _held(n_terms)
+        held = _held(math.prod(array.shape[i] for i in stage))
+        total, scale = _sum_below_one(total, stage) / held, scale * held
     return total * scale
 
 
 sum_over.defvjp(
-    lambda array, axes: (sum_over(array, axes), jnp.zeros((*array.shape, 0))),
-    lambda _, like, cotangent: (product_sum(cotangent, jnp.ones(like.shape[:-1]), ()),),
+    lambda array, axes: (sum_over(array, axes), jnp.zeros((*array.shape, 0), array.dtype)),
+    lambda _, like, cotangent: (product_sum(cotangent, jnp.ones(like.shape[:-1], like.dtype), ()),),
 )
 
 

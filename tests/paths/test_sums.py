@@ -194,6 +194,14 @@ def test_a_sum_over_some_axes_has_first_and_second_derivatives() -> None:
     np.testing.assert_allclose(jax.jacrev(jax.grad(fixed))(x), second, 1e-5, 1e-6)
 
 
+def test_the_gradient_of_a_sum_is_float32_with_x64_too() -> None:
+    x = jnp.asarray(draw((3, 4), 0))
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda x: sum_over(x, (0, 1)).reshape(()))(x)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, np.ones((3, 4)))
+
+
 FOLDED: list[tuple[Shape, Shape]] = [
     ((3, 3, 4, 5), (0, 1)),
     ((4, 2, 5), (1,)),
