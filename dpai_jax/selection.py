@@ -283,7 +283,7 @@ def _layers(
         place = slice(start, start + math.prod(shape))
         layers.append(_Layer(x, shape, place, before, magnitude))
     # Of a number for several copies, that of one.
-    sizes = [layer.size for layer in layers for _ in range(layer.place.stop - layer.place.start)]
+    sizes = [layer.size for layer in layers for _ in range(math.prod(layer.shape))]
     sizes = [sum(sizes)] if shared else sizes
     if max(sizes) >= 2**32:
         raise ValueError(f"one threshold can be for less than 2^32 weights, got {max(sizes)}")

@@ -115,11 +115,12 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
 
 def total(interpreter: Interpreter, spread: Spread, axes: Sequence[int]) -> Spread:
     """The sums over some axes, which are left as uniform ones."""
+    axes = tuple(axes)
     copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
     if interpreter.mean_field:
-        array = sum_over(spread.array, tuple(axes))
+        array = sum_over(spread.array, axes)
     else:
-        array = jnp.sum(spread.array, tuple(axes), keepdims=True)
+        array = jnp.sum(spread.array, axes, keepdims=True)
     return Spread(array * float(copies), spread.shape)
 
 
