@@ -1,6 +1,7 @@
 """Settings that every test runs under. They must come before JAX starts its backend."""
 
 import os
+import tempfile
 
 # The tests' numbers are held on the CPU; another platform can be asked for by the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +36,15 @@ def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     standard = request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_programs() -> Iterator[None]:
+    """Keeps on disk what is compiled, as long as the tests run: many need the same programs."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         yield
 
 
