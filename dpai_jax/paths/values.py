@@ -223,16 +223,16 @@ def largest_entry(array: Array) -> Array:
     of two operands, both of which are of use, reads what they are made of. Along the last axis it
     runs through memory, and what is left of the others is shared out among cores.
     """
-    most = least = jnp.atleast_1d(array)
+    most = least = lax.bitcast_convert_type(jnp.atleast_1d(array), jnp.int32)
     for axes in ((most.ndim - 1,), tuple(range(most.ndim - 1))):
         if math.prod(most.shape[i] for i in axes) != 1:
             most, least = lax.reduce(
                 [most, least],
-                [jnp.zeros((), array.dtype)] * 2,
+                [jnp.zeros((), jnp.int32)] * 2,
                 lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
                 axes,
             )
-    return jnp.maximum(most, least).reshape(())
+    return lax.bitcast_convert_type(jnp.maximum(most, least).reshape(()), array.dtype)
 
 
 @jax.custom_vjp
