@@ -28,7 +28,7 @@ from dpai_jax.methods import (
     SynFlow,
     ascent,
 )
-from dpai_jax.optimizer import keep_pruned, normalized_sgd
+from dpai_jax.optimizer import keep_pruned
 from dpai_jax.paths import Layer, Network, log_paths, trace
 from dpai_jax.prune import Result, prune
 from dpai_jax.repair import repair
@@ -61,7 +61,6 @@ __all__ = [
     "erk",
     "keep_pruned",
     "log_paths",
-    "normalized_sgd",
     "prune",
     "repair",
     "shuffled",

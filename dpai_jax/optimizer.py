@@ -1,4 +1,4 @@
-"""Optimisers: pruned weights stay exactly zero in training; scores ascend layer by layer alike."""
+"""The optimiser of sparse training: pruned weights stay exactly zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from dpai_jax.masks import apply_masks, masked
-from dpai_jax.paths.sums import sum_over
 
 PyTree = Any
 
@@ -99,37 +98,3 @@ def _to_zero(update: Any, param: Any, mask: Any) -> Any:
     # In bfloat16 the negative of a float32 weight would not be its negative.
     dtype = jnp.promote_types(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
-
-
-def normalized_sgd(
-    learning_rate: optax.ScalarOrSchedule,
-) -> optax.GradientTransformation:
-    """Gradient descent that moves the weights of each layer by the learning rate on average.
-
-    Each leaf of the updates is divided by the mean of its magnitudes, in float32 and the same for
-    any sharding. There are no moments to remember. A leaf of zeros stays as it is.
-
-    Example:
-      >>> import jax.numpy as jnp, dpai_jax as dpai
-      >>> tx = dpai.normalized_sgd(0.1)
-      >>> scores = {"kernel": jnp.zeros((1, 2))}
-      >>> updates, _ = tx.update({"kernel": jnp.array([[1e-9, -3e-9]])}, tx.init(scores))
-      >>> [round(float(u), 4) for u in updates["kernel"][0]]
-      [-0.05, 0.15]
-
-    Args:
-      learning_rate: the mean distance that a step goes, or a schedule of it.
-
-    Returns:
-      An optax optimiser.
-    """
-    normalize = optax.stateless(lambda updates, _: jax.tree.map(_normalized, updates))
-    return optax.chain(normalize, optax.scale_by_learning_rate(learning_rate))
-
-
-def _normalized(update: Any) -> Any:
-    """An update divided by the mean of its magnitudes."""
-    distance = jnp.abs(jnp.atleast_1d(update)).astype(jnp.float32)
-    total = sum_over(distance, tuple(range(distance.ndim)))
-    mean = total.reshape(()) / max(update.size, 1)
-    return update * jnp.where(mean > 0, 1 / mean, 0.0).astype(update.dtype)

@@ -66,7 +66,13 @@ METHODS: Mapping[str, Recipe] = {
     "prospr": Recipe(dpai.ProsPr(), batches=4),
     "dpai": Recipe(dpai.DPaI()),
     "dpai-published": Recipe(
-        dpai.DPaI(optimizer=optax.adam(5e-3), steps=3000, tolerance=-math.inf, counting="exact")
+        dpai.DPaI(
+            optimizer=optax.adam(5e-3),
+            normalize=False,
+            steps=3000,
+            tolerance=-math.inf,
+            counting="exact",
+        )
     ),
     "imp": Recipe(dpai.IMP),
 }

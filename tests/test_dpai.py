@@ -313,7 +313,8 @@ WIDE = {"1": (5, 32), "2": (32, 32), "3": (32, 10)}
     ids=["sgd", "adam", "momentum", "schedule"],
 )
 def test_scores_follow_the_ascent_by_any_optimiser(optimizer):
-    result = prune(steps=4, optimizer=optimizer, alpha=0.7, beta=0.2, counting="exact")
+    settings = {"alpha": 0.7, "beta": 0.2, "counting": "exact"}
+    result = prune(steps=4, optimizer=optimizer, normalize=False, **settings)
     keep = dpai.erk(result.net, 0.8)
     scores = starting_scores()
     state = optimizer.init(scores)
@@ -350,18 +351,36 @@ def test_given_scores_that_do_not_fit_are_refused(scores, message):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("counting", COUNTINGS)
-def test_plain_ascent_adds_the_direction_worked_out_by_hand(name, counting):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_plain_ascent_adds_the_direction_worked_out_by_hand(name, counting, normalize):
     fn, shapes, _, x = PROBLEMS[name]
     scores = jax.tree.map(np.asarray, starting_scores(fn=fn, shapes=shapes, x=x))
     keep = dpai.erk(traced(name), 0.8)
-    settings = {"optimizer": optax.sgd(0.5), "alpha": 0.9, "beta": 0.4, "counting": counting}
-    result = prune(fn=fn, shapes=shapes, x=x, steps=1, **settings)
+    settings = {"alpha": 0.9, "beta": 0.4, "counting": counting, "normalize": normalize}
+    result = prune(fn=fn, shapes=shapes, x=x, steps=1, optimizer=optax.sgd(0.5), **settings)
     direction, _, numbers = ascent_by_hand(PATHS[name, counting], scores, keep, 0.9, 0.4)
+    if normalize:
+        direction = jax.tree.map(lambda d: d / np.mean(np.abs(d)), direction)
     assert_trees_close(
         result.scores, jax.tree.map(lambda s, d: s + 0.5 * d, scores, direction), rtol=1e-5
     )
     for name, number in numbers.items():
         np.testing.assert_allclose(result.history[name][0], number, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*layer collapse")
+def test_a_layer_in_which_no_weight_would_make_a_path_stays_where_it_is():
+    """Its direction is zero, and so is the mean that it is divided by."""
+    scores = {name: np.full(shape, 0.1, np.float32) for name, shape in MLP_SHAPES.items()}
+    # What the first two layers keep does not meet, nor what the last two do.
+    scores["1"][:, 0] = scores["2"][1, 1] = scores["3"][2] = 1.0
+    keep = {"1": 5, "2": 1, "3": 3}
+    result = prune(1 - 9 / 84, scores=scores, steps=1, allocation=lambda net, sparsity: keep)
+    np.testing.assert_array_equal(result.scores["1"], scores["1"])
+    np.testing.assert_array_equal(result.scores["3"], scores["3"])
+    moved = np.zeros((6, 6))
+    moved[0, 2] = 0.01 * 36
+    np.testing.assert_allclose(result.scores["2"] - scores["2"], moved, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*layer collapse")
@@ -488,6 +507,23 @@ def test_scanned_layers_and_their_unrolled_twin_get_the_same_masks():
     np.testing.assert_array_equal(one["blocks"], np.stack(other["blocks"]))
     np.testing.assert_array_equal(one["head"], other["head"])
     assert np.any(np.asarray(scores[0]["blocks"]) != stacked["blocks"])
+
+
+def test_each_of_the_layers_of_a_scan_is_normalized_by_itself():
+    stacked = draw({"blocks": (3, 8, 8), "head": (8, 4)})
+    # Paths through the last one's kept weights are few.
+    stacked["blocks"][2, :, 1:] *= 0.5
+    apart = stacked | {"blocks": list(stacked["blocks"])}
+    one, other = (
+        dpai.prune(
+            fn, scores, jnp.ones((1, 8)), 0.8, dpai.DPaI(steps=5, scores=scores), progress=False
+        )
+        for fn, scores in ((scanned, stacked), (unrolled, apart))
+    )
+    np.testing.assert_allclose(one.scores["blocks"], np.stack(other.scores["blocks"]), rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, list(one.masks["blocks"]), other.masks["blocks"])
+    distances = np.abs(one.scores["blocks"] - stacked["blocks"]).mean((1, 2))
+    np.testing.assert_allclose(distances, 0.05, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["linen/siamese", "nnx/lora", "haiku/audio", "equinox/resnet"])

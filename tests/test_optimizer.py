@@ -421,39 +421,3 @@ def test_masks_of_another_shape_or_dtype_are_refused():
     masks = {"kernel": jnp.ones((6, 8)), "bias": jnp.asarray(True)}
     with pytest.raises(TypeError, match="boolean, but kernel is float32"):
         dpai.keep_pruned(optax.adam(0.1), masks).init(PARAMS["hidden"])
-
-
-def test_normalized_sgd_moves_each_leaf_by_the_learning_rate_on_average():
-    rng = np.random.default_rng(0)
-    # As path gradients do, they span many magnitudes, each leaf its own.
-    gradients = {
-        "kernel": np.float32(1e-12 * np.exp(3 * rng.standard_normal((7, 30, 20)))),
-        "head": np.float32(1e6 * rng.standard_normal(50)),
-        "scale": np.float32(-3.0),
-        "dead": np.zeros((4, 4), np.float32),
-    }
-    tx = dpai.normalized_sgd(0.25)
-    updates, _ = jax.jit(tx.update)(gradients, tx.init(gradients))
-    for name, gradient in gradients.items():
-        mean = np.mean(np.abs(np.float64(gradient)))
-        expected = -0.25 * np.float64(gradient) / (mean if mean > 0 else 1.0)
-        np.testing.assert_allclose(updates[name], expected, rtol=2e-5)
-
-
-def test_normalized_sgd_is_the_same_for_any_order_of_the_weights():
-    rng = np.random.default_rng(1)
-    gradient = np.float32(np.exp(4 * rng.standard_normal((64, 96))))
-    update = jax.jit(dpai.normalized_sgd(1.0).update)
-    expected = np.asarray(update([gradient], dpai.normalized_sgd(1.0).init([gradient]))[0][0])
-    rows, columns = rng.permutation(64), rng.permutation(96)
-    moved = gradient[rows][:, columns]
-    updates, _ = update([moved], dpai.normalized_sgd(1.0).init([moved]))
-    np.testing.assert_array_equal(updates[0], expected[rows][:, columns])
-
-
-def test_normalized_sgd_takes_a_schedule():
-    tx = dpai.normalized_sgd(lambda step: 1.0 / (1 + step))
-    state, gradient = tx.init(jnp.ones(3)), jnp.asarray([1.0, 2.0, 3.0])
-    for step in range(3):
-        update, state = tx.update(gradient, state)
-        np.testing.assert_allclose(update, -gradient / 2 / (1 + step), rtol=1e-6)

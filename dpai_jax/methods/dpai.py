@@ -18,7 +18,6 @@ from dpai_jax.allocation import erk
 from dpai_jax.masks import check_numbers, from_layers, is_total
 from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
 from dpai_jax.methods.noise import normal_scores
-from dpai_jax.optimizer import normalized_sgd
 from dpai_jax.paths import Network
 from dpai_jax.paths.meshes import (
     Shardings,
@@ -30,13 +29,13 @@ from dpai_jax.paths.meshes import (
     whole_beside,
 )
 from dpai_jax.paths.network import check_counting, check_parallel
-from dpai_jax.paths.sums import count_true, fold, settled
+from dpai_jax.paths.sums import count_true, fold, settled, sum_over
 from dpai_jax.paths.trees import check_structure
 from dpai_jax.selection import Cut, as_count, find_cut, kept, select
 
 PyTree = Any
 
-_ASCENT = normalized_sgd(0.01)
+_ASCENT = optax.sgd(0.01)
 
 # Steps between two looks at the numbers: reading one waits for the device.
 _READ_EVERY = 10
@@ -83,7 +82,7 @@ def ascent(
     """
     leaves = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
     check_counting(counting)
-    objective = _Objective(alpha, beta, gamma, counting)
+    objective = _Objective(alpha, beta, gamma, counting, normalize=False)
 
     def direction(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
         masks, _ = select(scores, keep, magnitude=True)
@@ -107,6 +106,7 @@ class _Objective(NamedTuple):
     beta: float
     gamma: float
     counting: str
+    normalize: bool
 
 
 def _direction(
@@ -117,7 +117,7 @@ def _direction(
     shardings: Shardings = (),
 ) -> tuple[list[Array], dict[str, Array]]:
     """The direction at the masks of the scores, and what is measured there."""
-    alpha, beta, gamma, counting = objective
+    alpha, beta, gamma, counting, normalize = objective
     log_paths, gradients = jax.value_and_grad(net.log_count)(
         [m.astype(jnp.float32) for m in masks], counting, shardings
     )
@@ -127,7 +127,12 @@ def _direction(
         kernel = settled(fold(passing, layer.taps)) if layer.taps else passing
         node = settled(jnp.sum(kernel, layer.inputs, keepdims=True))
         push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
-        directions.append(((1 - alpha) + alpha * push) * g * jnp.sign(s))
+        slope = (1 - alpha) + alpha * push
+        if normalize:
+            copy = tuple(i for i in range(g.ndim) if i not in layer.stack)
+            mean = sum_over(slope * fold(g, layer.taps), copy) * (layer.copies / layer.size)
+            slope = slope * jnp.where(mean > 0, 1 / mean, 0.0)
+        directions.append(slope * g * jnp.sign(s))
         nodes.append(count_true(node > 0))
         kernels.append(count_true(kernel > 0))
     measured = {"log_paths": log_paths, "nodes": sum(nodes), "kernels": sum(kernels)}
@@ -159,9 +164,10 @@ class DPaI:
       gamma: how sharp the indicators of effective nodes and kernels are, positive (see `ascent`).
       counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
       steps: the largest number of steps T.
-      optimizer: makes the scores follow the direction of `ascent`: any optax optimiser. By default
-        `dpai_jax.normalized_sgd(0.01)`, plain ascent that moves the scores of each layer by 0.01 a
-        step on average. `optax.sgd(η)` is that of the paper's Algorithm 1.
+      optimizer: makes the scores follow the direction of `ascent`: any optax optimiser.
+      normalize: whether the direction of each layer is divided by its mean magnitude. By the
+        default, `optax.sgd(0.01)`, its scores then move by 0.01 a step on average; without,
+        `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
         any function that returns a pytree of the numbers for the layers, or
         `dpai_jax.weights_to_keep` for one threshold over all layers.
@@ -170,7 +176,7 @@ class DPaI:
       scores: pytree parallel to the parameters of the scores to start from; drawn from N(0, 1) if
         not given.
 
-    The published code's setting is `DPaI(optimizer=optax.adam(5e-3), steps=3000,
+    The published code's setting is `DPaI(optimizer=optax.adam(5e-3), normalize=False, steps=3000,
     tolerance=-math.inf, counting="exact")`. It has more paths in the end, through far fewer nodes
     and kernels.
 
@@ -188,6 +194,7 @@ class DPaI:
     counting: str = "mean_field"
     steps: int = 100
     optimizer: optax.GradientTransformation = _ASCENT
+    normalize: bool = True
     allocation: Allocation = erk
     tolerance: float = 0.01
     # A compiled step does not hang on where the scores start.
@@ -278,7 +285,7 @@ class DPaI:
         cut: Cut,
     ) -> tuple[_State, dict[str, Array]]:
         masks = kept(state.scores, cut, magnitude=True)
-        objective = _Objective(self.alpha, self.beta, self.gamma, self.counting)
+        objective = _Objective(self.alpha, self.beta, self.gamma, self.counting, self.normalize)
         directions, measured = _direction(net, objective, state.scores, masks, shardings)
         descent = jax.tree.map(jnp.negative, directions)
         # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.

@@ -28,10 +28,10 @@ Row = dict[str, Any]
 Jobs = Iterator[tuple[str, Callable[[], Row]]]
 """A title for each row, and what measures it."""
 
-ADAM = optax.adam(0.005)
-"""The published code's optimiser."""
+ADAM = dpai.DPaI(optimizer=optax.adam(0.005), normalize=False)
+"""DPaI by the published code's optimiser."""
 
-OPTIMIZERS = {"default": (dpai.DPaI.optimizer, 10), "adam": (ADAM, 26)}
+TIMED = {"default": (dpai.DPaI(), 10), "adam": (ADAM, 26)}
 """Those whose steps are timed, and the bytes that a step must move for each weight: the score, read
 and written as float32, and the mask; Adam's two moments besides."""
 
@@ -69,20 +69,28 @@ def quality(seeds: int) -> Jobs:
                 yield title, functools.partial(_quality, network, sparsity, seed)
 
 
-def _unstopped(optimizer: optax.GradientTransformation, steps: int) -> dpai.DPaI:
-    return dpai.DPaI(optimizer=optimizer, steps=steps, tolerance=-math.inf)
+def _unstopped(method: dpai.DPaI, steps: int) -> dpai.DPaI:
+    return dataclasses.replace(method, steps=steps, tolerance=-math.inf)
+
+
+def _adam(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
+    return dataclasses.replace(ADAM, optimizer=optax.adam(rate))
+
+
+def _ascent(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
+    return dpai.DPaI(optimizer=optax.sgd(rate))
 
 
 METHODS: Mapping[str, dpai.DPaI] = {
     "Adam .005, 3000 steps (published)": _unstopped(ADAM, 3000),
     "Adam .005, 300 steps": _unstopped(ADAM, 300),
-    "Adam .05, 300 steps": _unstopped(optax.adam(0.05), 300),
-    "Adam .1 to 0, 300 steps": _unstopped(optax.adam(optax.cosine_decay_schedule(0.1, 300)), 300),
-    "normalised .003, 100 steps": _unstopped(dpai.normalized_sgd(0.003), 100),
-    "normalised .01, 100 steps": _unstopped(dpai.DPaI.optimizer, 100),
-    "normalised .03, 100 steps": _unstopped(dpai.normalized_sgd(0.03), 100),
+    "Adam .05, 300 steps": _unstopped(_adam(0.05), 300),
+    "Adam .1 to 0, 300 steps": _unstopped(_adam(optax.cosine_decay_schedule(0.1, 300)), 300),
+    "normalised .003, 100 steps": _unstopped(_ascent(0.003), 100),
+    "normalised .01, 100 steps": _unstopped(dpai.DPaI(), 100),
+    "normalised .03, 100 steps": _unstopped(_ascent(0.03), 100),
     "normalised .02 to 0, 100 steps": _unstopped(
-        dpai.normalized_sgd(optax.linear_schedule(0.02, 0.0, 100)), 100
+        _ascent(optax.linear_schedule(0.02, 0.0, 100)), 100
     ),
     "default, from scores of U(-1, 1)": dpai.DPaI(),
     "default": dpai.DPaI(),
@@ -124,16 +132,16 @@ def _isolated(function: Callable[..., Row], *args: Any) -> Row:
 
 
 def _steps(network: Network, python: str | None) -> Row:
-    row: Row = {name: _isolated(_step, network, name) for name in OPTIMIZERS}
+    row: Row = {name: _isolated(_step, network, name) for name in TIMED}
     if python is not None:
         row["peer"] = _peer(python, "prune", network, "--sparsity", "0.9")
     return row
 
 
 def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) -> Row:
-    optimizer, least_bytes = OPTIMIZERS[name]
+    method, least_bytes = TIMED[name]
     fn, params, x = network.problem()
-    method = _unstopped(optimizer, steps)
+    method = _unstopped(method, steps)
     times: list[float] = []
 
     def run() -> dpai.Result:
