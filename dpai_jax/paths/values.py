@@ -221,7 +221,8 @@ def largest_entry(array: Array) -> Array:
 
     A CPU writes out what a reduction of one operand reduces, and clears fresh memory for that. One
     of two operands, both of which are of use, reads what they are made of. Along the last axis it
-    runs through memory, and what is left of the others is shared out among cores.
+    runs through memory, and what is left of the others is shared out among cores. The bits of the
+    positive numbers are in their order, and integers are compared many at a time.
     """
     most = least = lax.bitcast_convert_type(jnp.atleast_1d(array), jnp.int32)
     for axes in ((most.ndim - 1,), tuple(range(most.ndim - 1))):
