@@ -56,34 +56,34 @@ def _grid(title: str, columns: Columns, rows: Sequence[Row]) -> rich.table.Table
 
 
 def _step(rows: Sequence[Row]) -> rich.table.Table:
-    columns: dict[str, Callable[[Row], str]] = {
-        "network": lambda r: r["title"],
-        "weights": lambda r: f"{r['default']['weights']:,}",
-    }
+    def ratio(to: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[to] / r['seconds']['median']:.0f}" if r.get(to) else ""
 
-    def cell(name: str, key: str) -> Callable[[Row], str]:
-        return lambda r: f"{r[name][key]:.1f}"
+    def number(key: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[key]:.1f}" if key in r else ""
 
-    def milliseconds(name: str) -> Callable[[Row], str]:
-        return lambda r: _range(r[name]["seconds"], 1e-3, 1)
-
-    def faster(name: str) -> Callable[[Row], str]:
-        return lambda r: f"{_published(r) / r[name]['seconds']['median']:.0f}"
-
-    for name, title in (("default", "default"), ("adam", "Adam")):
-        columns[f"{title}\nms"] = milliseconds(name)
-        columns[f"{title}\n× memory"] = cell(name, "times_the_memory")
-        columns[f"{title}\nbytes"] = cell(name, "bytes_a_weight")
-    columns |= {
-        "PyTorch\nms": lambda r: _range(r["peer"], 1e-3, 0) if "peer" in r else "–",
-        "PyTorch\n/ Adam": lambda r: (
-            f"{r['peer']['median'] / r['adam']['seconds']['median']:.0f}" if "peer" in r else "–"
-        ),
-        "published\n/ default": faster("default"),
-        "published\n/ Adam": faster("adam"),
+    columns: Columns = {
+        "network": lambda r: r["network"],
+        "weights": lambda r: f"{r['weights']:,}",
+        "step": lambda r: r["step"],
+        "ms": lambda r: _range(r["seconds"], 1e-3, 1),
+        "× memory": number("times_the_memory"),
+        "bytes": number("bytes_a_weight"),
+        "PyTorch / it": ratio("peer"),
+        "published / it": ratio("published"),
     }
     title = "One step of DPaI, 90 %: milliseconds (least–most), bytes of memory a weight"
-    return _grid(title, columns, rows)
+    return _grid(title, columns, [step for row in rows for step in _steps(row)])
+
+
+def _steps(row: Row) -> list[Row]:
+    """The steps on one network: those of the library, and PyTorch's where it was there."""
+    shared = {"network": row["title"], "weights": row["default"]["weights"]}
+    seconds = {"published": _published(row), "peer": row.get("peer", {}).get("median")}
+    steps = [shared | seconds | {"step": name} | row[name] for name in tables.TIMED]
+    if "peer" in row:
+        steps.append(shared | {"step": "PyTorch", "seconds": row["peer"]})
+    return steps
 
 
 def _range(seconds: Mapping[str, float], unit: float, digits: int) -> str:
