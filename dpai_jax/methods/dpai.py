@@ -165,9 +165,9 @@ class DPaI:
       counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
       steps: the largest number of steps T.
       optimizer: makes the scores follow the direction of `ascent`: any optax optimiser.
-      normalize: whether the direction of each layer is divided by its mean magnitude. By the
-        default, `optax.sgd(0.01)`, its scores then move by 0.01 a step on average; without,
-        `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
+      normalize: whether the direction of each layer is first divided by its mean magnitude, so
+        that the default optimiser, `optax.sgd(0.01)`, moves its scores by 0.01 a step on average.
+        Without, `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
         any function that returns a pytree of the numbers for the layers, or
         `dpai_jax.weights_to_keep` for one threshold over all layers.
