@@ -75,6 +75,11 @@ def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
     return 2 * array.nbytes / call_seconds(step, repeats)["median"]
 
 
+def array_bytes() -> int:
+    """Returns the bytes of all of JAX's arrays that are held just now."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Returns by how much the memory of this process grows while it makes a call, at most.
 

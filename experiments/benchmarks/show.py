@@ -68,11 +68,12 @@ def _step(rows: Sequence[Row]) -> rich.table.Table:
         "step": lambda r: r["step"],
         "ms": lambda r: _range(r["seconds"], 1e-3, 1),
         "× memory": number("times_the_memory"),
-        "bytes": number("bytes_a_weight"),
+        "arrays": number("array_bytes_a_weight"),
+        "process": number("bytes_a_weight"),
         "PyTorch / it": ratio("peer"),
         "published / it": ratio("published"),
     }
-    title = "One step of DPaI, 90 %: milliseconds (least–most), bytes of memory a weight"
+    title = "One step of DPaI, 90 %: milliseconds (least–most), bytes a weight: arrays, process"
     return _grid(title, columns, [step for row in rows for step in _steps(row)])
 
 

@@ -143,15 +143,15 @@ def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) 
     fn, params, x = network.problem()
     method = _unstopped(method, steps)
     times: list[float] = []
+    arrays: list[int] = []
 
-    def run() -> dpai.Result:
-        times.clear()
-        return dpai.prune(
-            fn, params, x, sparsity, method, progress=lambda *_: times.append(time.perf_counter())
-        )
+    def run(look: Callable[[], None]) -> dpai.Result:
+        return dpai.prune(fn, params, x, sparsity, method, progress=lambda *_: look())
 
-    size = run().net.size
-    memory = clock.peak_bytes(run)
+    size = run(lambda: None).net.size
+    before = clock.array_bytes()
+    memory = clock.peak_bytes(lambda: run(lambda: arrays.append(clock.array_bytes() - before)))
+    run(lambda: times.append(time.perf_counter()))
     # Progress is told each ten steps, and waits for them. The first ones are still warming up.
     each = [float(seconds) / 10 for seconds in np.diff(times[1:])]
     seconds = clock.spread(each)
@@ -159,6 +159,7 @@ def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) 
     return {
         "weights": size,
         "seconds": seconds,
+        "array_bytes_a_weight": max(arrays) / size,
         "bytes_a_weight": memory / size,
         "bandwidth": bandwidth,
         "times_the_memory": seconds["median"] / (least_bytes * size / bandwidth),
