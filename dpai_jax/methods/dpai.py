@@ -177,8 +177,8 @@ class DPaI:
         not given.
 
     The published code's setting is `DPaI(optimizer=optax.adam(5e-3), normalize=False, steps=3000,
-    tolerance=-math.inf, counting="exact")`. At 97 % sparsity and less it ends with more paths,
-    through fewer nodes and kernels.
+    tolerance=-math.inf, counting="exact")`. At 97 % sparsity and less it ends with more paths
+    in a convolutional network, through half as many kernels.
 
     Raises:
       ValueError: if a number is out of its range.
