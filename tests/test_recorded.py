@@ -1,0 +1,28 @@
+"""The masks that each method gave when they were recorded, bit by bit, on one and eight devices."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import recorded
+
+FILE = Path(__file__).parent / "recorded_masks.npz"
+
+
+@pytest.fixture(scope="module")
+def masks():
+    with np.load(FILE) as archive:
+        return dict(archive)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("method", recorded.METHODS)
+@pytest.mark.parametrize("network", recorded.NETWORKS)
+@pytest.mark.filterwarnings("ignore:no path passes")
+def test_masks_are_those_recorded(network, method, masks):
+    for sparsity in recorded.SPARSITIES:
+        found = recorded.masks_of(network, method, sparsity, devices=1)
+        np.testing.assert_array_equal(found, masks[f"{network}/{method}/{sparsity}"])
+    on_eight = recorded.masks_of(network, method, sparsity, devices=8)
+    np.testing.assert_array_equal(on_eight, masks[f"{network}/{method}/{sparsity}"])
