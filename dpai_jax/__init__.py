@@ -10,8 +10,11 @@ One call turns a network function, its parameters and a sparsity into masks:
 64
 """
 
-from dpai_jax.allocation import er, erk, uniform, weights_to_keep
+from dpai_jax.allocation import er, erk, global_threshold, uniform, weights_to_keep
+from dpai_jax.counts import log_paths
+from dpai_jax.flax_nnx import from_nnx
 from dpai_jax.masks import apply_masks, binarize, shuffled
+from dpai_jax.measuring import LayerTopology, Topology, effective_weights, topology
 from dpai_jax.methods import (
     FORCE,
     IMP,
@@ -23,16 +26,18 @@ from dpai_jax.methods import (
     GraSP,
     IterativeSNIP,
     Magnitude,
+    Method,
+    Problem,
     ProsPr,
+    Pruned,
     Random,
     SynFlow,
     ascent,
 )
 from dpai_jax.optimizer import keep_pruned
-from dpai_jax.paths import Layer, Network, log_paths, trace
-from dpai_jax.prune import Result, prune
-from dpai_jax.repair import repair
-from dpai_jax.topology import LayerTopology, Topology, effective_weights, topology
+from dpai_jax.paths import Layer, Network, register_rule, trace
+from dpai_jax.pruning import Result, prune
+from dpai_jax.repairing import repair
 
 __all__ = [
     "FORCE",
@@ -47,8 +52,11 @@ __all__ = [
     "Layer",
     "LayerTopology",
     "Magnitude",
+    "Method",
     "Network",
+    "Problem",
     "ProsPr",
+    "Pruned",
     "Random",
     "Result",
     "SynFlow",
@@ -59,9 +67,12 @@ __all__ = [
     "effective_weights",
     "er",
     "erk",
+    "from_nnx",
+    "global_threshold",
     "keep_pruned",
     "log_paths",
     "prune",
+    "register_rule",
     "repair",
     "shuffled",
     "topology",

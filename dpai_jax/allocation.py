@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import jax
 import numpy as np
 
+from dpai_jax import checks, counts
 from dpai_jax.paths import Layer, Network
+from dpai_jax.tools.trees import check_structure
 
 PyTree = Any
+
+# How many weights to keep: a pytree parallel to the parameters with a number for each layer, or one
+# number for all layers together.
+Allocation = Callable[[Network, float], PyTree]
+
+# Checked numbers: a list over the layers, or one for all layers together.
+Keep = list[Any] | int
 
 
 def weights_to_keep(net: Network, sparsity: float) -> int:
     """The number of weights that a network keeps at a sparsity, `round((1 − sparsity)·N)`.
 
-    As the `allocation` of a method it leaves the choice to one threshold over all layers.
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 4))}, jnp.ones((1, 16)))
+      >>> dpai.weights_to_keep(net, 0.9)
+      6
 
     Args:
       net: the traced network.
@@ -28,10 +42,11 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
       The number of weights to keep.
 
     Raises:
+      TypeError: if `net` is not a network, or `sparsity` not a number.
       ValueError: if the sparsity is outside [0, 1), or keeps fewer weights than there are layers.
     """
-    if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}")
+    checks.network(net)
+    checks.number("sparsity", sparsity, "in [0, 1)", lambda s: 0 <= s < 1)
     # As a fraction of integers: a float32 product is off by one at 25 million weights.
     total = round((1 - Fraction(str(float(sparsity)))) * net.size)
     layers = sum(layer.copies for layer in net.layers)
@@ -41,6 +56,77 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
             f"layers ({layers}): each needs at least one"
         )
     return total
+
+
+def global_threshold(net: Network, sparsity: float) -> int:
+    """The allocation that leaves the choice to one threshold over all layers.
+
+    Args:
+      net: the traced network.
+      sparsity: fraction of all prunable weights to remove, in [0, 1).
+
+    Returns:
+      The number of weights to keep in all layers together, `weights_to_keep(net, sparsity)`.
+
+    Raises:
+      TypeError, ValueError: as `weights_to_keep`.
+    """
+    return weights_to_keep(net, sparsity)
+
+
+def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
+    """The numbers that an allocation gives, checked, layer by layer or for all layers.
+
+    Raises:
+      TypeError: if the allocation is not a function, or gives anything but integers.
+      ValueError: if they have another structure, do not sum to the number of weights to keep, or
+        ask more of a layer than it has.
+    """
+    checks.function("allocation", allocation, "allocation(net, sparsity)")
+    given = allocation(net, sparsity)
+    if is_total(given, net.treedef):
+        keep: Keep = checked_count(given, net.size, "all layers", "allocation").item()
+        total = keep
+    else:
+        keep = keep_of_layers(net, given, "allocation")
+        total = sum(int(np.sum(number)) for number in keep)
+    if total != (asked := weights_to_keep(net, sparsity)):
+        raise ValueError(
+            f"allocation must keep {asked} weights in all at sparsity {sparsity}, got {total}"
+        )
+    return keep
+
+
+def keep_of_layers(net: Network, keep: PyTree | int, argument: str = "keep") -> Any:
+    """Numbers of weights to keep, checked: a list over the layers, or one for all of them."""
+    if is_total(keep, net.treedef):
+        return checked_count(keep, net.size, "all layers", argument)
+    check_structure(keep, net.treedef, argument, "params")
+    return [
+        checked_count(number, layer.size, layer.name, argument)
+        for layer, number in zip(net.layers, net.leaves(keep), strict=True)
+    ]
+
+
+def is_total(keep: Any, treedef: Any) -> bool:
+    """Whether the number of weights to keep is one for all layers of a tree together."""
+    is_number = jax.tree_util.all_leaves([keep]) and np.ndim(keep) == 0
+    return is_number and jax.tree.structure(keep) != treedef
+
+
+def checked_count(keep: Any, size: int, name: str = "all layers", argument: str = "keep") -> Any:
+    """Numbers of weights to keep of `size`, one or one for each of several copies."""
+    if isinstance(keep, jax.core.Tracer):
+        return keep
+    numbers = np.asarray(keep)
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise TypeError(f"{argument} must hold integers, but has {checks.shown(keep)} for {name}")
+    most = size // max(numbers.size, 1)
+    if numbers.size and (numbers.min() < 0 or numbers.max() > most):
+        raise ValueError(
+            f"{argument} must be in [0, {most}] for {name}, got {checks.shown(numbers.tolist())}"
+        )
+    return numbers
 
 
 def er(net: Network, sparsity: float) -> PyTree:
@@ -62,14 +148,15 @@ def er(net: Network, sparsity: float) -> PyTree:
     References:
       Mocanu et al., Nature Communications 2018; Evci et al., Rigging the Lottery, ICML 2020.
     """
-    return _allocate(net, sparsity, [_features(layer) * _taps(layer) for layer in net.layers])
+    return _allocate(net, sparsity, lambda c: (c.inputs + c.outputs) * math.prod(c.taps))
 
 
 def erk(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer by the Erdős-Rényi-kernel rule.
 
     Density is proportional to (taps + in + out)/(taps·in·out), the sum over the product of a
-    kernel's axes, capped at one and solved again for the layers that are not full.
+    kernel's axes, capped at one and solved again for the layers that are not full. Weights that no
+    mask can make effective, such as those to features that nothing reads, get no share.
 
     Args:
       net: the traced network.
@@ -82,12 +169,12 @@ def erk(net: Network, sparsity: float) -> PyTree:
       The sum is exactly `round((1 − sparsity)·N)`, and at least one weight stays in each layer.
 
     Raises:
-      ValueError: if the sparsity is outside [0, 1), or keeps fewer weights than there are layers.
+      TypeError, ValueError: as `weights_to_keep`.
 
     References:
       Evci et al., Rigging the Lottery, ICML 2020; Mocanu et al., Nature Communications 2018.
     """
-    return _allocate(net, sparsity, [_kernel_sum(layer) for layer in net.layers])
+    return _allocate(net, sparsity, lambda c: c.inputs + c.outputs + sum(c.taps))
 
 
 def uniform(net: Network, sparsity: float) -> PyTree:
@@ -103,34 +190,61 @@ def uniform(net: Network, sparsity: float) -> PyTree:
     Raises:
       ValueError: as `erk`.
     """
-    return _allocate(net, sparsity, [layer.size // layer.copies for layer in net.layers])
+    return _allocate(net, sparsity, lambda c: c.size)
 
 
-def _kernel_sum(layer: Layer) -> int:
-    """The sum of a kernel's sizes: its taps along each axis, its inputs and its outputs."""
-    return sum(layer.shape[i] for i in layer.taps) + _features(layer)
+@dataclasses.dataclass(frozen=True)
+class _Capacity:
+    """What masks can make effective of one copy of a layer.
+
+    Attributes:
+      inputs, outputs: how many features have such a weight.
+      taps: for each axis over a filter's positions, how many have.
+      size: the number of such weights.
+    """
+
+    inputs: int
+    outputs: int
+    taps: tuple[int, ...]
+    size: int
 
 
-def _features(layer: Layer) -> int:
-    """The number of a kernel's input features and output features."""
-    inputs = math.prod(layer.shape[i] for i in layer.inputs)
-    return inputs + math.prod(layer.shape[i] for i in layer.outputs)
+def _capacities(layer: Layer, possible: np.ndarray) -> list[_Capacity]:
+    """The capacities of a layer's copies, from the weights that a mask can make effective."""
 
+    def used(flags: np.ndarray, axes: Sequence[int]) -> int:
+        others = tuple(i for i in range(flags.ndim) if i not in axes)
+        return int(np.count_nonzero(flags.any(others)))
 
-def _taps(layer: Layer) -> int:
-    return math.prod(layer.shape[i] for i in layer.taps)
-
-
-def _allocate(net: Network, sparsity: float, shares: Sequence[int]) -> PyTree:
-    total = weights_to_keep(net, sparsity)
-    single = [layer for layer in net.layers for _ in range(layer.copies)]
-    sizes = [layer.size // layer.copies for layer in single]
-    each = [
-        share for layer, share in zip(net.layers, shares, strict=True) for _ in range(layer.copies)
+    copies = np.moveaxis(possible, layer.stack, range(len(layer.stack)))
+    copies = copies.reshape(-1, *copies.shape[len(layer.stack) :])
+    kept = [i for i in range(possible.ndim) if i not in layer.stack]
+    inputs, outputs, taps = (
+        [kept.index(i) for i in axes] for axes in (layer.inputs, layer.outputs, layer.taps)
+    )
+    return [
+        _Capacity(
+            used(flags, inputs),
+            used(flags, outputs),
+            tuple(used(flags, [i]) for i in taps),
+            int(np.count_nonzero(flags)),
+        )
+        for flags in copies
     ]
-    keep = iter(apportion(total, each, sizes))
+
+
+def _allocate(net: Network, sparsity: float, share: Callable[[_Capacity], int]) -> PyTree:
+    total = weights_to_keep(net, sparsity)
+    pairs = zip(net.layers, counts.possible(net), strict=True)
+    capacities = [c for layer, flags in pairs for c in _capacities(layer, flags)]
+    sizes = [layer.size // layer.copies for layer in net.layers for _ in range(layer.copies)]
+    usable = [max(capacity.size, 1) for capacity in capacities]
+    # At low sparsities some of the weights that are kept cannot be effective.
+    if total <= sum(usable):
+        sizes = usable
+    parts = iter(apportion(total, [max(share(c), 1) for c in capacities], sizes))
     return net.tree(
-        [_per_copy(layer, [next(keep) for _ in range(layer.copies)]) for layer in net.layers], int
+        [_per_copy(layer, [next(parts) for _ in range(layer.copies)]) for layer in net.layers], int
     )
 
 

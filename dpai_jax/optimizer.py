@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpai_jax import checks
 from dpai_jax.masks import apply_masks, masked
+from dpai_jax.tools.trees import like_by_name, named_leaves
 
 PyTree = Any
 
@@ -21,7 +23,10 @@ def keep_pruned(
     Gradients of pruned weights are zeroed before the inner optimiser sees them, and its updates
     after: momentum, weight decay or orthogonalisation may bring them back in between. Parts of its
     state that are parallel to the parameters, such as moments, are zero there too. An update moves
-    a pruned weight to zero even if it was not zero before.
+    a pruned weight to zero even if it was not zero before; a NaN alone cannot be moved.
+
+    Masks fit trees by the names of the leaves: those of Flax NNX, whose optimiser hands over
+    variables at one time and arrays at another, need no conversion.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, dpai_jax as dpai
@@ -41,40 +46,47 @@ def keep_pruned(
       The wrapped optimiser. Its state is that of the inner one.
 
     Raises:
-      ValueError: from `init` and `update`, if masks and parameters do not fit.
-      TypeError: if a mask is not boolean.
+      TypeError: if `optimizer` is not an optax optimiser, or a mask not boolean.
+      ValueError: from `init` and `update`, if masks and parameters do not fit, or `update` is
+        called without `params`.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
-    structure: Any = jax.tree.structure(masks)
+    checks.optimizer("optimizer", optimizer)
+    if hasattr(masks, "masks"):
+        raise TypeError("masks must be a pytree of boolean masks, got a Result: pass its .masks")
+    for name, mask in named_leaves(masks)[0]:
+        checks.boolean(name, mask)
+    inner = optax.with_extra_args_support(optimizer)
 
-    def is_parallel(node: Any) -> bool:
-        return jax.tree.structure(node, is_leaf=_is_left_out) == structure
+    def mask_state(state: Any, like: PyTree, fitting: PyTree) -> Any:
+        structure: Any = jax.tree.structure(like)
 
-    def mask_state(state: Any) -> Any:
-        return jax.tree.map(
-            lambda node: (
-                jax.tree.map(_masked_moment, node, masks, is_leaf=_is_left_out)
-                if is_parallel(node)
-                else node
-            ),
-            state,
-            is_leaf=is_parallel,
-        )
+        def is_parallel(node: Any) -> bool:
+            return jax.tree.structure(node, is_leaf=_is_left_out) == structure
+
+        def mask_part(node: Any) -> Any:
+            if not is_parallel(node):
+                return node
+            return jax.tree.map(_masked_moment, node, fitting, is_leaf=_is_left_out)
+
+        return jax.tree.map(mask_part, state, is_leaf=is_parallel)
 
     def init(params: PyTree) -> Any:
-        return mask_state(optimizer.init(apply_masks(params, masks)))
+        fitting = like_by_name(masks, params, "masks", "params")
+        return mask_state(inner.init(apply_masks(params, fitting)), params, fitting)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, Any]:
-        gradients = apply_masks(updates, masks)
-        kept = None if params is None else apply_masks(params, masks)
-        updates, state = optimizer.update(gradients, state, kept, **extra)
         if params is None:
-            updates = apply_masks(updates, masks)
-        else:
-            updates = jax.tree.map(_to_zero, updates, params, masks)
-        return updates, mask_state(state)
+            raise ValueError("params must be given to update: call update(updates, state, params)")
+        fitting = like_by_name(masks, updates, "masks", "updates")
+        for_params = like_by_name(masks, params, "masks", "params")
+        kept = apply_masks(params, for_params)
+        updates, state = inner.update(apply_masks(updates, fitting), state, kept, **extra)
+        leaves, structure = jax.tree.flatten(updates)
+        triples = zip(leaves, jax.tree.leaves(params), jax.tree.leaves(for_params), strict=True)
+        moved = structure.unflatten([_to_zero(*triple) for triple in triples])
+        return moved, mask_state(state, updates, fitting)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

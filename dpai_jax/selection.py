@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.paths.sums import totals
+from dpai_jax.tools.sums import totals
 
 # Probes counted in one pass over the scores: those that part the room evenly, and those around the
 # rank to expect, in standard deviations of it.
@@ -77,7 +77,7 @@ def select(
       ValueError: if one threshold is to be for 2^32 weights or more.
     """
     cut = find_cut(scores, keep, near, magnitude=magnitude)
-    return kept(scores, cut, magnitude=magnitude), cut.thresholds
+    return apply_cut(scores, cut, magnitude=magnitude), cut.thresholds
 
 
 def find_cut(
@@ -116,7 +116,7 @@ def find_cut(
     return Cut(threshold, [(at[layer], ends[layer]) for layer in layers])
 
 
-def kept(scores: Sequence[Array], cut: Cut, *, magnitude: bool = False) -> list[Array]:
+def apply_cut(scores: Sequence[Array], cut: Cut, *, magnitude: bool = False) -> list[Array]:
     """The masks of scores by where they are cut, an elementwise function of them."""
     masks = []
     for score, (threshold, end) in zip(scores, cut.layers, strict=True):

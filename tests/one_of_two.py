@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 import dpai_jax as dpai
-from dpai_jax.paths.meshes import on_host
+from dpai_jax.tools.meshes import on_host
 from tests import sharded
 
 METHODS = {"dpai": dpai.DPaI(steps=12), "magnitude": dpai.Magnitude(), "random": dpai.Random()}

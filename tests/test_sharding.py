@@ -15,7 +15,7 @@ import dpai_jax as dpai
 from dpai_jax.methods import dpai as method
 from dpai_jax.methods import noise
 from dpai_jax.methods.noise import normal_scores
-from dpai_jax.paths.meshes import placed, shardings_of, whole_beside
+from dpai_jax.tools.meshes import placed, shardings_of, whole_beside
 from tests import sharded
 
 # The package's attribute of this name is the function.

@@ -1,5 +1,6 @@
 """Pruning methods, one file each."""
 
+from dpai_jax.methods.base import Method, Problem, Pruned
 from dpai_jax.methods.dpai import DPaI, ascent
 from dpai_jax.methods.force import FORCE
 from dpai_jax.methods.grasp import GraSP
@@ -24,7 +25,10 @@ __all__ = [
     "GraSP",
     "IterativeSNIP",
     "Magnitude",
+    "Method",
+    "Problem",
     "ProsPr",
+    "Pruned",
     "Random",
     "SynFlow",
     "ascent",

@@ -1,9 +1,14 @@
-"""What a pruning method is: a frozen dataclass of its settings with one function, `run`."""
+"""What a pruning method is: a frozen dataclass of its settings with one function, `run`.
+
+Inside, what belongs to the layers are plain lists, in the order of `net.layers`. `dpai_jax.prune`
+turns them into trees.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,19 +16,68 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dpai_jax import checks, counts
+from dpai_jax.allocation import Allocation, Keep, resolve
+from dpai_jax.masks import select_layers
 from dpai_jax.paths import Network
 
 PyTree = Any
-
-# How many weights to keep: a pytree parallel to the parameters with a number for each layer, or one
-# number for all layers together, and so one threshold.
-Allocation = Callable[[Network, float], PyTree]
 
 # A loss, `loss_fn(params, batch)`.
 Loss = Callable[[PyTree, PyTree], Array]
 
 # Called with the step, the number of steps, and what was measured there.
 Report = Callable[[int, int, Mapping[str, float]], None]
+
+# Of an iterator, which may never end, no more batches than this are read.
+MOST_BATCHES = 128
+
+
+class Data:
+    """The loss and the batches of a call of `prune`, read where a method first asks for them."""
+
+    def __init__(self, loss_fn: Loss | None, batches: Iterable[PyTree] | None):
+        self.loss_fn, self.batches = loss_fn, batches
+        self.is_used = False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the caller gave a loss or batches."""
+        return self.loss_fn is not None or self.batches is not None
+
+    def read(self, params: PyTree) -> tuple[Loss, Sequence[PyTree]]:
+        """The loss and the batches, checked."""
+        self.is_used = True
+        if self.loss_fn is None:
+            raise ValueError("loss_fn must be given to a method that prunes by a loss, got None")
+        checks.function("loss_fn", self.loss_fn, "loss_fn(params, batch)")
+        if self.batches is None or not isinstance(self.batches, list | tuple):
+            self.batches = _read(self.batches)
+        if not self.batches:
+            raise ValueError("batches must hold at least one batch for loss_fn, got none")
+        _check_loss(self.loss_fn, params, self.batches)
+        return self.loss_fn, self.batches
+
+
+def _read(batches: Any) -> Sequence[PyTree]:
+    is_array = hasattr(batches, "dtype")
+    if is_array or isinstance(batches, str | dict) or not isinstance(batches, Iterable | None):
+        raise TypeError(f"batches must be a list of batches, got {checks.shown(batches)}")
+    return tuple(itertools.islice(batches or (), MOST_BATCHES))
+
+
+def _check_loss(loss_fn: Loss, params: PyTree, batches: Sequence[PyTree]) -> None:
+    try:
+        loss = jax.eval_shape(loss_fn, params, batches[0])
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0][:120]
+        raise TypeError(
+            "loss_fn(params, batch) fails on the first of batches (a single batch (x, y) is given "
+            f"as [(x, y)]): {reason}"
+        ) from error
+    if not hasattr(loss, "shape") or loss.shape != ():
+        found = getattr(loss, "shape", type(loss).__name__)
+        raise TypeError(f"loss_fn must return a scalar, got {found}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +91,8 @@ class Problem:
       key: a random key.
       report: takes progress.
       fn: the network, `fn(params, x)`.
-      x: its input, of which only the shape is meant.
-      loss_fn: the loss, `loss_fn(params, batch)`, or nothing.
-      batches: the batches for it.
+      x: its input; only its shape and dtype are used.
+      given: the loss and the batches, if there are any.
     """
 
     net: Network
@@ -49,23 +102,16 @@ class Problem:
     report: Report
     fn: Callable[[PyTree, PyTree], PyTree]
     x: PyTree
-    loss_fn: Loss | None = None
-    batches: Sequence[PyTree] = ()
+    given: Data = dataclasses.field(default_factory=lambda: Data(None, None))
 
     def data(self) -> tuple[Loss, Sequence[PyTree]]:
         """The loss and the batches, for a method that prunes by them.
 
         Raises:
           ValueError: if they were not given.
+          TypeError: if they do not fit.
         """
-        if self.loss_fn is None or not self.batches:
-            missing = "loss_fn" if self.loss_fn is None else "batches"
-            given = "none" if self.loss_fn is None else "no batch"
-            raise ValueError(
-                f"this method prunes by loss_fn(params, batch) on batches, but {missing} holds "
-                f"{given}"
-            )
-        return self.loss_fn, self.batches
+        return self.given.read(self.params)
 
     def weights(self) -> list[Array]:
         """The layers' weights at initialisation.
@@ -77,29 +123,51 @@ class Problem:
         for layer, w in zip(self.net.layers, weights, strict=True):
             if isinstance(w, jax.ShapeDtypeStruct):
                 raise TypeError(
-                    f"this method prunes by the values of params, but {layer.name} is {w!r}"
+                    f"params must hold values for this method, but {layer.name} is {w!r}"
                 )
         return weights
+
+    def keep(self, allocation: Allocation, sparsity: float | None = None) -> Keep:
+        """The number of weights to keep in each layer, or one for all; checked.
+
+        Args:
+          allocation: a method's setting.
+          sparsity: the problem's if not given.
+
+        Raises:
+          TypeError, ValueError: if the allocation gives anything but such numbers.
+        """
+        return resolve(self.net, allocation, self.sparsity if sparsity is None else sparsity)
+
+    def select(self, scores: list[Array], keep: Keep) -> list[Array]:
+        """The masks that keep the weights of the highest scores.
+
+        Weights that no mask can make effective come last.
+        """
+        ranked = [
+            s if flags.all() else jnp.where(flags, s, -jnp.inf)
+            for s, flags in zip(scores, counts.possible(self.net), strict=True)
+        ]
+        return select_layers(ranked, keep)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """What a method gives back.
+    """What a method gives back; lists over the layers.
 
     Attributes:
-      masks: pytree of boolean masks parallel to the parameters.
-      scores: pytree of the scores that they were made of.
+      masks: the boolean masks.
+      scores: the scores that they were made of.
       history: arrays of one length, what was measured along the way; empty for one-shot methods.
       stopped: why it ended before its last step, or an empty string.
-      rank: makes the pytree by which weights are preferred, the highest first, for those who ask;
-        by the scores if not given.
+      rank: makes what weights are preferred by, the highest first; the scores if not given.
     """
 
-    masks: PyTree
-    scores: PyTree
+    masks: list[Array]
+    scores: list[Array]
     history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     stopped: str = ""
-    rank: Callable[[], PyTree] | None = None
+    rank: Callable[[], list[Array]] | None = None
 
 
 class Method(Protocol):
@@ -108,13 +176,3 @@ class Method(Protocol):
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network."""
         ...
-
-
-def numpy_generator(key: Array) -> np.random.Generator:
-    """NumPy's generator for a random key, for what is drawn on the host."""
-    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
-
-
-def score_tree(net: Network, scores: list[Array]) -> PyTree:
-    """The tree of scores that has these at the layers."""
-    return net.tree(scores, lambda: np.float32(0))

@@ -12,26 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Sharding
 
-from dpai_jax.allocation import erk
-from dpai_jax.masks import check_numbers, from_layers, is_total
-from dpai_jax.methods.base import Allocation, Problem, Pruned, score_tree
+from dpai_jax import checks, counts, selection
+from dpai_jax.allocation import erk, keep_of_layers
+from dpai_jax.methods.base import Allocation, Problem, Pruned
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.paths import Network
-from dpai_jax.paths.meshes import (
-    Shardings,
-    automatic,
-    laid_out,
-    placed,
-    placed_like,
-    shardings_of,
-    whole_beside,
-)
-from dpai_jax.paths.network import check_counting, check_parallel
-from dpai_jax.paths.sums import count_true, fold, settled, sum_over
-from dpai_jax.paths.trees import check_structure
-from dpai_jax.selection import Cut, as_count, find_cut, kept, select
+from dpai_jax.selection import Cut, as_count
+from dpai_jax.tools import meshes
+from dpai_jax.tools.signatures import Alike
+from dpai_jax.tools.sums import count_true, materialize, sum_over, sum_taps
 
 PyTree = Any
 
@@ -80,27 +70,31 @@ def ascent(
     References:
       DPaI (ICLR 2025), Algorithm 1, lines 5 to 8.
     """
-    leaves = [jnp.asarray(s) for s in check_parallel(net, scores, "scores")]
-    check_counting(counting)
-    objective = _Objective(alpha, beta, gamma, counting, normalize=False)
+    leaves = checks.scores(net, scores)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, jax.core.Tracer):
+            checks.number(name, value, *checks.FRACTION)
+    if not isinstance(gamma, jax.core.Tracer):
+        checks.number("gamma", gamma, *checks.POSITIVE)
+    checks.one_of("counting", counting, counts.COUNTINGS)
+    objective = Objective(alpha, beta, gamma, counting, normalize=False)
 
-    def direction(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
-        masks, _ = select(scores, keep, magnitude=True)
-        return _direction(net, objective, scores, masks)[0]
+    def run(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
+        masks, _ = selection.select(scores, keep, magnitude=True)
+        return direction(net, objective, scores, masks)[0]
 
-    return score_tree(net, automatic(direction, leaves, _counts(net, keep), like=leaves))
-
-
-def _counts(net: Network, keep: PyTree | int) -> list[Array] | Array:
-    """The numbers of weights to keep, layer by layer or in all."""
-    if is_total(keep, net.treedef):
-        return as_count(keep)
-    check_structure(keep, net.treedef, "keep", "params")
-    return [as_count(k) for k in net.leaves(keep)]
+    numbers = keep_of_layers(net, keep)
+    directions = meshes.auto_sharded(run, leaves, numbers, like=leaves)
+    return net.tree(directions, lambda: np.float32(0))
 
 
-class _Objective(NamedTuple):
-    """What the scores ascend (see `ascent`)."""
+class Objective(NamedTuple):
+    """What the scores ascend (see `ascent`).
+
+    Attributes:
+      alpha, beta, gamma, counting: as in `ascent`.
+      normalize: whether the direction of each layer is divided by its mean magnitude.
+    """
 
     alpha: float
     beta: float
@@ -109,28 +103,34 @@ class _Objective(NamedTuple):
     normalize: bool
 
 
-def _direction(
-    net: Network,
-    objective: _Objective,
-    scores: list[Array],
-    masks: list[Array],
-    shardings: Shardings = (),
+def direction(
+    net: Network, objective: Objective, scores: list[Array], masks: list[Array]
 ) -> tuple[list[Array], dict[str, Array]]:
-    """The direction at the masks of the scores, and what is measured there."""
+    """Algorithm 1, lines 6 to 8: the direction d at the masks of the scores (see `ascent`).
+
+    Args:
+      net: the traced network.
+      objective: what to ascend.
+      scores: a float32 array of each layer's shape.
+      masks: the boolean masks of the scores.
+
+    Returns:
+      The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
+    """
     alpha, beta, gamma, counting, normalize = objective
-    log_paths, gradients = jax.value_and_grad(net.log_count)(
-        [m.astype(jnp.float32) for m in masks], counting, shardings
+    log_paths, gradients = jax.value_and_grad(functools.partial(counts.log_count, net))(
+        [m.astype(jnp.float32) for m in masks], counting
     )
     directions, nodes, kernels = [], [], []
     for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
         passing = jnp.where(m, g, 0.0)
-        kernel = settled(fold(passing, layer.taps)) if layer.taps else passing
-        node = settled(jnp.sum(kernel, layer.inputs, keepdims=True))
+        kernel = materialize(sum_taps(passing, layer.taps)) if layer.taps else passing
+        node = materialize(jnp.sum(kernel, layer.inputs, keepdims=True))
         push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
         slope = (1 - alpha) + alpha * push
         if normalize:
             copy = tuple(i for i in range(g.ndim) if i not in layer.stack)
-            mean = sum_over(slope * fold(g, layer.taps), copy) * (layer.copies / layer.size)
+            mean = sum_over(slope * sum_taps(g, layer.taps), copy) * (layer.copies / layer.size)
             slope = slope * jnp.where(mean > 0, 1 / mean, 0.0)
         directions.append(slope * g * jnp.sign(s))
         nodes.append(count_true(node > 0))
@@ -147,7 +147,7 @@ def _slope(share: Array, gamma: Any) -> Array:
 
 
 class _State(NamedTuple):
-    """What the scores' steps hand on: pytrees over the layers."""
+    """What the scores' steps hand on, a list over the layers each."""
 
     scores: list[Array]
     optimizer: Any
@@ -159,7 +159,7 @@ class DPaI:
     """Differentiable Pruning at Initialization.
 
     Attributes:
-      alpha: weight of effective nodes and kernels against paths, in [0, 1]; 0 leaves paths alone.
+      alpha: weight of effective nodes and kernels against paths, in [0, 1]; 0 optimises paths only.
       beta: weight of kernels against nodes, in [0, 1]; 0 leaves kernels out, and 1 nodes.
       gamma: how sharp the indicators of effective nodes and kernels are, positive (see `ascent`).
       counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
@@ -170,18 +170,14 @@ class DPaI:
         Without, `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
         any function that returns a pytree of the numbers for the layers, or
-        `dpai_jax.weights_to_keep` for one threshold over all layers.
-      tolerance: ends before, when ten steps have raised log R_P by less than this fraction of it;
+        `dpai_jax.global_threshold` for one threshold over all layers.
+      tolerance: ends early, when ten steps have raised log R_P by less than this fraction of it;
         −inf never does.
       scores: pytree parallel to the parameters of the scores to start from; drawn from N(0, 1) if
         not given.
 
-    The published code's setting is `DPaI(optimizer=optax.adam(5e-3), normalize=False, steps=3000,
-    tolerance=-math.inf, counting="exact")`. At 97 % sparsity and less it ends with more paths
-    in a convolutional network, through half as many kernels.
-
     Raises:
-      ValueError: if a number is out of its range.
+      TypeError, ValueError: if a setting is of another type or out of its range.
 
     References:
       Xiang et al., DPaI: Differentiable Pruning at Initialization with Node-Path Balance
@@ -197,120 +193,114 @@ class DPaI:
     normalize: bool = True
     allocation: Allocation = erk
     tolerance: float = 0.01
-    # A compiled step does not hang on where the scores start.
     scores: PyTree = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not self.gamma > 0:
-            raise ValueError(f"gamma must be positive, got {self.gamma}")
-        check_counting(self.counting)
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if math.isnan(self.tolerance):
-            raise ValueError("tolerance must be a number, got nan")
+            checks.number(name, getattr(self, name), *checks.FRACTION)
+        checks.number("gamma", self.gamma, *checks.POSITIVE)
+        checks.one_of("counting", self.counting, counts.COUNTINGS)
+        checks.whole("steps", self.steps, 1)
+        checks.number("tolerance", self.tolerance)
+        checks.optimizer("optimizer", self.optimizer)
+        checks.function("allocation", self.allocation, "allocation(net, sparsity)")
+
+    @classmethod
+    def published(cls, **settings: Any) -> DPaI:
+        """The published code's setting: exact counts, 3000 steps of Adam at 0.005.
+
+        At 97 % sparsity and less it ends with more paths in a convolutional network, through half
+        as many kernels.
+
+        Args:
+          **settings: what else to set, as the attributes.
+
+        Returns:
+          The method.
+        """
+        adam = optax.adam(5e-3)
+        published = {"optimizer": adam, "normalize": False, "steps": 3000, "tolerance": -math.inf}
+        return cls(**{**published, "counting": "exact", **settings})
 
     def run(self, problem: Problem) -> Pruned:
-        """Prunes a network (see `dpai_jax.prune`)."""
+        """Prunes a network: Algorithm 1 (see `dpai_jax.prune`).
+
+        Args:
+          problem: the network and the sparsity.
+
+        Returns:
+          The masks and final scores; the history holds what was measured at the masks of each step.
+        """
         net = problem.net
-        counts = _counts(net, self.allocation(net, problem.sparsity))
+        keep = jax.tree.map(as_count, problem.keep(self.allocation))
         scores = self._start(problem)
-        masks = [jnp.zeros_like(s, bool) for s in scores]
-        state = _State(scores, self.optimizer.init(scores), masks)
-        thresholds = jnp.zeros((2, sum(k.size for k in jax.tree.leaves(counts))), jnp.uint32)
-        whole = whole_beside(scores)
-        state, counts, thresholds = placed((state, counts, thresholds), whole)
-        shardings = shardings_of(jax.tree.leaves(state))
+        state = _State(
+            scores, self.optimizer.init(scores), [jnp.zeros_like(s, bool) for s in scores]
+        )
+        thresholds = jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)
+        objective = Objective(self.alpha, self.beta, self.gamma, self.counting, self.normalize)
+        update = Alike(self.optimizer.update)
         measured: list[dict[str, Any]] = []
         stopped, paths = "", -math.inf
         for t in range(self.steps):
-            cut, thresholds = _cut(whole, state.scores, counts, thresholds)
-            state, numbers = self._step(net, shardings, state, cut)
+            cut, thresholds = _cut(net, state.scores, keep, thresholds)
+            state, numbers = _step(net, state, cut, objective=objective, update=update)
             measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
-                numbers = jax.device_get(measured[-1])
+                numbers = jax.device_get(numbers)
                 problem.report(t + 1, self.steps, numbers)
                 before, paths = paths, float(numbers["log_paths"])
                 if t % _READ_EVERY == 0 and paths - before < self.tolerance * abs(paths):
                     stopped = f"log-paths grew by {paths - before:.2g} in {_READ_EVERY} steps"
                     break
-        # One more look, at the masks of the final scores, which the step would move on.
-        scores = score_tree(net, jax.tree.map(jnp.copy, state.scores))
-        cut, _ = _cut(whole, state.scores, counts, thresholds)
-        state, numbers = self._step(net, shardings, state, cut)
-        measured.append(numbers)
-        masks = from_layers(net, state.masks)
+        scores = state.scores
         del state  # what the optimiser remembers is as large as all the rest
-        history = {
-            name: np.asarray(jax.device_get([numbers[name] for numbers in measured]))
-            for name in measured[0]
-        }
-        rank = functools.partial(jax.tree.map, jnp.abs, scores)
-        return Pruned(masks, scores, history, stopped, rank)
+        masks = _masks(net, scores, _cut(net, scores, keep, thresholds)[0])
+        history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
+        return Pruned(masks, scores, history, stopped, lambda: [jnp.abs(s) for s in scores])
 
     def _start(self, problem: Problem) -> list[Array]:
+        """The scores to start from; zero, the lowest magnitude, where no mask is effective."""
         net = problem.net
         if self.scores is None:
-            return net.leaves(normal_scores(net, problem.key, problem.params))
-        scores = check_parallel(net, self.scores, "scores")
-        for layer, s in zip(net.layers, scores, strict=True):
-            check_numbers(layer.name, s)
-        copies = [jnp.array(s, jnp.float32) for s in scores]
-        return placed_like(copies, net.leaves(problem.params))
-
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3, keep_unused=True)
-    def _step(
-        self,
-        net: Network,
-        shardings: Shardings,
-        state: _State,
-        cut: Cut,
-    ) -> tuple[_State, dict[str, Array]]:
-        """One step of Algorithm 1 by where the scores are cut, its state laid out as it was.
-
-        The masks of the step before lend the new ones their memory, and nothing else.
-        """
-        # The scores come first.
-        advance = functools.partial(self._advance, net, shardings[: len(net.layers)])
-        after, measured = automatic(advance, state, cut, like=(state, None))
-        return laid_out(after, shardings), measured
-
-    def _advance(
-        self,
-        net: Network,
-        shardings: Shardings,
-        state: _State,
-        cut: Cut,
-    ) -> tuple[_State, dict[str, Array]]:
-        masks = kept(state.scores, cut, magnitude=True)
-        objective = _Objective(self.alpha, self.beta, self.gamma, self.counting, self.normalize)
-        directions, measured = _direction(net, objective, state.scores, masks, shardings)
-        descent = jax.tree.map(jnp.negative, directions)
-        # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, optimizer = self.optimizer.update(descent, state.optimizer, state.scores)
-        scores = optax.apply_updates(state.scores, updates)
-        return _State(scores, optimizer, masks), measured
+            scores = normal_scores(net, problem.key, problem.params)
+        else:
+            scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
+            scores = meshes.device_put_like(scores, net.leaves(problem.params))
+        return [
+            s if flags.all() else jnp.where(flags, s, 0.0)
+            for s, flags in zip(scores, counts.possible(net), strict=True)
+        ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@meshes.program(layers=lambda scores, *_: scores)
 def _cut(
-    whole: Sharding | None,
-    scores: list[Array],
-    keep: list[Array] | Array,
-    thresholds: Array,
+    _: Network, scores: list[Array], keep: list[Array] | Array, thresholds: Array
 ) -> tuple[Cut, Array]:
-    """Where scores are cut, and the last two thresholds; whole on every device."""
+    """Line 5 of Algorithm 1: where the scores are cut, and the last two thresholds."""
+    # Extrapolate linearly from the last two thresholds.
+    before, last = thresholds[:1], thresholds[1:]
+    cut = selection.find_cut(scores, keep, last + (last - before), magnitude=True)
+    return cut, jnp.concatenate([last, cut.thresholds])
 
-    def find(
-        scores: list[Array], keep: list[Array] | Array, thresholds: Array
-    ) -> tuple[Cut, Array]:
-        # Thresholds go on as they went, more or less.
-        before, last = thresholds[:1], thresholds[1:]
-        cut = find_cut(scores, keep, last + (last - before), magnitude=True)
-        return cut, jnp.concatenate([last, cut.thresholds])
 
-    found = automatic(find, scores, keep, thresholds, like=None)
-    return laid_out(found, [whole] * len(jax.tree.leaves(found)))
+@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
+def _masks(_: Network, scores: list[Array], cut: Cut) -> list[Array]:
+    """The masks of the scores by where they are cut."""
+    return selection.apply_cut(scores, cut, magnitude=True)
+
+
+@meshes.program(
+    like=lambda state, _: (state, None), layers=lambda state, _: state.scores, donate=(0,)
+)
+def _step(
+    net: Network, state: _State, cut: Cut, *, objective: Objective, update: Alike
+) -> tuple[_State, dict[str, Array]]:
+    """Lines 5 to 8 of Algorithm 1. The last masks lend the new ones their memory, no more."""
+    masks = selection.apply_cut(state.scores, cut, magnitude=True)
+    directions, measured = direction(net, objective, state.scores, masks)
+    descent = jax.tree.map(jnp.negative, directions)
+    # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, memory = update(descent, state.optimizer, state.scores)
+    return _State(optax.apply_updates(state.scores, updates), memory, masks), measured

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Loss, Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, mean, one_shot, put
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import PyTree, check_allocation, mean, one_shot, put
 from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.signatures import Alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,39 +34,45 @@ class GraSP:
       Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020.
     """
 
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
+
+    def __post_init__(self) -> None:
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
         loss_fn, batches = problem.data()
         net, params, weights = problem.net, problem.params, problem.weights()
-        g = mean(_gradient(loss_fn, net, params, weights, batch) for batch in batches)
-        hg = mean(_product(loss_fn, net, params, weights, g, batch) for batch in batches)
+        loss = Alike(loss_fn)
+        g = mean(_gradient(net, params, weights, batch, loss_fn=loss) for batch in batches)
+        hg = mean(_product(net, params, weights, g, batch, loss_fn=loss) for batch in batches)
         saliencies = [
             w.astype(jnp.float32) * h.astype(jnp.float32) for w, h in zip(weights, hg, strict=True)
         ]
         return one_shot(problem, saliencies, self.allocation)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@meshes.program()
 def _gradient(
-    loss_fn: Loss, net: Network, params: PyTree, weights: list[Array], batch: PyTree
+    net: Network, params: PyTree, weights: list[Array], batch: PyTree, *, loss_fn: Alike
 ) -> list[Array]:
     return jax.grad(lambda w: loss_fn(put(net, params, w), batch))(weights)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@meshes.program()
 def _product(
-    loss_fn: Loss,
     net: Network,
     params: PyTree,
     weights: list[Array],
     direction: list[Array],
     batch: PyTree,
+    *,
+    loss_fn: Alike,
 ) -> list[Array]:
     """The Hessian of one batch's loss times a direction."""
 
     def gradient(weights: list[Array]) -> list[Array]:
-        return _gradient(loss_fn, net, params, weights, batch)
+        gradients: list[Array] = _gradient(net, params, weights, batch, loss_fn=loss_fn)
+        return gradients
 
     return jax.jvp(gradient, (weights,), (direction,))[1]

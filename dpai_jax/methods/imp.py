@@ -9,10 +9,12 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.masks import apply_masks, from_layers
-from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, gradual
+from dpai_jax import checks
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.masks import apply_masks
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import PyTree, check_allocation, gradual
+from dpai_jax.tools.trees import check_structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +46,12 @@ class IMP:
 
     train: Callable[[PyTree, PyTree], PyTree]
     fraction: float = 0.2
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
 
     def __post_init__(self) -> None:
-        if not callable(self.train):
-            raise TypeError(f"train must be a function train(params, masks), got {self.train!r}")
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"fraction must be in (0, 1), got {self.fraction}")
+        checks.function("train", self.train, "train(params, masks)")
+        checks.number("fraction", self.fraction, "in (0, 1)", lambda f: 0 < f < 1)
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`); the scores are |θ| as last trained."""
@@ -58,8 +59,9 @@ class IMP:
         net = problem.net
 
         def saliency(present: list[Array], _: int) -> list[Array]:
-            masks = from_layers(net, [m.astype(bool) for m in present])
+            masks = net.tree([m.astype(bool) for m in present], lambda: jnp.ones((), bool))
             trained = self.train(apply_masks(problem.params, masks), masks)
+            check_structure(trained, net.treedef, "what train returns", "params")
             return [jnp.abs(w).astype(jnp.float32) for w in net.leaves(trained)]
 
         # A hair less than the quotient, so that rounding makes no round of nothing.

@@ -6,9 +6,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import one_shot
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import check_allocation, one_shot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,14 +16,17 @@ class Magnitude:
     """Keeps the weights of the largest |θ|.
 
     Attributes:
-      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.weights_to_keep` for one
+      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.global_threshold` for one
         threshold over all layers, `dpai_jax.erk`, `dpai_jax.uniform` or the like for one a layer.
 
     References:
       Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015.
     """
 
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
+
+    def __post_init__(self) -> None:
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`); the scores are |θ|."""

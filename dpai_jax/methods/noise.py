@@ -1,4 +1,4 @@
-"""Normally distributed scores: of one key the same ones on any number of devices."""
+"""Normally distributed scores: the same for a key on any number of devices."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from jax import Array, lax
 from jax.extend.random import threefry2x32_p
 from jax.sharding import Sharding
 
-from dpai_jax.methods.base import score_tree
 from dpai_jax.paths import Network
-from dpai_jax.paths.meshes import automatic, shardings_of
+from dpai_jax.tools.meshes import auto_sharded, shardings_of
 
 PyTree = Any
 
 
-def normal_scores(net: Network, key: Array, params: PyTree) -> PyTree:
-    """Scores drawn from N(0, 1), layer by layer; 0 where nothing can be pruned.
+def normal_scores(net: Network, key: Array, params: PyTree) -> list[Array]:
+    """Scores drawn from N(0, 1), layer by layer.
 
     Args:
       net: the traced network.
@@ -31,24 +30,23 @@ def normal_scores(net: Network, key: Array, params: PyTree) -> PyTree:
       params: its parameters; the scores of a layer are sharded as its kernel is.
 
     Returns:
-      Pytree of float32 arrays, the same for any sharding.
+      A float32 array for each layer, the same for any sharding.
     """
     shardings = shardings_of(net.leaves(params))
     key = _threefry(key)
     if all(sharding is None for sharding in shardings):
-        return score_tree(net, _normal(tuple(layer.shape for layer in net.layers), key))
-    # As NumPy's, they are of every process and every mesh.
+        return _normal(tuple(layer.shape for layer in net.layers), key)
+    # NumPy arrays are taken by every process and every mesh.
     key_data = np.asarray(jax.random.key_data(key))
     starts = itertools.accumulate((layer.size for layer in net.layers), initial=0)
-    scores = [
+    return [
         _drawing(layer.shape, sharding)(key_data, _digits(np.asarray(start, np.uint64)))
         for layer, sharding, start in zip(net.layers, shardings, starts, strict=False)
     ]
-    return score_tree(net, scores)
 
 
 def _threefry(key: Array) -> Array:
-    """A key of the generator whose numbers can be had one by one."""
+    """A Threefry key, whose random bits can be drawn one by one."""
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
@@ -56,9 +54,12 @@ def _threefry(key: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _normal(shapes: tuple[tuple[int, ...], ...], key: Array) -> list[Array]:
-    # One draw for all layers: each draw of its own would take half a second to compile.
+    # One draw for all layers: each draw takes half a second to compile. On a mesh the bits are
+    # those of the partitionable layout, whatever the user's configuration.
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-    parts = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
+    with jax.threefry_partitionable(True):
+        noise = jax.random.normal(key, (ends[-1],), jnp.float32)
+    parts = jnp.split(noise, ends[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -66,7 +67,7 @@ def _normal(shapes: tuple[tuple[int, ...], ...], key: Array) -> list[Array]:
 def _drawing(shape: tuple[int, ...], sharding: Sharding | None) -> Callable[..., Array]:
     """Draws what `jax.random.normal` does from some place on, each device its own part."""
     draw = functools.partial(_normal_at, shape)
-    return jax.jit(functools.partial(automatic, draw, like=sharding), out_shardings=sharding)
+    return jax.jit(functools.partial(auto_sharded, draw, like=sharding), out_shardings=sharding)
 
 
 def _normal_at(shape: tuple[int, ...], key_data: Array, start: Array) -> Array:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy import optimize, sparse
 
-from dpai_jax.allocation import apportion, erk
-from dpai_jax.masks import from_layers
-from dpai_jax.methods.base import Allocation, Problem, Pruned, numpy_generator, score_tree
-from dpai_jax.paths import Layer, Network
-from dpai_jax.paths.trees import check_structure
+from dpai_jax import checks
+from dpai_jax.allocation import Allocation, apportion, erk
+from dpai_jax.counts import reached
+from dpai_jax.methods.base import Problem, Pruned, Report
+from dpai_jax.paths import Interpreter, KernelUse, Network, Spread
+from dpai_jax.paths.channels import numbered_weights
+from dpai_jax.tools.meshes import on_host
+from dpai_jax.tools.random import numpy_generator
 
 # Of more pairs of an input and an output feature, a layer is solved in chunks.
 _LARGE = 64 * 32
@@ -76,47 +74,56 @@ class NPB:
     allocation: Allocation = erk
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        if not self.beta >= 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+        checks.number("alpha", self.alpha, *checks.FRACTION)
+        checks.number("beta", self.beta, "that is not negative", lambda beta: beta >= 0)
+        checks.whole("chunk", self.chunk, 1)
+        checks.function("allocation", self.allocation, "allocation(net, sparsity)")
 
     def run(self, problem: Problem) -> Pruned:
-        """Prunes a network (see `dpai_jax.prune`). The scores are one where a weight is kept."""
-        net = problem.net
-        rng = numpy_generator(problem.key)
-        keep = self.allocation(net, problem.sparsity)
-        check_structure(keep, net.treedef, "allocation", "params")
-        counts = [np.ravel(k) for k in net.leaves(keep)]
-        masks = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
-        turns = list(_turns(net.layers))
-        for step, (i, copy) in enumerate(turns):
-            layer, chosen = net.layers[i], _by_features(net.layers[i], np.array(masks[i]))
-            incoming = _by_features(layer, np.asarray(_incoming(net, masks)[i]))[copy]
-            chosen[copy] = mask = self._solve(layer, incoming, int(counts[i][copy]), rng)
-            masks[i] = jnp.asarray(_as_kernel(layer, chosen))
-            kernels = mask.any(2)
-            numbers = {"nodes": int(kernels.any(0).sum()), "kernels": int(kernels.sum())}
-            problem.report(step + 1, len(turns), numbers)
-        scores = _moved(net, masks, rng)
-        # Where something is to choose further, as in a repair, all that is left is chance.
-        rank = [score + rng.random(score.shape, np.float32) for score in scores]
-        kept = from_layers(net, [score > 0 for score in scores])
-        return Pruned(kept, score_tree(net, scores), rank=lambda: score_tree(net, rank))
+        """Prunes a network (see `dpai_jax.prune`).
 
-    def _solve(
-        self, layer: Layer, incoming: np.ndarray, keep: int, rng: np.random.Generator
-    ) -> np.ndarray:
-        """The mask (inputs, outputs, taps) of a layer, from the paths that enter at each weight."""
-        inputs, outputs, taps = incoming.shape
+        Args:
+          problem: the network and the sparsity.
+
+        Returns:
+          The masks; the scores are one for a weight that is kept, else zero.
+
+        Raises:
+          ValueError: if the allocation gives one number for all layers.
+        """
+        net, rng = problem.net, numpy_generator(problem.key)
+        keep = problem.keep(self.allocation)
+        if not isinstance(keep, list):
+            raise ValueError(f"allocation must give a number for each layer, got {keep} for all")
+        masks = _Choice(self, net, keep, rng, problem.report).masks()
+        scores = _moved(net, masks, rng)
+        # Where something is to choose further, as in a repair, chance alone is left.
+        rank = [score + rng.random(score.shape, np.float32) for score in scores]
+        return Pruned([s > 0 for s in scores], scores, rank=lambda: rank)
+
+    def solve(self, incoming: np.ndarray, keep: int, rng: np.random.Generator) -> np.ndarray:
+        """The mask of a layer, from the paths that enter at each weight.
+
+        Args:
+          incoming: the paths, (groups, inputs, outputs, taps).
+          keep: how many weights to keep.
+          rng: the generator.
+
+        Returns:
+          float32 array of that shape.
+        """
+        n_groups, inputs, per_group, taps = incoming.shape
+        incoming = _by_outputs(incoming)
+        outputs = incoming.shape[1]
         if keep == 0:
-            return np.zeros(incoming.shape, np.float32)
-        group = _group_of_outputs(layer)
-        groups = range(group.max() + 1)
+            return np.zeros((n_groups, inputs, per_group, taps), np.float32)
+        group = np.arange(outputs) // per_group
+        groups = range(n_groups)
         paths = np.stack([incoming[:, group == g].mean((1, 2)) for g in groups])
         paths = np.where(paths > _ROUNDING * paths.max(), paths, 0) if paths.any() else paths + 1
+        # Numbers that differ by rounding alone are equal, on any machine.
+        mantissas, exponents = np.frexp(paths)
+        paths = np.ldexp(np.round(mantissas * 2**16) / 2**16, exponents)
         parts = min(-(-outputs // self.chunk), keep) if inputs * outputs > _LARGE else 1
         chunks = np.array_split(np.arange(outputs), parts)
         sizes = [inputs * taps * len(chunk) for chunk in chunks]
@@ -127,7 +134,92 @@ class NPB:
             rows = balanced(paths[list(members)], widths, taps, part, self.alpha, self.beta, rng)
             for (g, columns), row in zip(members.items(), rows, strict=True):
                 counts[:, columns] = _spread_over(row, paths[g], len(columns), rng)
-        return _placed(counts, incoming, rng)
+        mask = _placed(counts, incoming, rng).reshape(inputs, n_groups, per_group, taps)
+        return mask.swapaxes(0, 1)
+
+
+def _by_outputs(array: np.ndarray) -> np.ndarray:
+    """An array (..., groups, inputs, outputs, taps) with the outputs of all groups in one axis."""
+    array = array.swapaxes(-4, -3)
+    return array.reshape(*array.shape[:-3], -1, array.shape[-1])
+
+
+class _Choice:
+    """The layers' masks, each chosen where an evaluation of the network first meets its kernel.
+
+    What arrives there has passed the masks chosen before, so one evaluation serves all layers. It
+    runs operation by operation, not compiled, as each choice is made on the host.
+    """
+
+    def __init__(
+        self,
+        method: NPB,
+        net: Network,
+        keep: list[np.ndarray],
+        rng: np.random.Generator,
+        report: Report,
+    ):
+        self.method, self.net, self.rng, self.report = method, net, rng, report
+        sizes = [layer.size // layer.copies for layer in net.layers for _ in range(layer.copies)]
+        copies = [layer.copies for layer in net.layers]
+        # A slot is one copy of a layer, a range of the row of all weights.
+        self.ends = np.cumsum(sizes)
+        self.slots = [(i, copy) for i, n in enumerate(copies) for copy in range(n)]
+        self.keep = np.concatenate(
+            [np.broadcast_to(np.ravel(k), n) for k, n in zip(keep, copies, strict=True)]
+        )
+        self.kept = np.ones(net.size, np.float32)
+        self.waiting = dict.fromkeys(range(len(sizes)))
+
+    def masks(self) -> list[np.ndarray]:
+        """The layers' masks in float32."""
+        net = self.net.unrolled()
+        numbers, _ = numbered_weights(net, lambda use: use.weight.array)
+        self.numbers = iter(numbers)
+        ones = [np.ones(layer.shape, np.float32) for layer in net.layers]
+        net.evaluate(ones, Interpreter(net.gates, at_kernel=self._at_kernel))
+        self._choose(list(self.waiting), np.zeros(self.net.size, np.float32))
+        return self.net.unravel(self.kept)
+
+    def _at_kernel(self, use: KernelUse) -> Spread:
+        numbers = next(self.numbers)
+        if isinstance(use.flow.mantissa, jax.core.Tracer):  # within a loop
+            return use.count()
+        here = np.searchsorted(self.ends, np.unique(numbers[numbers >= 0]), side="right")
+        new = [slot for slot in dict.fromkeys(here.tolist()) if slot in self.waiting]
+        if new:
+            entering = np.zeros(self.net.size, np.float32)
+            entering[numbers[numbers >= 0]] = _entering(use)[numbers >= 0]
+            self._choose(new, entering)
+        chosen = np.where(numbers >= 0, self.kept[numbers], use.weight.array)
+        return use.contract(use.flow.spread, Spread(jnp.asarray(chosen), use.weight.shape))
+
+    def _choose(self, slots: list[int], entering: np.ndarray) -> None:
+        """Chooses the masks of some slots by the paths that enter at each weight."""
+        for slot in slots:
+            i, copy = self.slots[slot]
+            layer = self.net.layers[i]
+            incoming = layer.by_features(self.net.unravel(entering)[i])[copy]
+            masks = self.net.unravel(self.kept)
+            chosen = np.array(layer.by_features(masks[i]))
+            chosen[copy] = mask = self.method.solve(incoming, int(self.keep[slot]), self.rng)
+            masks[i] = layer.as_kernel(chosen)
+            self.kept = self.net.ravel(masks)
+            del self.waiting[slot]
+            kernels = mask.any(3)
+            numbers = {"nodes": int(kernels.any(1).sum()), "kernels": int(kernels.sum())}
+            self.report(len(self.slots) - len(self.waiting), len(self.slots), numbers)
+
+
+def _entering(use: KernelUse) -> np.ndarray:
+    """How many paths enter at each weight of a kernel, kept or not; the largest is one."""
+
+    def paths(weight: Array) -> Array:
+        return jnp.sum(use.contract(use.flow.spread, Spread(weight, use.weight.shape)).array)
+
+    entering = np.asarray(jax.grad(paths)(use.weight.array))
+    largest = entering.max(initial=0.0)
+    return entering / (largest if largest > 0 else np.float32(1))
 
 
 def balanced(
@@ -162,6 +254,8 @@ def balanced(
     Returns:
       (groups, inputs) numbers of weights that sum to `keep`.
     """
+    from scipy import optimize, sparse  # heavy, and needed here alone
+
     groups, inputs = paths.shape
     kernels = inputs * widths.sum()
     # Each term over its maximum, and all of them times the number of weights, so that the
@@ -226,21 +320,28 @@ def _placed(counts: np.ndarray, incoming: np.ndarray, rng: np.random.Generator) 
     return mask
 
 
-def _moved(net: Network, masks: list[Array], rng: np.random.Generator) -> list[Array]:
+def _moved(net: Network, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
     """The masks with weights that no path passes at places where one does, as far as there are."""
     moves = 1
     while moves:
         moves = 0
-        effective = [m * r for m, r in zip(masks, _reached(net, masks), strict=True)]
+        effective = [m.astype(bool) & r for m, r in zip(masks, _reached(net, masks), strict=True)]
         # A place must not count on a weight that is to leave.
-        reached = _reached(net, effective)
+        places = _reached(net, effective)
         for i, layer in enumerate(net.layers):
-            views = (_by_features(layer, np.array(x[i])) for x in (masks, effective, reached))
-            copies, *rest = views
-            for kept, live, place in zip(copies, *rest, strict=True):
-                moves += _move(kept, live > 0, place > 0, rng)
-            masks = [*masks[:i], jnp.asarray(_as_kernel(layer, copies)), *masks[i + 1 :]]
+            kept = np.array(layer.by_features(masks[i]))
+            views = (kept, layer.by_features(effective[i]), layer.by_features(places[i]))
+            for copy, (mask, live, place) in enumerate(zip(*map(_by_outputs, views), strict=True)):
+                moves += _move(mask, live, place, rng)
+                inputs, groups = kept.shape[2], kept.shape[1]
+                mask = mask.reshape(inputs, groups, -1, mask.shape[2])
+                kept[copy] = mask.swapaxes(0, 1)
+            masks = [*masks[:i], layer.as_kernel(kept), *masks[i + 1 :]]
     return masks
+
+
+def _reached(net: Network, masks: list[np.ndarray]) -> list[np.ndarray]:
+    return [on_host(r) for r in reached(net, [m.astype(bool) for m in masks])]
 
 
 def _move(
@@ -257,57 +358,3 @@ def _move(
     kept[tuple(rng.permutation(dead)[:moves].T)] = 0
     kept[tuple(free[order[:moves]].T)] = 1
     return moves
-
-
-def _turns(layers: tuple[Layer, ...]) -> Iterator[tuple[int, int]]:
-    """Layers and copies in the order in which an input passes them.
-
-    Of layers in a row of which there are equally many copies all first copies come first.
-    """
-    for copies, run in itertools.groupby(range(len(layers)), lambda i: layers[i].copies):
-        members = list(run)
-        yield from ((i, copy) for copy in range(copies) for i in members)
-
-
-def _group_of_outputs(layer: Layer) -> np.ndarray:
-    """The group of each output feature."""
-    sizes = [layer.shape[i] for i in layer.outputs]
-    if layer.groups in sizes:
-        # The groups are an axis of their own, as those of a batched product.
-        return np.indices(sizes)[sizes.index(layer.groups)].ravel()
-    outputs = math.prod(sizes)
-    groups = layer.groups if outputs % layer.groups == 0 else 1
-    return np.arange(outputs) // (outputs // groups)
-
-
-def _axes(layer: Layer) -> tuple[list[int], list[int]]:
-    """A kernel's axes by what they are, and its sizes as (stack, inputs, outputs, taps)."""
-    order: list[int] = []
-    sizes: list[int] = []
-    for axes in (layer.stack, layer.inputs, layer.outputs, range(len(layer.shape))):
-        new = [i for i in axes if i not in order]
-        order += new
-        sizes.append(math.prod(layer.shape[i] for i in new))
-    return order, sizes
-
-
-def _by_features(layer: Layer, kernel: np.ndarray) -> np.ndarray:
-    """A kernel as (stack, inputs, outputs, taps)."""
-    axes, sizes = _axes(layer)
-    return kernel.transpose(axes).reshape(sizes)
-
-
-def _as_kernel(layer: Layer, array: np.ndarray) -> np.ndarray:
-    """The inverse of `_by_features`."""
-    axes, _ = _axes(layer)
-    return array.reshape([layer.shape[i] for i in axes]).transpose(np.argsort(axes))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _incoming(net: Network, masks: list[Array]) -> list[Array]:
-    return net.incoming(masks)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reached(net: Network, masks: list[Array]) -> list[Array]:
-    return net.reached(masks)

@@ -10,15 +10,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, exponential, gradual, put, scaled
+from dpai_jax import checks
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import (
+    PyTree,
+    check_allocation,
+    exponential,
+    gradual,
+    put,
+    scaled,
+)
 from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.signatures import Alike
 
 
 @dataclasses.dataclass(frozen=True)
 class NTKSAP:
-    """Keeps the weights on which the output's response to a change of the weights hangs most.
+    """Keeps the weights that the output's response to a change of the weights depends on most.
 
     The score is |∂/∂m ‖f(x; θ⊙m) − f(x; (θ + εz)⊙m)‖²|, an estimate of a weight's part in the trace
     of the neural tangent kernel, with x and z drawn from N(0, 1). Each step draws x, z and the
@@ -44,13 +54,14 @@ class NTKSAP:
     steps: int = 100
     epsilon: float = 1e-2
     init: Callable[[Array], PyTree] | None = None
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+        checks.whole("steps", self.steps, 1)
+        checks.number("epsilon", self.epsilon, *checks.POSITIVE)
+        if self.init is not None:
+            checks.function("init", self.init, "init(key)")
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`).
@@ -61,7 +72,7 @@ class NTKSAP:
         problem.weights()
         for leaf in jax.tree.leaves(problem.x):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise ValueError(f"NTKSAP draws x from N(0, 1), but x has the dtype {leaf.dtype}")
+                raise ValueError(f"x must be floating, as NTKSAP draws it, but is {leaf.dtype}")
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem.x)
         net = problem.net
 
@@ -74,22 +85,23 @@ class NTKSAP:
                 params = self.init(drawn)
             x = _normal_like(inputs, shapes)
             z = _normal_like(noise, net.leaves(params))
-            return _response(problem.fn, net, params, z, self.epsilon, x, masks)
+            return _response(net, params, z, self.epsilon, x, masks, fn=Alike(problem.fn))
 
         return gradual(
             problem, saliency, exponential(problem.sparsity, self.steps), self.allocation
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@meshes.program()
 def _response(
-    fn: Callable[[PyTree, PyTree], PyTree],
     net: Network,
     params: PyTree,
     z: list[Array],
     epsilon: float,
     x: PyTree,
     masks: list[Array],
+    *,
+    fn: Alike,
 ) -> list[Array]:
     weights = net.leaves(params)
     moved = [w + jnp.asarray(epsilon, w.dtype) * d for w, d in zip(weights, z, strict=True)]

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpai_jax.allocation import weights_to_keep
-from dpai_jax.masks import from_layers
-from dpai_jax.methods.base import Problem, Pruned, Report, numpy_generator, score_tree
+from dpai_jax.measuring import effective
+from dpai_jax.methods.base import Problem, Pruned, Report
 from dpai_jax.paths import Network
 from dpai_jax.paths.channels import Channels, channels
-from dpai_jax.topology import effective_weights
+from dpai_jax.tools.meshes import on_host
+from dpai_jax.tools.random import numpy_generator
 
 # Walks drawn at once, half of them in each direction.
 _WALKS = 4096
@@ -71,7 +72,7 @@ class PHEW:
         """
         net = problem.net
         keep = weights_to_keep(net, problem.sparsity)
-        strength = _joined(_magnitudes(problem))
+        strength = net.ravel(_magnitudes(problem))
         on_path = _effective(net, np.ones(net.size, bool))
         graph = channels(net)
         kernels = tuple(np.where(on_path[k], k, k.dtype.type(-1)) for k in graph.kernels)
@@ -88,9 +89,8 @@ class PHEW:
             _walk(walks, passes, keep, history, problem.report)
         if missing := keep - np.count_nonzero(passes):
             passes[np.lexsort((-strength, ~on_path, passes > 0))[:missing]] = 0.5
-        scores = [jnp.asarray(part) for part in _split(net, passes)]
-        masks = from_layers(net, [score > 0 for score in scores])
-        return Pruned(masks, score_tree(net, scores), {"weights": np.asarray(history[1:])})
+        scores = [jnp.asarray(part) for part in net.unravel(passes)]
+        return Pruned([s > 0 for s in scores], scores, {"weights": np.asarray(history[1:])})
 
 
 def _magnitudes(problem: Problem) -> list[np.ndarray]:
@@ -101,22 +101,15 @@ def _magnitudes(problem: Problem) -> list[np.ndarray]:
     """
     magnitudes = []
     for layer, weights in zip(problem.net.layers, problem.weights(), strict=True):
-        magnitudes.append(np.abs(np.asarray(weights.astype(jnp.float32))))
+        magnitudes.append(np.abs(on_host(weights).astype(np.float32)))
         if not np.all(np.isfinite(magnitudes[-1])):
             raise ValueError(f"params must be finite, but {layer.name} is not")
     return magnitudes
 
 
-def _split(net: Network, array: np.ndarray) -> list[np.ndarray]:
-    """What is given for all weights in one, by layers."""
-    parts = np.split(array, np.cumsum([layer.size for layer in net.layers])[:-1])
-    return [part.reshape(layer.shape) for part, layer in zip(parts, net.layers, strict=True)]
-
-
 def _effective(net: Network, kept: np.ndarray) -> np.ndarray:
-    """Which of the weights kept a path passes."""
-    masks = from_layers(net, [jnp.asarray(part) for part in _split(net, kept)])
-    return _joined(jax.device_get(net.leaves(effective_weights(net, masks))))
+    """Which of the weights kept a path passes; both rows of all weights."""
+    return net.ravel(jax.device_get(effective(net, net.unravel(kept))))
 
 
 def _batches(graph: Channels, strength: np.ndarray, key: jax.Array) -> Iterator[np.ndarray]:

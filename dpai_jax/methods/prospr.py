@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Loss, Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, one_shot, scaled
+from dpai_jax import checks
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import PyTree, check_allocation, one_shot, scaled
 from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.signatures import Alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,12 @@ class ProsPr:
 
     steps: int = 3
     learning_rate: float = 0.1
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        checks.whole("steps", self.steps, 1)
+        checks.number("learning_rate", self.learning_rate, *checks.POSITIVE)
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
@@ -52,14 +54,14 @@ class ProsPr:
         problem.weights()
         needed = [batches[i % len(batches)] for i in range(self.steps + 1)]
         saliencies = _meta_gradient(
-            loss_fn, problem.net, problem.params, needed, self.learning_rate
+            problem.net, problem.params, needed, self.learning_rate, loss_fn=Alike(loss_fn)
         )
         return one_shot(problem, saliencies, self.allocation)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@meshes.program()
 def _meta_gradient(
-    loss_fn: Loss, net: Network, params: PyTree, batches: list[PyTree], learning_rate: float
+    net: Network, params: PyTree, batches: list[PyTree], learning_rate: float, *, loss_fn: Alike
 ) -> list[Array]:
     # Recomputed on the way back, so that one step's activations are held at a time.
     @jax.checkpoint
@@ -79,5 +81,5 @@ def _meta_gradient(
         trained = functools.reduce(step, batches[:-1], scaled(net, params, masks))
         return loss_fn(trained, batches[-1])
 
-    ones = [jnp.ones(layer.shape) for layer in net.layers]
-    return [jnp.abs(g) for g in jax.grad(loss_after)(ones)]
+    ones = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
+    return [jnp.abs(g).astype(jnp.float32) for g in jax.grad(loss_after)(ones)]

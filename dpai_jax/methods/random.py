@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from dpai_jax.allocation import erk
-from dpai_jax.masks import binarize
-from dpai_jax.methods.base import Allocation, Problem, Pruned
+from dpai_jax.allocation import Allocation, erk
+from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.methods.noise import normal_scores
 
 
@@ -27,6 +26,5 @@ class Random:
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
-        keep = self.allocation(problem.net, problem.sparsity)
         scores = normal_scores(problem.net, problem.key, problem.params)
-        return Pruned(binarize(scores, keep), scores)
+        return Pruned(problem.select(scores, problem.keep(self.allocation)), scores)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.masks import binarize, ones
-from dpai_jax.methods.base import Allocation, Loss, Problem, Pruned, score_tree
+from dpai_jax import checks
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.signatures import Alike
 
 PyTree = Any
 
@@ -26,9 +27,8 @@ Saliency = Callable[[list[Array], int], list[Array]]
 
 def one_shot(problem: Problem, saliencies: list[Array], allocation: Allocation) -> Pruned:
     """Keeps the weights of the highest saliencies."""
-    check(problem.net, saliencies)
-    scores = score_tree(problem.net, saliencies)
-    return Pruned(binarize(scores, allocation(problem.net, problem.sparsity)), scores)
+    check(problem, saliencies)
+    return Pruned(problem.select(saliencies, problem.keep(allocation)), saliencies)
 
 
 def gradual(
@@ -51,22 +51,26 @@ def gradual(
     Returns:
       The masks, and the scores of the last step; the history holds the weights kept by each step.
     """
-    net = problem.net
-    masks, kept = ones(net, problem.params), []
+    masks, kept = [m > 0 for m in ones(problem)], []
     for t, sparsity in enumerate(sparsities):
-        present = [m.astype(jnp.float32) for m in net.leaves(masks)]
-        saliencies = saliency(present, t)
-        check(net, saliencies, warn=t == 0)
+        present = [m.astype(jnp.float32) for m in masks]
+        scores = saliency(present, t)
+        check(problem, scores, warn=t == 0)
         if not revive:
-            saliencies = [
-                jnp.where(m > 0, s, -jnp.inf) for m, s in zip(present, saliencies, strict=True)
-            ]
-        scores = score_tree(net, saliencies)
-        keep = allocation(net, sparsity)
-        masks = binarize(scores, keep)
+            scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
+        keep = problem.keep(allocation, sparsity)
+        masks = problem.select(scores, keep)
         kept.append(sum(int(np.sum(k)) for k in jax.tree.leaves(keep)))
         problem.report(t + 1, len(sparsities), {"weights": kept[-1]})
     return Pruned(masks, scores, {"weights": np.asarray(kept)})
+
+
+def ones(problem: Problem) -> list[Array]:
+    """The layers' masks before pruning in float32, sharded as the weights are."""
+    net = problem.net
+    arrays = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
+    placed: list[Array] = meshes.device_put_like(arrays, net.leaves(problem.params))
+    return placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +78,11 @@ class InSteps:
     """The settings of a method that prunes in steps of falling density."""
 
     steps: int = 100
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        checks.whole("steps", self.steps, 1)
+        check_allocation(self.allocation)
 
 
 def exponential(sparsity: float, steps: int) -> list[float]:
@@ -86,19 +90,26 @@ def exponential(sparsity: float, steps: int) -> list[float]:
     return [1 - (1 - sparsity) ** (t / steps) for t in range(1, steps)] + [sparsity]
 
 
-def check(net: Network, saliencies: list[Array], *, warn: bool = True) -> None:
+def check_allocation(allocation: Any) -> None:
+    """Checks a method's setting `allocation`."""
+    checks.function("allocation", allocation, "allocation(net, sparsity)")
+
+
+def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> None:
     """Refuses saliencies that are no numbers, and warns of layers where all of them are zero.
 
     Raises:
       ValueError: if one is NaN.
     """
     flags = jax.device_get(_flags(saliencies))
-    for layer, (is_nan, _) in zip(net.layers, flags, strict=True):
+    layers = problem.net.layers
+    for layer, (is_nan, _) in zip(layers, flags, strict=True):
         if is_nan:
+            culprit = "loss_fn" if problem.given.is_used else "params"
             raise ValueError(
-                f"the saliency of a weight of {layer.name} is NaN: is the loss finite at params?"
+                f"{culprit} must be finite, but the saliency of a weight of {layer.name} is NaN"
             )
-    silent = [layer.name for layer, (_, zero) in zip(net.layers, flags, strict=True) if zero]
+    silent = [layer.name for layer, (_, zero) in zip(layers, flags, strict=True) if zero]
     if warn and silent:
         warnings.warn(
             f"all saliencies are 0 in {', '.join(silent)}, as next to kernels that are zero at "
@@ -130,17 +141,18 @@ def mask_gradient(problem: Problem, masks: list[Array]) -> list[Array]:
     """∂L/∂m at these masks, the mean over all batches."""
     loss_fn, batches = problem.data()
     problem.weights()
-    gradients = (
-        _mask_gradient(loss_fn, problem.net, problem.params, masks, batch) for batch in batches
+    loss = Alike(loss_fn)
+    return mean(
+        _mask_gradient(problem.net, problem.params, masks, batch, loss_fn=loss) for batch in batches
     )
-    return mean(gradients)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@meshes.program()
 def _mask_gradient(
-    loss_fn: Loss, net: Network, params: PyTree, masks: list[Array], batch: PyTree
+    net: Network, params: PyTree, masks: list[Array], batch: PyTree, *, loss_fn: Alike
 ) -> list[Array]:
-    return jax.grad(lambda m: loss_fn(scaled(net, params, m), batch))(masks)
+    gradients = jax.grad(lambda m: loss_fn(scaled(net, params, m), batch))(masks)
+    return [g.astype(jnp.float32) for g in gradients]
 
 
 def mean(trees: Any) -> Any:

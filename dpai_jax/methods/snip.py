@@ -7,9 +7,17 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import weights_to_keep
-from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.saliency import InSteps, exponential, gradual, mask_gradient, one_shot
+from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.saliency import (
+    InSteps,
+    check_allocation,
+    exponential,
+    gradual,
+    mask_gradient,
+    one_shot,
+    ones,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,19 +28,21 @@ class SNIP:
     normalised.
 
     Attributes:
-      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.weights_to_keep` for one
+      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.global_threshold` for one
         threshold over all layers, `dpai_jax.erk` or the like for one a layer.
 
     References:
       Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019.
     """
 
-    allocation: Allocation = weights_to_keep
+    allocation: Allocation = global_threshold
+
+    def __post_init__(self) -> None:
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
-        masks = [jnp.ones(layer.shape) for layer in problem.net.layers]
-        return one_shot(problem, sensitivity(problem, masks), self.allocation)
+        return one_shot(problem, sensitivity(problem, ones(problem)), self.allocation)
 
 
 def sensitivity(problem: Problem, masks: list[Array]) -> list[Array]:

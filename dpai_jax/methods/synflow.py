@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dpai_jax import counts
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.methods.saliency import InSteps, exponential, gradual
 from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,8 @@ class SynFlow(InSteps):
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@meshes.program(like=lambda _, masks: masks, layers=lambda _, masks: masks)
 def _flow(net: Network, weights: list[Array], masks: list[Array]) -> list[Array]:
     strengths = [jnp.abs(w).astype(jnp.float32) * m for w, m in zip(weights, masks, strict=True)]
-    gradients = jax.grad(net.log_count)(strengths)
+    gradients = jax.grad(functools.partial(counts.log_count, net))(strengths, "exact")
     return [s * g for s, g in zip(strengths, gradients, strict=True)]

@@ -5,19 +5,25 @@ kernels and ones in place of the input, every primitive replaced by what it does
 paths, and the result is again an ordinary JAX function of the masks.
 """
 
+from dpai_jax.paths.counting import EXACT, MEAN_FIELD, REACH, Counting
 from dpai_jax.paths.interpreter import Interpreter, register_rule
-from dpai_jax.paths.network import Layer, Network, log_paths, trace
+from dpai_jax.paths.kernels import KernelUse
+from dpai_jax.paths.network import Layer, Network, trace
 from dpai_jax.paths.values import Flow, Free, Spread, Weight
 
 __all__ = [
+    "EXACT",
+    "MEAN_FIELD",
+    "REACH",
+    "Counting",
     "Flow",
     "Free",
     "Interpreter",
+    "KernelUse",
     "Layer",
     "Network",
     "Spread",
     "Weight",
-    "log_paths",
     "register_rule",
     "trace",
 ]

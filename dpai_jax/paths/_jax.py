@@ -6,17 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import Primitive, primitives
-
-
-def find_primitives(names: str) -> tuple[Primitive, ...]:
-    """The primitives of these names (between spaces) that this release of JAX has."""
-    found = (
-        getattr(primitives, f"{name}_p", getattr(lax, f"{name}_p", None)) for name in names.split()
-    )
-    return tuple(primitive for primitive in found if primitive is not None)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dpai_jax.paths.following import Following
+from dpai_jax.paths.counting import Reach
+from dpai_jax.paths.interpreter import Interpreter
+from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import Network
-from dpai_jax.paths.values import Shape
+from dpai_jax.paths.values import Flow, Shape, Spread
 
 # Features followed at once.
 _TOGETHER = 128
@@ -87,7 +89,7 @@ def channels(net: Network) -> Channels:
 
     Other factors of a product count as alive, so a feature that a gate or attention's logits are
     made of leads wherever the product does. What is uniform along positions is held once, so the
-    cost hangs on the number of features, hardly on the size of the maps.
+    cost depends on the number of features and hardly on the size of the maps.
 
     Args:
       net: the traced network.
@@ -95,7 +97,9 @@ def channels(net: Network) -> Channels:
     Returns:
       The graph.
     """
-    kernels, mixed = _kernels(net)
+    # Each step of a scan is a use of its own.
+    net = net.unrolled()
+    kernels, mixed = numbered_weights(net, KernelUse.kernel)
     outputs = sum(k.shape[0] * k.shape[2] for k in kernels)
     inputs = sum(k.shape[0] * k.shape[1] for k in kernels)
     follow = _follow(net, [k.shape for k in kernels], mixed)
@@ -110,37 +114,61 @@ def channels(net: Network) -> Channels:
     entered = np.zeros(inputs, bool)
     entered[read[written == outputs]] = True
     inner = written < outputs
-    return Channels(kernels, written[inner], read[inner], entered, left)
+    return Channels(tuple(kernels), written[inner], read[inner], entered, left)
 
 
-def _kernels(net: Network) -> tuple[tuple[np.ndarray, ...], list[bool]]:
-    """The uses of kernels by the numbers of their weights; which hold others than those, too."""
+class _Open(Reach):
+    """What is reached where every factor of a product counts as alive."""
+
+    tracks_constants = False
+
+    def alive(self, flow: Flow) -> Array:
+        return jnp.ones((1,) * len(flow.shape), jnp.float32)
+
+
+_OPEN = _Open()
+
+
+def numbered_weights(
+    net: Network, view: Callable[[KernelUse], Array]
+) -> tuple[list[np.ndarray], list[bool]]:
+    """The numbers of the weights in each use of a kernel, in the order of evaluation.
+
+    Args:
+      net: the traced network, without scans.
+      view: how to look at a kernel in use, linear in its weights.
+
+    Returns:
+      For each use an integer array of the view's shape, of numbers as in `Network.ravel`, −1 where
+      there is no weight that can be pruned; and whether there are such places with a one in them.
+    """
 
     @jax.jit
     def views(leaves: list[Array]) -> list[Array]:
-        evaluation = Following(gates="jacobian", saturating=True)
-        net._outputs(leaves, evaluation)
-        return evaluation.kernels
+        found: list[Array] = []
+
+        def look(use: KernelUse) -> Spread:
+            found.append(view(use))
+            return use.count()
+
+        net.evaluate(leaves, Interpreter("jacobian", _OPEN, look))
+        return found
 
     def through(leaf: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-        arrays, first = [], 0
-        for layer in net.layers:
-            numbers = np.arange(first, first + layer.size).reshape(layer.shape)
-            arrays.append(jnp.asarray(leaf(numbers), jnp.float32))
-            first += layer.size
+        arrays = net.unravel(leaf(np.arange(net.size)).astype(np.float32))
         return [np.asarray(view) for view in views(arrays)]
 
     # Views are linear in the leaves. What nobody prunes is a one in them, whatever the leaves.
     rest = through(np.zeros_like)
-    present = [view - r == 1 for view, r in zip(through(np.ones_like), rest, strict=True)]
+    present = [seen - r == 1 for seen, r in zip(through(np.ones_like), rest, strict=True)]
     high = through(lambda numbers: numbers // _BASE)
     low = through(lambda numbers: numbers % _BASE)
     dtype = np.int32 if net.size < 2**31 else np.int64
-    kernels = tuple(
+    numbers = [
         np.where(p, (h - r).astype(dtype) * _BASE + (w - r).astype(dtype), dtype(-1))
         for p, h, w, r in zip(present, high, low, rest, strict=True)
-    )
-    return kernels, [bool(np.any(r)) for r in rest]
+    ]
+    return numbers, [bool(np.any(r)) for r in rest]
 
 
 def _follow(
@@ -157,9 +185,21 @@ def _follow(
             for size, end in zip(sizes, ends, strict=True)
         ]
         start = (feature == int(ends[-1])).astype(jnp.float32)
-        evaluation = Following("jacobian", True, start=start, starts=starts, mixed=mixed)
-        flows = net._outputs(leaves, evaluation)
+        reads: list[Array] = []
+
+        def start_anew(use: KernelUse) -> Spread:
+            """Paths end at every kernel, and start behind the one that is followed."""
+            number = len(reads)
+            reads.append(use.arriving())
+            behind = use.behind(starts[number])
+            if not mixed[number]:
+                return behind
+            # The masks are zero here, so what passes does so by weights that nobody prunes.
+            return Spread(behind.array + use.count().array, use.shape)
+
+        interpreter = Interpreter("jacobian", _OPEN, start_anew, start)
+        flows = net.evaluate(leaves, interpreter)
         output = sum((jnp.sum(flow.mantissa) for flow in flows), jnp.float32(0))
-        return jnp.concatenate([*evaluation.reads, output[None]]) > 0
+        return jnp.concatenate([*reads, output[None]]) > 0
 
     return jax.jit(jax.vmap(follow))

@@ -14,19 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from dpai_jax.paths._jax import find_primitives, shape_of
+from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.values import Free, Known, Value
 
-_LOOPS = frozenset(find_primitives("scan while cond"))
-_BROADCAST = find_primitives("broadcast_in_dim")[0]
-_ENTRYWISE = frozenset(
-    find_primitives(
-        """
-        add and convert_element_type copy div eq exp ge gt integer_pow le log lt max min mul ne neg
-        not or pow rsqrt select_n sqrt square stop_gradient sub
-        """
-    )
-)
+_LOOPS = frozenset(("scan", "while", "cond"))
+_BROADCAST = "broadcast_in_dim"
+_ENTRYWISE = """
+    add and convert_element_type copy div eq exp ge gt integer_pow le log lt max min mul ne neg
+    not or pow rsqrt select_n sqrt square stop_gradient sub
+    """.split()
 
 
 def constant(value: Any) -> Free:
@@ -42,10 +38,10 @@ def unknown(eqn: JaxprEqn) -> list[Value]:
 def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
     """The results of an equation without flows or weights: constants where all operands are."""
     known = [arg.known for arg in args if isinstance(arg, Free) and arg.known is not None]
-    if len(known) < len(args) or eqn.primitive in _LOOPS:
+    if len(known) < len(args) or eqn.primitive.name in _LOOPS:
         return unknown(eqn)
     single = bool(known) and all(item.shape == (1,) * len(item.shape) for item in known)
-    if single and (eqn.primitive in _ENTRYWISE or eqn.primitive is _BROADCAST):
+    if single and (eqn.primitive.name in {*_ENTRYWISE, _BROADCAST}):
         return [_folded_number(eqn, known)]
 
     @functools.cache
@@ -69,12 +65,12 @@ def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Free:
     shape = shape_of(eqn.outvars[0])
     single = (1,) * len(shape)
     params = eqn.params
-    if eqn.primitive is _BROADCAST:
+    if eqn.primitive.name == _BROADCAST:
         params = params | {"shape": single}
 
     def compute() -> Any:
         operands = [item.value for item in known]
-        if eqn.primitive is not _BROADCAST:
+        if eqn.primitive.name != _BROADCAST:
             operands = [jnp.broadcast_to(operand, single) for operand in operands]
         return _bind(eqn, operands, params)[0]
 

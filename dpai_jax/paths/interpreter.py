@@ -2,80 +2,57 @@
 
 A rule says what a primitive does to the number of paths. It is a function
 `rule(interpreter, eqn, *values)` that takes one `Value` for each operand and returns one for each
-result. Rules are looked up by primitive; `register_rule` adds one.
+result. Rules are looked up by the primitive's name; `register_rule` adds one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.extend.core import JaxprEqn, Literal, Primitive
-from jax.sharding import NamedSharding
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, open_jaxpr, source_line
+from dpai_jax.paths._jax import open_jaxpr, source_line
 from dpai_jax.paths.constants import constant, fold, unknown
+from dpai_jax.paths.counting import EXACT, Counting
+from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
 GATES = ("balanced", "jacobian", "signal")
-COUNTINGS = ("exact", "mean_field")
 
 Rule = Callable[..., Value | Sequence[Value]]
-_RULES: dict[Primitive, Rule] = {}
+_RULES: dict[str, Rule] = {}
 # Primitives that hold equations of their own, which may be computed from constants alone.
-_INLINED: set[Primitive] = set()
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a kernel as the weight of a contraction.
-
-    Attributes:
-      leaf: the kernel's index among the leaves of the parameters.
-      inputs, outputs, taps: its axes over input features, output features, and filter positions.
-      groups: into how many groups the contraction splits its features.
-    """
-
-    leaf: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    taps: tuple[int, ...]
-    groups: int
+_INLINED: set[str] = set()
+# Primitives whose rules hand on the constants beside a flow themselves (see `Flow.constants`).
+_CARRIERS: set[str] = set()
 
 
 @dataclasses.dataclass
 class Interpreter:
-    """How one evaluation counts.
+    """One evaluation of a network.
 
     Attributes:
       gates: how a factor that is alive everywhere takes part in a product (`dpai_jax.trace`).
-      saturating: whether counts clip to {0, 1}, forward and backward: which units a path reaches,
-        free of rounding, instead of how many paths do.
-      entering: whether the gradient of a kernel is the number of paths that enter at each of its
-        weights (of largest one at each use), instead of the derivative of what is counted.
-      mean_field: whether counts that are uniform along an axis stay so: where padding would break
-        that, their mean stands for all. Sums then do not hang on the order of their terms.
-      shardings: how kernels lie on a mesh, by their indices among the leaves of the parameters.
-        What meets a kernel is split like it, so that the kernel itself stays where it is.
-      uses: every use of a kernel in a contraction, in the order of evaluation.
+      counting: how counts are kept, added up and contracted.
+      at_kernel: gives the counts behind a kernel from its use. To record uses, change what passes
+        or shard it, wrap `KernelUse.count`.
+      start: what each entry of the network's input holds, one path or none.
     """
 
     gates: str
-    saturating: bool = False
-    entering: bool = False
-    mean_field: bool = False
-    shardings: Mapping[int, NamedSharding] = dataclasses.field(default_factory=dict)
-    uses: list[Use] = dataclasses.field(default_factory=list)
+    counting: Counting = EXACT
+    at_kernel: Callable[[KernelUse], Spread] = KernelUse.count
+    start: Array | float = 1.0
     _units: dict[Any, object] = dataclasses.field(default_factory=dict)
     _callers: list[JaxprEqn] = dataclasses.field(default_factory=list)
 
     def unit(self, *origin: Hashable) -> object:
-        """The unit of this origin: the same one for the same operation on the same units."""
+        """The unit of this origin: one unit for the same operation on the same units."""
         return self._units.setdefault(origin, object())
 
     def flow(
@@ -90,21 +67,25 @@ class Interpreter:
     ) -> Flow:
         """A flow of these counts, in normal form; a new unit unless one is given.
 
-        Where it is known whether the counts are `filled`, and they are near their normal form, the
-        pass over them that finds the largest is spared.
+        Args:
+          spread: the counts.
+          exponent: int32 scalar, the power of two that they are multiples of.
+          unit: which unit it is, for a result that is one of the operands (an activation).
+          ancestors: the units that it is a statistic or a view of.
+          rest: what it gives where no path reaches it (see `Flow.rest`).
+          filled: whether any count is not zero, if that is known and the counts are near their
+            normal form; spares the pass that finds the largest.
+
+        Returns:
+          The flow.
         """
-        if self.saturating:
-            mantissa, filled = v.saturate(spread.array), np.True_
-        elif filled is None:
-            mantissa, exponent, filled = v.normalise(spread.array, exponent)
-        else:
-            mantissa = spread.array
+        mantissa, exponent, filled = self.counting.normalize(spread.array, exponent, filled)
         unit = object() if unit is None else unit
         return Flow(mantissa, exponent, spread.shape, unit, ancestors, rest, filled)
 
     def source(self, shape: Shape) -> Flow:
-        """A flow that starts here: one path to every unit."""
-        return self.flow(v.ones(shape), jnp.int32(0))
+        """A flow that starts here: one path to every unit, or none (see `start`)."""
+        return self.flow(Spread(v.ones(shape).array * self.start, shape), jnp.int32(0))
 
     def evaluate(self, jaxpr: Any, *args: Value) -> list[Value]:
         """The values of a jaxpr's results, from the values of its arguments."""
@@ -135,18 +116,53 @@ class Interpreter:
         """The results of one equation."""
         if not eqn.outvars:  # printing, checking
             return []
-        rule = _RULES.get(eqn.primitive)
-        if all(isinstance(arg, Free) for arg in args) and eqn.primitive not in _INLINED:
+        name = eqn.primitive.name
+        if all(isinstance(arg, Free) for arg in args) and name not in _INLINED:
             return fold(eqn, *args)
+        rule = _RULES.get(name)
         if rule is None:
             if any(isinstance(arg, Flow) for arg in args):
                 raise NotImplementedError(
-                    f"no path semantics for the primitive {eqn.primitive.name!r}, used at "
+                    f"no path semantics for the primitive {name!r}, used at "
                     f"{self.source_line()}; give it one with dpai_jax.paths.register_rule"
                 )
             return unknown(eqn)
-        results = rule(self, eqn, *args)
-        return [results] if isinstance(results, Free | Weight | Flow) else results
+        results = _listed(rule(self, eqn, *args))
+        if name not in _CARRIERS and any(_constants_of(arg) is not None for arg in args):
+            return self._beside(rule, eqn, args, results)
+        return results
+
+    def _beside(
+        self, rule: Rule, eqn: JaxprEqn, args: Sequence[Value], results: Sequence[Value]
+    ) -> list[Value]:
+        """The results with what the rule makes of the constants beside the operands."""
+        beside = dataclasses.replace(self, at_kernel=KernelUse.count)
+        constants = _listed(rule(beside, eqn, *map(_only_constants, args)))
+        return [
+            v.replace(
+                result,
+                constants=None if result.always_alive or not isinstance(c, Flow) else c,
+            )
+            if isinstance(result, Flow)
+            else result
+            for result, c in zip(results, constants, strict=True)
+        ]
+
+
+def _listed(results: Value | Sequence[Value]) -> Sequence[Value]:
+    return [results] if isinstance(results, Free | Weight | Flow) else results
+
+
+def _constants_of(value: Value) -> Flow | None:
+    return value.constants if isinstance(value, Flow) else None
+
+
+def _only_constants(value: Value) -> Value:
+    """A value by its constants alone: of a flow the paths from them, or none."""
+    if not isinstance(value, Flow):
+        return value
+    none = jnp.zeros((1,) * len(value.shape), jnp.float32)
+    return value.constants or v.replace(value, mantissa=none, filled=v.NOTHING, constants=None)
 
 
 def derived(
@@ -170,12 +186,18 @@ def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
     """Gives a primitive its path semantics; a decorator.
 
     The rule is called as `rule(interpreter, eqn, *values)`, where at least one value is a `Flow` or
-    a `Weight`, and returns one value for each of the equation's results (a lone one as it is).
-    A rule registered later takes the place of the one before.
+    a `Weight`. It returns one value for each of the equation's results; a single result need not
+    be wrapped in a list. A rule registered later replaces the one before, for networks traced from
+    then on.
+
+    What a rule owes to the flows that it makes: an activation returns its operand (the same
+    `unit`); anything else calls `interpreter.flow`, with `ancestors=x.lineage` if no kernel was
+    passed, so that x minus its mean is known as normalisation, and with `rest` set to what the
+    operation gives where all its operands give zero.
 
     Example:
       >>> from jax.extend.core import Primitive
-      >>> from dpai_jax.paths import Free, register_rule
+      >>> from dpai_jax.paths import register_rule
       >>> swish_p = Primitive("my_swish")
       >>> @register_rule(swish_p)
       ... def swish(interpreter, eqn, x):  # an activation function: paths pass
@@ -192,26 +214,34 @@ def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
     """
     if not isinstance(primitive, Primitive):
         raise TypeError(f"primitive must be a jax.extend.core.Primitive, got {primitive!r}")
+    return rules_for(primitive.name)
+
+
+def rules_for(
+    names: str, *, inlined: bool = False, carries_constants: bool = False
+) -> Callable[[Rule], Rule]:
+    """Registers one rule for the primitives of these names, separated by spaces.
+
+    Args:
+      names: the primitives' names.
+      inlined: whether the primitive holds equations of its own, which are to be evaluated even
+        where no operand is a flow.
+      carries_constants: whether the rule hands on `Flow.constants` itself.
+
+    Returns:
+      A decorator that returns the rule unchanged.
+    """
 
     def register(rule: Rule) -> Rule:
-        _RULES[primitive] = rule
+        for name in names.split():
+            _RULES[name] = rule
+            (_INLINED.add if inlined else _INLINED.discard)(name)
+            (_CARRIERS.add if inlined or carries_constants else _CARRIERS.discard)(name)
         return rule
 
     return register
 
 
-def rules_for(names: str) -> Callable[[Rule], Rule]:
-    """Registers one rule for the primitives of these names."""
-
-    def register(rule: Rule) -> Rule:
-        for primitive in find_primitives(names):
-            register_rule(primitive)(rule)
-        return rule
-
-    return register
-
-
-def inlined(names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for primitives that hold a jaxpr of their own."""
-    _INLINED.update(find_primitives(names))
-    return rules_for(names)
+def rules_in_force() -> tuple[Rule, ...]:
+    """All rules as they stand; a network traced under others is out of date."""
+    return tuple(_RULES.values())

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
-from dpai_jax.paths.interpreter import COUNTINGS, GATES, Interpreter, Use
-from dpai_jax.paths.meshes import (
-    Shardings,
-    automatic,
-    explicit_shardings,
-    moved_off,
-    shardings_of,
-    split_like,
-)
-from dpai_jax.paths.rules.reduction import total
-from dpai_jax.paths.trees import check_structure, named_leaves
-from dpai_jax.paths.values import Flow, Free, Value, Weight
+from dpai_jax.paths.counting import EXACT, REACH, Counting
+from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
+from dpai_jax.paths.kernels import KernelUse
+from dpai_jax.paths.unrolling import unrolled
+from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
+from dpai_jax.tools.trees import named_leaves
 
 PyTree = Any
+AtKernel = Callable[[KernelUse], Spread]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +59,40 @@ class Layer:
     @property
     def copies(self) -> int:
         """The number of layers stacked in this one kernel."""
-        return math.prod(self.shape[i] for i in self.stack)
+        return self.size_of(self.stack)
+
+    def size_of(self, axes: Sequence[int]) -> int:
+        """The number of entries along some axes."""
+        return math.prod(self.shape[i] for i in axes)
+
+    def by_features(self, kernel: Any) -> Any:
+        """A kernel, or what is parallel to it, as (copies, groups, inputs, outputs, taps)."""
+        order, sizes = self._layout
+        return kernel.transpose(order).reshape(sizes).swapaxes(1, 2)
+
+    def as_kernel(self, array: Any) -> Any:
+        """The inverse of `by_features`."""
+        order, sizes = self._layout
+        array = array.swapaxes(1, 2).reshape(sizes)
+        return array.reshape([self.shape[i] for i in order]).transpose(np.argsort(order))
+
+    @property
+    def _layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The order of the axes, and the sizes (copies, inputs, groups, outputs, taps)."""
+        # A convolution's groups split the axis of its outputs; a batched product's have their own.
+        own = next((i for i in self.outputs if self.shape[i] == self.groups > 1), None)
+        outputs = self.outputs
+        if own is not None:
+            outputs = (own, *(i for i in outputs if i != own))
+        order = tuple(dict.fromkeys((*self.stack, *self.inputs, *outputs, *range(len(self.shape)))))
+        rest = [i for i in order if i not in (*self.stack, *self.inputs, *self.outputs)]
+        n_outputs = self.size_of([i for i in outputs if i not in self.inputs])
+        groups = self.groups if n_outputs % self.groups == 0 else 1
+        inputs = self.size_of(self.inputs)
+        return order, (self.copies, inputs, groups, n_outputs // groups, self.size_of(rest))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Network:
     """A network function traced once, ready to count the paths of any masks.
 
@@ -76,6 +102,7 @@ class Network:
       layers: the prunable layers, in the order in which an input passes them.
       gates: how a factor that is alive everywhere takes part in a product (see `trace`).
       treedef: the tree structure of the parameters, and so of masks and scores.
+      programs: what was compiled for this network; it goes when the network does.
     """
 
     layers: tuple[Layer, ...]
@@ -83,6 +110,16 @@ class Network:
     treedef: Any
     _shapes: tuple[tuple[int, ...], ...]
     _jaxpr: Any
+    programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Network({len(self.layers)} layers, {self.size:,} weights, gates={self.gates!r})"
+
+    def __deepcopy__(self, memo: Any) -> Network:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Network cannot be pickled: call dpai_jax.trace again where it is needed")
 
     @property
     def size(self) -> int:
@@ -94,45 +131,55 @@ class Network:
         leaves = self.treedef.flatten_up_to(tree)
         return [leaves[layer.index] for layer in self.layers]
 
-    def tree(self, leaves: Sequence[Any], rest: Callable[[], Any]) -> PyTree:
+    def tree(self, leaves: Sequence[Any], other: Callable[[], Any]) -> PyTree:
         """The tree parallel to the parameters that has these leaves at the layers.
 
         Args:
           leaves: one for each layer.
-          rest: makes the leaf for everything that is not prunable.
+          other: makes the leaf for everything that is not prunable.
 
         Returns:
           The tree.
         """
         by_index = {layer.index: x for layer, x in zip(self.layers, leaves, strict=True)}
         indices = range(self.treedef.num_leaves)
-        return self.treedef.unflatten([by_index[i] if i in by_index else rest() for i in indices])
+        return self.treedef.unflatten([by_index[i] if i in by_index else other() for i in indices])
+
+    def ravel(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
+        """All layers' entries in one row; those of each copy of a layer are together."""
+        pairs = zip(self.layers, leaves, strict=True)
+        return np.concatenate([x.transpose(_copies_first(layer)).ravel() for layer, x in pairs])
+
+    def unravel(self, row: Any) -> list[Any]:
+        """The layers' arrays from a row of all entries (see `ravel`), NumPy's or JAX's."""
+        ends = itertools.accumulate(layer.size for layer in self.layers)
+        arrays = []
+        for layer, end in zip(self.layers, ends, strict=True):
+            order = _copies_first(layer)
+            array = row[end - layer.size : end].reshape([layer.shape[i] for i in order])
+            arrays.append(array.transpose(np.argsort(order)))
+        return arrays
 
     def log_count(
-        self, masks: list[Array], counting: str = "exact", shardings: Shardings = ()
+        self,
+        masks: Sequence[Array],
+        counting: Counting = EXACT,
+        at_kernel: AtKernel = KernelUse.count,
     ) -> Array:
         """The logarithm of the number of paths.
 
         Args:
-          masks: the layers' masks as float32.
-          counting: "exact" or "mean_field".
-          shardings: how the masks lie on a mesh, where their types don't tell (see
-            `shardings_of`).
+          masks: a float32 array of each layer's shape.
+          counting: how paths are counted.
+          at_kernel: see `Interpreter`.
 
         Returns:
           float32 scalar.
         """
-        mean_field = counting == "mean_field"
-        interpreter = Interpreter(
-            self.gates, mean_field=mean_field, shardings=self._apart(masks, shardings)
-        )
-        return automatic(functools.partial(self._log_count, interpreter), masks, like=None)
-
-    def _log_count(self, interpreter: Interpreter, masks: list[Array]) -> Array:
-        flows = self._outputs(masks, interpreter)
+        flows = self.evaluate(masks, Interpreter(self.gates, counting, at_kernel))
         sums, exponent = v.align(flows)
         ends = [
-            total(interpreter, v.Spread(x, f.shape), range(len(f.shape)))
+            counting.sum(Spread(x, f.shape), range(len(f.shape)))
             for x, f in zip(sums, flows, strict=True)
         ]
         count = functools.reduce(jnp.add, [jnp.sum(end.array) for end in ends])
@@ -143,77 +190,39 @@ class Network:
             count > 0, log + exponent.astype(jnp.float32) * math.log(2.0), log - jnp.inf
         )
 
-    def reached(self, masks: list[Array], shardings: Shardings = ()) -> list[Array]:
-        """Which weights a path passes, kept or pruned: a weight pruned is as if it were kept.
+    def reached(self, masks: Sequence[Array], at_kernel: AtKernel = KernelUse.count) -> list[Array]:
+        """Which weights a path passes, or would pass if they were kept.
 
         Args:
-          masks: the layers' masks as float32 zeros and ones.
-          shardings: as in `log_count`.
+          masks: a float32 array of zeros and ones of each layer's shape.
+          at_kernel: see `Interpreter`.
 
         Returns:
-          For each layer one where a weight, if kept, lies on a path, and zero elsewhere.
+          For each layer a boolean array of its shape.
         """
-        apart = self._apart(masks, shardings)
 
-        def count(masks: list[Array]) -> Array:
-            interpreter = Interpreter("jacobian", saturating=True, shardings=apart)
-            flows = self._outputs(masks, interpreter)
+        def count(masks: Sequence[Array]) -> Array:
+            flows = self.evaluate(masks, Interpreter("jacobian", REACH, at_kernel))
             return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
 
-        def reached(masks: list[Array]) -> list[Array]:
-            return [(g > 0.5).astype(g.dtype) for g in jax.grad(count)(masks)]
+        return [g > 0.5 for g in jax.grad(count)(list(masks))]
 
-        return automatic(reached, masks, like=masks)
-
-    def incoming(self, masks: list[Array]) -> list[Array]:
-        """The number of paths that enter each layer at each of its weights, kept or pruned.
-
-        That of a weight is the number of paths into its input feature, summed over the positions
-        at which the layer reads it there; the layers behind have no part in it.
-
-        Args:
-          masks: the layers' masks as float32.
-
-        Returns:
-          For each layer an array of its shape, in units of its largest entry. Of a kernel used
-          several times it is the sum over the uses, each in units of its own largest. Zero where
-          no path enters, and throughout for a kernel whose paths do not count (see `gates`).
-        """
-
-        def count(masks: list[Array]) -> Array:
-            flows = self._outputs(masks, Interpreter(self.gates, entering=True))
-            return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
-
-        def incoming(masks: list[Array]) -> list[Array]:
-            entering = jax.grad(count)(masks)
-            largest = [jnp.max(e, initial=0.0) for e in entering]
-            return [e / jnp.where(m > 0, m, 1.0) for e, m in zip(entering, largest, strict=True)]
-
-        return automatic(incoming, masks, like=masks)
-
-    def _apart(self, masks: list[Array], shardings: Shardings) -> dict[int, NamedSharding]:
-        """How kernels lie while paths are counted, by their indices: each copy split alike.
-
-        A loop over copies that lie on different devices would bring all of them to each device.
-        """
-        given = shardings or [None] * len(masks)
-        found = [a or b for a, b in zip(given, explicit_shardings(masks), strict=True)]
-        return {
-            layer.index: moved_off(sharding, layer.shape, layer.stack)
-            for layer, sharding in zip(self.layers, found, strict=True)
-            if isinstance(sharding, NamedSharding)
-        }
-
-    def _outputs(self, masks: list[Array], interpreter: Interpreter) -> list[Flow]:
-        by_index = {
-            layer.index: split_like(m, interpreter.shardings.get(layer.index))
-            for layer, m in zip(self.layers, masks, strict=True)
-        }
+    def evaluate(self, masks: Sequence[Array], interpreter: Interpreter) -> list[Flow]:
+        """The flows at the network's outputs."""
+        by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
         params = [
             _weight(i, by_index[i]) if i in by_index else Free(shape)
             for i, shape in enumerate(self._shapes)
         ]
         return _evaluate(self._jaxpr, params, interpreter)
+
+    def unrolled(self) -> Network:
+        """The network with its scans written out: each copy of a layer is a use of its own."""
+        return dataclasses.replace(self, _jaxpr=unrolled(self._jaxpr), programs={})
+
+
+def _copies_first(layer: Layer) -> tuple[int, ...]:
+    return (*layer.stack, *(i for i in range(len(layer.shape)) if i not in layer.stack))
 
 
 def trace(
@@ -242,8 +251,9 @@ def trace(
 
     Args:
       fn: the network, `fn(params, x)`, any function that JAX can trace. Its outputs may be any
-        pytree of arrays; paths are counted to all of them. Like `jax.jit`, a function that was
-        traced before with arguments of the same shapes is not traced again.
+        pytree of arrays; paths are counted to all of them. Define it once: a function that was
+        among the last eight traced, with arguments of the same shapes, is not traced again, and
+        nothing is compiled again for it.
       params: pytree of arrays.
       x: the input, one array or a pytree of them; floating, or integer token ids.
       prunable: keeps of the leaves that were found only those for which `prunable(name, leaf)` is
@@ -271,7 +281,7 @@ def trace(
     for argument, tree in (("params", params), ("x", x)):
         _check_arrays(argument, tree)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, x)))
-    arguments = (fn, tuple(leaves), treedef, prunable, gates)
+    arguments = (rules_in_force(), fn, tuple(leaves), treedef, prunable, gates)
     try:
         hash(arguments)
     except TypeError:
@@ -280,6 +290,7 @@ def trace(
 
 
 def _trace(
+    _rules: Any,
     fn: Callable[[PyTree, PyTree], PyTree],
     arguments: tuple[jax.ShapeDtypeStruct, ...],
     arguments_treedef: Any,
@@ -305,9 +316,9 @@ def _trace(
     return Network(layers, gates, treedef, shapes, jaxpr)
 
 
-# Compiled counts are cached by network; so pruning a function again, at another sparsity or by
-# another method, compiles nothing anew.
-_trace_once = functools.lru_cache(maxsize=32)(_trace)
+# Programs belong to a network; so pruning a function again, at another sparsity or by another
+# method, compiles nothing. Few networks are kept, as each holds all that was compiled for it.
+_trace_once = functools.lru_cache(maxsize=8)(_trace)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -328,25 +339,41 @@ def _is_kernel(leaf: jax.ShapeDtypeStruct) -> bool:
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """The axes of a kernel in its first use."""
+
+    leaf: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    groups: int
+
+
 def _uses(
     jaxpr: Any, kernels: list[bool], shapes: tuple[tuple[int, ...], ...], gates: str
-) -> list[Use]:
+) -> list[_Use]:
     """The first use of each kernel, in the order of evaluation."""
-    interpreter = Interpreter(gates)
+    first: dict[int, _Use] = {}
+
+    def record(use: KernelUse) -> Spread:
+        groups = use.groups * math.prod(use.weight.shape[i] for i in use.batch)
+        if not use.is_lookup:
+            for leaf, *axes in use.axes_of_leaves():
+                first.setdefault(leaf, _Use(leaf, *axes, groups))
+        return use.count()
 
     def discover(masks: dict[int, Array]) -> list[Array]:
         params = [
             _weight(i, masks[i]) if i in masks else Free(shape) for i, shape in enumerate(shapes)
         ]
+        interpreter = Interpreter(gates, at_kernel=record)
         return [flow.mantissa for flow in _evaluate(jaxpr, params, interpreter)]
 
     masks = {
         i: jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes) if kernels[i]
     }
-    jax.eval_shape(lambda masks: automatic(discover, masks, like=None), masks)
-    first: dict[int, Use] = {}
-    for use in interpreter.uses:
-        first.setdefault(use.leaf, use)
+    jax.eval_shape(discover, masks)
     return list(first.values())
 
 
@@ -354,7 +381,7 @@ def _weight(index: int, mask: Array) -> Weight:
     return Weight(mask, ((index, tuple(frozenset({i}) for i in range(mask.ndim))),))
 
 
-def _layer(use: Use, name: str, shape: tuple[int, ...]) -> Layer:
+def _layer(use: _Use, name: str, shape: tuple[int, ...]) -> Layer:
     named = {*use.inputs, *use.outputs, *use.taps}
     stack = tuple(i for i, size in enumerate(shape) if i not in named and size > 1)
     return Layer(name, use.leaf, shape, use.inputs, use.outputs, use.taps, stack, use.groups)
@@ -375,63 +402,3 @@ def _input(aval: Any, interpreter: Interpreter) -> Value:
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return Free(aval.shape)
     return interpreter.source(aval.shape)
-
-
-def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
-    """The logarithm of the number of effective paths, log R_P.
-
-    With P the number of paths into a node, P = 1 at the input and P_j = Σ_i m_ij P_i through a
-    layer of mask m; R_P sums P over the outputs. Every position of every feature map counts.
-    Differentiable in the masks, which may hold any non-negative numbers.
-
-    In the *mean field* an axis along which all counts are equal, of images, positions or tokens, is
-    held as one number and stays so: where zeros (a convolution's padding, a class token that no
-    path enters) or tokens of another kind beside would break that, the mean over the positions
-    stands for all. Else the count is the exact one; its cost hangs on the number of weights alone.
-    It can be differentiated in reverse, any number of times, but not forward (`jax.jvp`).
-
-    Args:
-      net: the traced network.
-      masks: pytree parallel to the parameters, boolean or floating at the layers.
-      counting: "exact" or "mean_field".
-
-    Returns:
-      float32 scalar, the natural logarithm; `-inf` if no path leads to the output.
-
-    Raises:
-      ValueError: if the masks' tree or shapes are not those of the network, or `counting` is
-        unknown.
-
-    References:
-      DPaI (ICLR 2025), Section "Differentiable Calculation of the Effective Path".
-    """
-    check_counting(counting)
-    leaves = [jnp.asarray(m, jnp.float32) for m in check_parallel(net, masks, "masks")]
-    return _log_count(net, leaves, counting, shardings_of(leaves))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _log_count(net: Network, masks: list[Array], counting: str, shardings: Shardings) -> Array:
-    return net.log_count(masks, counting, shardings)
-
-
-def check_counting(counting: str) -> None:
-    """Raises a ValueError unless this is a way of counting."""
-    if counting not in COUNTINGS:
-        raise ValueError(f"counting must be one of {', '.join(COUNTINGS)}, got {counting!r}")
-
-
-def check_parallel(net: Network, tree: PyTree, argument: str) -> list[Any]:
-    """The leaves of a tree at the layers, after checking that it fits the network.
-
-    Raises:
-      ValueError: if the tree's structure, or a leaf's shape, is not that of the parameters.
-    """
-    check_structure(tree, net.treedef, argument, "params")
-    leaves = net.leaves(tree)
-    for layer, leaf in zip(net.layers, leaves, strict=True):
-        if jnp.shape(leaf) != layer.shape:
-            raise ValueError(
-                f"{argument} must have shape {layer.shape} at {layer.name}, got {jnp.shape(leaf)}"
-            )
-    return leaves

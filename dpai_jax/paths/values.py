@@ -27,6 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dpai_jax.tools.powers import (
+    exponent_of,
+    inverse,
+    largest_entry,
+    power_above,
+    power_of_two,
+)
+
 Shape = tuple[int, ...]
 
 
@@ -130,6 +138,11 @@ class Weight:
         """The shape of the view."""
         return self.array.shape
 
+    @property
+    def spread(self) -> Spread:
+        """The mask with its shape."""
+        return Spread(self.array, self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
@@ -144,6 +157,8 @@ class Flow:
       rest: what the unit gives where no path reaches it, φ(0) of the activation functions since the
         last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
       filled: boolean scalar, false only if the mantissa is zero.
+      constants: where constants were put beside it (a learned class token), the paths from those:
+        a unit that such a path reaches is alive, though no path from the input does.
       views: those of its ancestors that it holds whole, rearranged: transposed, reshaped, repeated.
     """
 
@@ -155,6 +170,7 @@ class Flow:
     rest: float = 0.0
     filled: Array | np.bool = np.True_
     views: frozenset[Hashable] = frozenset()
+    constants: Flow | None = None
 
     @property
     def spread(self) -> Spread:
@@ -175,13 +191,18 @@ class Flow:
         """One where the unit gives something, zero where it is dead; a constant to gradients."""
         if self.always_alive:
             return jnp.ones((1,) * len(self.shape), jnp.float32)
-        return lax.stop_gradient((self.mantissa > 0).astype(jnp.float32))
+        alive = self.mantissa > 0
+        if self.constants is not None:
+            alive = alive | (self.constants.mantissa > 0)
+        return lax.stop_gradient(alive.astype(jnp.float32))
 
 
 Value = Free | Weight | Flow
 
 jax.tree_util.register_dataclass(
-    Flow, ["mantissa", "exponent", "filled"], ["shape", "unit", "ancestors", "views", "rest"]
+    Flow,
+    ["mantissa", "exponent", "filled", "constants"],
+    ["shape", "unit", "ancestors", "views", "rest"],
 )
 jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
 
@@ -189,51 +210,11 @@ jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
 replace = dataclasses.replace
 
 
-def power_of_two(exponent: Array) -> Array:
-    """`2**exponent` as float32, exactly; zero below the smallest normal number."""
-    biased = lax.clamp(jnp.int32(-127), exponent, jnp.int32(127)) + jnp.int32(127)
-    return lax.bitcast_convert_type(lax.shift_left(biased, jnp.int32(23)), jnp.float32)
-
-
-def power_above(largest: Array) -> Array:
-    """The power of two next above a positive float32; 1 where it is zero."""
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F80_0000)
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
-    return lax.select(power > 0, power + power, jnp.ones_like(power))
-
-
-def inverse(power: Array) -> Array:
-    """One over a power of two, 0 for 2^127; XLA leaves a division apart from what is around it."""
-    bits = jnp.int32(0x7F00_0000) - lax.bitcast_convert_type(power, jnp.int32)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
     """The same counts with the largest entry in [1/2, 1), and whether there is any."""
     largest = largest_entry(lax.stop_gradient(array))
     scale = power_above(largest)
-    biased = lax.shift_right_logical(lax.bitcast_convert_type(scale, jnp.int32), jnp.int32(23))
-    return array * inverse(scale), exponent + (biased - jnp.int32(127)), largest > 0
-
-
-def largest_entry(array: Array) -> Array:
-    """The largest entry, zero if there is none above; not differentiable.
-
-    A CPU writes out what a reduction of one operand reduces, and clears fresh memory for that. One
-    of two operands, both of which are of use, reads what they are made of. Along the last axis it
-    runs through memory, and what is left of the others is shared out among cores. The bits of the
-    positive numbers are in their order, and integers are compared many at a time.
-    """
-    most = least = lax.bitcast_convert_type(jnp.atleast_1d(array), jnp.int32)
-    for axes in ((most.ndim - 1,), tuple(range(most.ndim - 1))):
-        if math.prod(most.shape[i] for i in axes) != 1:
-            most, least = lax.reduce(
-                [most, least],
-                [jnp.zeros((), jnp.int32)] * 2,
-                lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
-                axes,
-            )
-    return lax.bitcast_convert_type(jnp.maximum(most, least).reshape(()), array.dtype)
+    return array * inverse(scale), exponent + exponent_of(scale), largest > 0
 
 
 @jax.custom_vjp
@@ -243,18 +224,6 @@ def saturate(array: Array) -> Array:
 
 
 saturate.defvjp(lambda array: (saturate(array), None), lambda _, g: ((g > 0.5).astype(g.dtype),))
-
-
-@jax.custom_vjp
-def with_gradient(array: Array, _gradient: Array) -> Array:
-    """The array itself; its gradient, if anything is asked of what it led to, is the one given."""
-    return array
-
-
-with_gradient.defvjp(
-    lambda array, gradient: (array, gradient),
-    lambda gradient, _: (gradient, jnp.zeros_like(gradient)),
-)
 
 
 def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
@@ -276,3 +245,6 @@ def largest_exponent(exponents: Array, filled: Array) -> Array:
 
 
 _LOWEST = -(2**30)
+
+# `Flow.filled` of a flow without paths.
+NOTHING = np.False_

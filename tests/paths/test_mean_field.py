@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import dpai_jax as dpai
+from dpai_jax.paths.counting import COUNTINGS
 from dpai_jax.paths.rules.windows import coverage
 from tests.networks import by_name
 from tests.networks.linen_images import BasicBlock, ResNet
@@ -37,7 +38,7 @@ def traced(fn: Any, shapes: Shapes, shape: Sequence[int], **options: Any) -> dpa
 
 def counting(net: dpai.Network, how: str) -> Callable[[Arrays], tuple[float, Arrays]]:
     """log R_P and its gradient, for the layers' masks."""
-    count = jax.value_and_grad(functools.partial(net.log_count, counting=how))
+    count = jax.value_and_grad(functools.partial(net.log_count, counting=COUNTINGS[how]))
     compiled = jax.jit(count, compiler_options=quick_compilation())
 
     def run(masks: Arrays) -> tuple[float, Arrays]:
@@ -474,7 +475,7 @@ def test_the_cost_is_that_of_the_weights_whatever_the_resolution(make: Any) -> N
         net = dpai.trace(functools.partial(module.apply, train=False), variables, x)
         masks = [jax.ShapeDtypeStruct(layer.shape, jnp.float32) for layer in net.layers]
         for how in ("mean_field", "exact"):
-            count = jax.value_and_grad(functools.partial(net.log_count, counting=how))
+            count = jax.value_and_grad(functools.partial(net.log_count, counting=COUNTINGS[how]))
             jaxpr = jax.make_jaxpr(count)(masks).jaxpr
             computed[resolution, how] = [
                 (eqn.primitive.name, *(v.aval.shape for v in eqn.outvars))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpai_jax.paths.sums import fold, product_sum, sum_over
+from dpai_jax.tools.sums import product_sum, sum_over, sum_taps
 
 Shape = tuple[int, ...]
 
@@ -215,19 +215,19 @@ FOLDED: list[tuple[Shape, Shape]] = [
 def test_fold_is_the_sum_and_has_its_gradient(shape: Shape, axes: Shape) -> None:
     x = draw(shape, 0)
     np.testing.assert_allclose(
-        fold(jnp.asarray(x), axes), np.sum(x, axes, keepdims=True), rtol=1e-6
+        sum_taps(jnp.asarray(x), axes), np.sum(x, axes, keepdims=True), rtol=1e-6
     )
 
     def square(total: Any, x: Any) -> jax.Array:
         return jnp.sum(jnp.square(total(x)))
 
-    actual = jax.grad(functools.partial(square, lambda x: fold(x, axes)))(x)
+    actual = jax.grad(functools.partial(square, lambda x: sum_taps(x, axes)))(x)
     by_sum = jax.grad(functools.partial(square, lambda x: jnp.sum(x, axes, keepdims=True)))(x)
     np.testing.assert_allclose(actual, by_sum, rtol=1e-6)
 
 
 def test_fold_has_second_derivatives() -> None:
     x = draw((3, 2), 0)
-    actual = jax.jacrev(jax.grad(lambda x: jnp.sum(fold(x, (0,)) ** 3)))(jnp.asarray(x))
+    actual = jax.jacrev(jax.grad(lambda x: jnp.sum(sum_taps(x, (0,)) ** 3)))(jnp.asarray(x))
     expected = jax.hessian(lambda x: jnp.sum(jnp.sum(x, 0) ** 3))(jnp.asarray(x))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpai_jax.paths import Flow, Free, Interpreter, Spread, Weight
+from dpai_jax.paths import EXACT, REACH, Flow, Free, Interpreter, Spread, Weight
 from dpai_jax.paths import values as v
+from dpai_jax.tools import powers
 
 
 def flow(
@@ -82,7 +83,7 @@ def evaluate(
         jax.ShapeDtypeStruct(value.shape, dtype) for value, dtype in zip(values, types, strict=True)
     ]
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*structs)
-    results = Interpreter(gates, saturating).evaluate(jaxpr, *values)
+    results = Interpreter(gates, REACH if saturating else EXACT).evaluate(jaxpr, *values)
     for result, shape in zip(results, jax.tree.leaves(shapes), strict=True):
         assert result.shape == shape.shape
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
@@ -95,7 +96,7 @@ def gradients(fn: Callable[..., Flow], probe: np.ndarray, *at: Any) -> list[np.n
         result = fn(*arrays)
         uniform = tuple(i for i, size in enumerate(result.mantissa.shape) if size == 1)
         each = jnp.asarray(np.sum(probe, uniform, keepdims=True, dtype=np.float32))
-        return jnp.sum(result.mantissa * each) * v.power_of_two(result.exponent)
+        return jnp.sum(result.mantissa * each) * powers.power_of_two(result.exponent)
 
     arrays = [jnp.asarray(np.float32(array)) for array in at]
     return [np.float64(slope) for slope in jax.grad(total, tuple(range(len(at))))(*arrays)]
@@ -128,12 +129,12 @@ mantissas = st.floats(0, 1, width=32, allow_subnormal=False)
 def test_power_of_two_is_exact_over_float32s_range():
     powers = np.arange(-126, 128)
     exact = np.ldexp(np.ones(powers.size), powers)
-    np.testing.assert_array_equal(np.float64(v.power_of_two(jnp.asarray(powers))), exact)
+    np.testing.assert_array_equal(np.float64(powers.power_of_two(jnp.asarray(powers))), exact)
 
 
 def test_power_of_two_is_zero_where_float32_has_no_normal_number():
     for exponent in (-127, -150, -(2**30), -(2**31)):
-        assert float(v.power_of_two(jnp.int32(exponent))) == 0
+        assert float(powers.power_of_two(jnp.int32(exponent))) == 0
 
 
 @given(st.lists(mantissas, min_size=1, max_size=4), st.integers(-120, 110), exponents)

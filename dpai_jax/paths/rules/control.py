@@ -16,22 +16,22 @@ from jax.extend.core import JaxprEqn
 from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import open_jaxpr, scan_arity, shape_of
 from dpai_jax.paths.constants import constant
-from dpai_jax.paths.interpreter import Interpreter, inlined, rules_for
+from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.rules.elementwise import add, joined_rest
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
 _CALLS = """
-    call closed_call custom_jvp_call custom_lin custom_vjp_call jit remat
+    call closed_call custom_jvp_call custom_lin custom_vjp_call jit remat2 checkpoint
     """
 
 
-@inlined(_CALLS)
+@rules_for(_CALLS, inlined=True)
 def _call(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
     return interpreter.evaluate(jaxpr, *args)
 
 
-@inlined("cond")
+@rules_for("cond", inlined=True)
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, index: Value, *args: Value) -> Sequence[Value]:
     """The branch that is taken, or the sum over all of them where that is not known."""
     branches = eqn.params["branches"]
@@ -55,9 +55,11 @@ def _either(interpreter: Interpreter, *cases: Value) -> Value:
     return Free(cases[0].shape)
 
 
-@rules_for("scan")
+@rules_for("scan", carries_constants=True)
 def _scan(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
-    return _Scan(interpreter, eqn, args).run()
+    # Loops carry counts alone: a constant put beside a flow before the loop is not followed in it.
+    plain = [v.replace(arg, constants=None) if isinstance(arg, Flow) else arg for arg in args]
+    return _Scan(interpreter, eqn, plain).run()
 
 
 class _Scan:

@@ -21,12 +21,11 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import dtype_of, find_primitives, is_real, shape_of
+from dpai_jax.paths._jax import dtype_of, is_real, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.values import Flow, Free, Known, Spread, Value, Weight
 
-MUL, DIV, SELECT = find_primitives("mul div select_n")
 _PRODUCTS = "div mul mulhi pow"
 _SAME = """
     copy copy_p device_put name optimization_barrier pvary reduce_precision reshard
@@ -34,7 +33,7 @@ _SAME = """
     """
 _COMPARISONS = "eq eq_to ge gt is_finite le le_to lt lt_to ne"
 _FUNCTIONS = """
-    abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e
     bessel_i1e cbrt ceil clamp clz complex conj cos cosh digamma erf erf_inv erfc exp
     exp2 expm1 floor igamma igammac imag integer_pow lgamma log log1p log2 logistic max
     min neg nextafter not one_minus_square or polygamma polynomial population_count
@@ -70,18 +69,18 @@ def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
 
 def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """An elementwise function; the paths of different units add up."""
-    cases = args[1:] if eqn.primitive is SELECT and _any_flow(args[1:]) else args
+    cases = args[1:] if eqn.primitive.name == "select_n" and _any_flow(args[1:]) else args
     return _combine(interpreter, eqn, cases, _rest(eqn, args), add)
 
 
 @rules_for(_PRODUCTS)
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """A product of each entry; a quotient is the product with a reciprocal."""
-    if eqn.primitive is MUL and any(isinstance(a, Free) and a.scalar == 0 for a in args):
+    if eqn.primitive.name == "mul" and any(isinstance(a, Free) and a.scalar == 0 for a in args):
         shape = shape_of(eqn.outvars[0])
         return Free(shape, Known.of(np.zeros((1,) * len(shape), dtype_of(eqn.outvars[0]))))
     rest = _rest(eqn, args)
-    divides = eqn.primitive is DIV
+    divides = eqn.primitive.name == "div"
     return _combine(interpreter, eqn, args, rest, functools.partial(multiply, divides=divides))
 
 
@@ -106,7 +105,7 @@ def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     first, shape = weights[0], shape_of(eqn.outvars[0])
     if first.shape != shape or any(weight.sources != first.sources for weight in weights):
         return unknown(eqn)[0]
-    if eqn.primitive is MUL:
+    if eqn.primitive.name == "mul":
         # A constant that is zero in places (an autoregressive mask) takes weights away.
         for arg in args:
             if isinstance(arg, Free) and (present := nonzero(arg)) is not None:
@@ -170,7 +169,8 @@ def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = Fals
         return base
     terms = product_terms(interpreter, a, v.replace(b, rest=math.inf) if divides else b)
     (x, y), exponent = v.align(terms)
-    alive_a, alive_b = a.alive(), jnp.ones(()) if divides else b.alive()
+    alive = interpreter.counting.alive
+    alive_a, alive_b = alive(a), jnp.ones(()) if divides else alive(b)
     spread = Spread(alive_b * x + alive_a * y, a.shape)
     return interpreter.flow(spread, exponent, ancestors=a.lineage & b.lineage)
 
@@ -183,7 +183,7 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
     if (
         a.always_alive == b.always_alive
         or interpreter.gates == "jacobian"
-        or interpreter.saturating
+        or not interpreter.counting.gated
     ):
         return a, b
     if a.always_alive:
@@ -208,15 +208,16 @@ def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
     flows = [arg.rest for arg in args if isinstance(arg, Flow)]
     if not flows:
         return 0.0
-    if eqn.primitive is SELECT:
+    if eqn.primitive.name == "select_n":
         return _selected_rest(args[0], args[1:])
     rests = [arg.rest if isinstance(arg, Flow) else getattr(arg, "scalar", None) for arg in args]
-    if (eqn.primitive in (MUL, DIV) and rests[0] == 0) or (eqn.primitive is MUL and rests[1] == 0):
+    name = eqn.primitive.name
+    if (name in ("mul", "div") and rests[0] == 0) or (name == "mul" and rests[1] == 0):
         return 0.0
     if None in rests:
         # An unknown constant (a bias, a scale, a statistic) changes nothing at rest, but under
         # one that divides it a resting unit is a pole.
-        return math.inf if eqn.primitive is DIV and rests[0] is None else joined_rest(flows)
+        return math.inf if name == "div" and rests[0] is None else joined_rest(flows)
     if any(math.isinf(rest) for rest in flows):
         return math.inf
     return _evaluate(eqn, rests)

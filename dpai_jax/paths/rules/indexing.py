@@ -14,11 +14,12 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import find_primitives, shape_of
+from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
+from dpai_jax.paths.kernels import KernelUse
+from dpai_jax.paths.rules.contraction import pass_kernel
 from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
-from dpai_jax.paths.rules.reduction import total
 from dpai_jax.paths.rules.shape import same_axes, viewed
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
@@ -50,13 +51,39 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Va
         if not isinstance(indices, Flow):
             return unknown(eqn)[0]
         # A table of tokens that is a kernel elsewhere too (a tied embedding).
-        return interpreter.flow(
-            _gather_anywhere(interpreter, spread, eqn.params, shape), jnp.int32(0)
-        )
+        return pass_kernel(interpreter, _look_up(interpreter, eqn, operand, indices))
     gather = _gather_anywhere(interpreter, operand.spread, eqn.params, shape)
     if known:
         gather = _gather_at(operand.spread, known[0], eqn.params, shape)
     return _moved(interpreter, operand, gather)
+
+
+def _look_up(interpreter: Interpreter, eqn: JaxprEqn, table: Weight, tokens: Flow) -> KernelUse:
+    """The use of a table whose rows are picked by tokens; every token is an input feature."""
+    params, shape = eqn.params, shape_of(eqn.outvars[0])
+    dims = params["dimension_numbers"]
+    sizes = enumerate(params["slice_sizes"])
+    picked = {i for i, size in sizes if size < table.shape[i]} | set(dims.collapsed_slice_dims)
+    kept = [i for i in range(len(table.shape)) if i not in dims.collapsed_slice_dims]
+    writes = dict(zip(kept, dims.offset_dims, strict=False))
+
+    def contract(_: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
+        return _gather_anywhere(interpreter, weight, params, shape)
+
+    return KernelUse(
+        table,
+        v.replace(tokens, exponent=jnp.int32(0)),
+        inputs=tuple(sorted(picked)),
+        outputs=tuple(i for i in range(len(table.shape)) if i not in picked),
+        taps=(),
+        batch=(),
+        groups=1,
+        reads={},
+        writes={i: axis for i, axis in writes.items() if i not in picked},
+        contract=contract,
+        shape=shape,
+        is_lookup=True,
+    )
 
 
 def _moved(interpreter: Interpreter, source: Flow, spread: Spread) -> Flow:
@@ -83,7 +110,7 @@ def _gather_anywhere(
     batched = params["dimension_numbers"].operand_batching_dims
     sizes = enumerate(params["slice_sizes"])
     partial = [i for i, size in sizes if size < x.shape[i] and i not in batched]
-    array = total(interpreter, x, partial).array
+    array = interpreter.counting.sum(x, partial).array
     # Axes that are summed and dropped go last, where they are of size one.
     order = [axis for axis in made_of if axis is not None]
     order += [axis for axis in range(len(x.shape)) if axis not in order]
@@ -121,7 +148,7 @@ def _dynamic_slice(
             continue
         known = known_indices(start)
         if known is None:
-            spread = Spread(total(interpreter, spread, [axis]).array, spread.shape)
+            spread = Spread(interpreter.counting.sum(spread, [axis]).array, spread.shape)
         elif not spread.uniform(axis):
             array = lax.dynamic_slice_in_dim(spread.array, known[0], size, axis)
             spread = Spread(array, spread.shape)
@@ -147,10 +174,7 @@ def _dynamic_update_slice(
     )
 
 
-_SCATTER = find_primitives("scatter")[0]
-
-
-@rules_for("scatter scatter_add scatter_max scatter_min scatter_sub")
+@rules_for("scatter scatter-add scatter-max scatter-min scatter-sub")
 def _scatter(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Value:
@@ -158,7 +182,7 @@ def _scatter(
     if known is None:
         return unknown(eqn)[0]
     (x, y), exponent, ancestors, rest = _written(operand, update)
-    scatter = lax.scatter if eqn.primitive is _SCATTER else lax.scatter_add
+    scatter = lax.scatter if eqn.primitive.name == "scatter" else lax.scatter_add
     dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
     array = scatter(x, known[0], y, dims, mode=mode)
     return interpreter.flow(Spread(array, operand.shape), exponent, ancestors=ancestors, rest=rest)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
@@ -14,7 +13,6 @@ from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.rules.windows import coverage
-from dpai_jax.paths.sums import sum_over
 from dpai_jax.paths.values import Flow, Spread, Value
 
 _REDUCTIONS = """
@@ -30,7 +28,7 @@ _WINDOWS = """
 def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     if not isinstance(x, Flow):
         return unknown(eqn)[0]
-    spread = total(interpreter, x.spread, eqn.params["axes"])
+    spread = interpreter.counting.sum(x.spread, eqn.params["axes"])
     kept = [i for i in range(len(x.shape)) if i not in eqn.params["axes"]]
     shape = tuple(x.shape[i] for i in kept)
     array = spread.array.reshape([spread.array.shape[i] for i in kept])
@@ -46,7 +44,7 @@ def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Seq
         if not isinstance(x, Flow):
             results.append(free)
             continue
-        array = jnp.squeeze(total(interpreter, x.spread, axes).array, axes)
+        array = jnp.squeeze(interpreter.counting.sum(x.spread, axes).array, axes)
         results.append(derived(interpreter, eqn, x, Spread(array, free.shape), _summed(x.rest)))
     return results
 
@@ -94,7 +92,7 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
             base_dilation[axis],
             dilation[axis],
         )
-        if spread.uniform(axis) and (interpreter.mean_field or np.all(covered == 1)):
+        if spread.uniform(axis) and interpreter.counting.stays_uniform(covered):
             scale *= float(covered.sum())
             window[axis] = strides[axis] = dilation[axis] = base_dilation[axis] = 1
             padding[axis] = (0, 0)
@@ -111,17 +109,6 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         dilation,
     )
     return derived(interpreter, eqn, x, Spread(array * scale, shape), _summed(x.rest))
-
-
-def total(interpreter: Interpreter, spread: Spread, axes: Sequence[int]) -> Spread:
-    """The sums over some axes, which are left as uniform ones."""
-    axes = tuple(axes)
-    copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
-    if interpreter.mean_field:
-        array = sum_over(spread.array, axes)
-    else:
-        array = jnp.sum(spread.array, axes, keepdims=True)
-    return Spread(array * float(copies), spread.shape)
 
 
 def _summed(rest: float) -> float:

@@ -149,8 +149,8 @@ def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Valu
         return unknown(eqn)[0]
     config, shape = eqn.params["padding_config"], shape_of(eqn.outvars[0])
     padded = [i for i, pads in enumerate(config) if tuple(pads) != (0, 0, 0)]
-    spread = x.spread if isinstance(x, Flow) else Spread(x.array, x.shape)
-    if isinstance(x, Flow) and interpreter.mean_field:
+    spread = x.spread
+    if isinstance(x, Flow) and interpreter.counting.averages:
         spread, config = _diluted(spread, config, shape)
         padded = [i for i in padded if not spread.uniform(i)]
     spread = spread.full(*padded) if padded else spread
@@ -213,7 +213,7 @@ def _part(
     """Some positions of a value, without an axis of which one position is left."""
     if not isinstance(x, Flow | Weight):
         return v.Free(shape)
-    spread = x.spread if isinstance(x, Flow) else Spread(x.array, x.shape)
+    spread = x.spread
     # One number stands for as many positions as there are.
     index = tuple(slice(0, 1) if spread.uniform(i) else s for i, s in enumerate(slices))
     axes = same_axes(len(x.shape))
@@ -226,12 +226,12 @@ def _part(
     return derived(interpreter, eqn, x, part, x.rest, which)
 
 
-@rules_for("concatenate")
+@rules_for("concatenate", carries_constants=True)
 def _concatenate(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
     return _join(interpreter, eqn, parts, eqn.params["dimension"])
 
 
-@rules_for("stack")
+@rules_for("stack", carries_constants=True)
 def _stack(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
     axis = eqn.params["axis"]
     return _join(interpreter, eqn, [_with_axis(part, axis) for part in parts], axis)
@@ -260,7 +260,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
     rest = joined_rest([rest_of(part) for part in parts])
     # Where all parts have size one, such as the steps of a loop stacked, each has its own count.
     uniform = all(flow.spread.uniform(axis) for flow in flows)
-    if interpreter.mean_field and uniform and any(flow.shape[axis] > 1 for flow in flows):
+    if interpreter.counting.averages and uniform and any(flow.shape[axis] > 1 for flow in flows):
         shares = [flow.shape[axis] / shape[axis] for flow in flows]
         array = functools.reduce(
             jnp.add, [x * share for x, share in zip(aligned, shares, strict=True)]
@@ -278,7 +278,25 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
         for piece, part in zip(pieces, parts, strict=True)
     ]
     spread = Spread(lax.concatenate(pieces, axis), shape)
-    return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+    result = interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+    return v.replace(result, constants=_joined_constants(interpreter, parts, result, axis))
+
+
+def _joined_constants(
+    interpreter: Interpreter, parts: Sequence[Value], joined: Flow, axis: int
+) -> Flow | None:
+    """The constants among joined parts: learned ones, such as a class token, and those beside."""
+    constants = [part.constants if isinstance(part, Flow) else None for part in parts]
+    learned = [not isinstance(part, Flow) and rest_of(part) != 0 for part in parts]
+    tracked = interpreter.counting.tracks_constants and not joined.always_alive
+    if not tracked or not (any(learned) or any(constants)):
+        return None
+    pieces = []
+    for part, flow, is_learned in zip(parts, constants, learned, strict=True):
+        array = jnp.float32(is_learned) if flow is None else (flow.mantissa > 0).astype(jnp.float32)
+        pieces.append(jnp.broadcast_to(array, part.shape))
+    spread = Spread(lax.concatenate(pieces, axis), joined.shape)
+    return interpreter.flow(spread, jnp.int32(0), unit=joined.unit, ancestors=joined.ancestors)
 
 
 def _without(shape: Shape, axis: int) -> Shape:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dpai_jax.masks import check_numbers, from_layers
-from dpai_jax.methods.base import numpy_generator
-from dpai_jax.paths import Layer, Network
-from dpai_jax.paths.meshes import on_host, placed_like
-from dpai_jax.paths.network import check_parallel
+from dpai_jax import checks
+from dpai_jax.counts import reached
+from dpai_jax.paths import Network
+from dpai_jax.tools.meshes import device_put_like, on_host
+from dpai_jax.tools.random import numpy_generator
 
 PyTree = Any
 
@@ -53,7 +53,7 @@ def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None
 
     Args:
       net: the traced network.
-      masks: pytree of masks parallel to the parameters; a weight is kept where it is not zero.
+      masks: pytree parallel to the parameters: booleans, or zeros and ones.
       scores: pytree of scores parallel to the parameters: of two places that would do, the one of
         the higher score is taken, and by chance if they are equal. For scores whose magnitude
         counts, as those of `DPaI`, pass their absolute values. Without scores places are drawn.
@@ -66,51 +66,25 @@ def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None
       ValueError: if the tree or the shapes of masks or scores are not those of the network, or a
         score is NaN.
     """
-    kept = _join(net, [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")])
-    key = jax.random.key(0) if key is None else key
-    work = _Repair(net, kept, _flat_scores(net, scores), numpy_generator(key))
+    kept = checks.masks(net, masks)
+    ranks = None if scores is None else checks.scores(net, scores)
+    repaired = repaired_layers(net, kept, ranks, checks.key(key))
+    return net.tree(device_put_like(repaired, kept), lambda: jnp.ones((), bool))
+
+
+def repaired_layers(
+    net: Network, masks: list[Array], scores: list[Array] | None, key: Array
+) -> list[np.ndarray]:
+    """`repair` of the layers' boolean masks by their scores, on the host."""
+    kept = net.ravel(list(map(on_host, masks)))
+    ranks = np.zeros(net.size, np.float32)
+    if scores is not None:
+        ranks = net.ravel([on_host(s).astype(np.float32) for s in scores])
+    work = _Repair(net, kept, ranks, numpy_generator(key))
     live = work.filled(kept & work.reached(kept))
     while not work.is_full(live) and (longer := work.lengthened(live)) is not None:
         live = work.filled(longer)
-    repaired = from_layers(net, _split(net, jnp.asarray(work.topped_up(live, kept))))
-    return placed_like(repaired, masks)
-
-
-def _flat_scores(net: Network, scores: PyTree) -> np.ndarray:
-    if scores is None:
-        return np.zeros(net.size, np.float32)
-    leaves = [jnp.asarray(s, jnp.float32) for s in check_parallel(net, scores, "scores")]
-    for layer, s in zip(net.layers, leaves, strict=True):
-        check_numbers(layer.name, s)
-    return _join(net, leaves)
-
-
-def _order(layer: Layer) -> tuple[int, ...]:
-    """The axes of a kernel, those over copies of the layer first."""
-    return (*layer.stack, *(i for i in range(len(layer.shape)) if i not in layer.stack))
-
-
-def _split(net: Network, flat: Array) -> list[Array]:
-    """From one row of all weights, in which those of each copy of a layer stand together."""
-    parts = jnp.split(flat, np.cumsum([layer.size for layer in net.layers])[:-1])
-    return [
-        part.reshape([layer.shape[i] for i in _order(layer)]).transpose(np.argsort(_order(layer)))
-        for layer, part in zip(net.layers, parts, strict=True)
-    ]
-
-
-def _join(net: Network, leaves: Sequence[Array]) -> np.ndarray:
-    """To one row of all weights (see `_split`)."""
-    rows = [
-        on_host(x).transpose(_order(layer)).ravel()
-        for layer, x in zip(net.layers, leaves, strict=True)
-    ]
-    return np.concatenate(rows)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reached(net: Network, masks: Array) -> list[Array]:
-    return [r > 0 for r in net.reached([m.astype(jnp.float32) for m in _split(net, masks)])]
+    return net.unravel(work.topped_up(live, kept))
 
 
 class _Repair:
@@ -146,7 +120,7 @@ class _Repair:
 
     def reached(self, masks: np.ndarray) -> np.ndarray:
         """Which weights lie on a path, or would if they were kept."""
-        return _join(self.net, _reached(self.net, masks))
+        return self.net.ravel(jax.device_get(reached(self.net, self.net.unravel(masks))))
 
     def opened(self, masks: np.ndarray, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """The masks with every weight of some slots."""

@@ -1,8 +1,8 @@
-"""Sums that do not hang on the order of their terms, and so neither on the number of devices.
+"""Order-independent, bitwise reproducible sums: the same on any number of devices.
 
-Floats are added up in fixed point, by integers: whichever terms meet first, the sum is the same bit
-by bit. Two integers hold a term; of it is lost what is below some 2^-36 of the largest one, fewer
-bits the more terms there are.
+Floats are added in fixed point, as integers, so the order of the terms does not matter. Two
+integers hold a term. Bits below about 2^-36 of the largest term are dropped, a few more the more
+terms there are.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.paths import values as v
+from dpai_jax.tools.powers import inverse, largest_entry, power_above
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
-    """The sum over some axes, which are left with size one, of the products of two arrays.
+    """The sum of `a * b` over some axes, which keep size one.
 
     Args:
       a: float32 array.
-      b: another one, of the same rank; the two broadcast.
-      axes: what to sum over.
+      b: float32 array of the same rank; the two broadcast.
+      axes: the axes to sum over.
 
     Returns:
-      The sums; the same for any order of the terms, and so are their derivatives.
+      float32 array. Neither the sums nor their derivatives depend on the order of the terms.
     """
     sizes = np.broadcast_shapes(a.shape, b.shape)
     n_terms = math.prod(sizes[i] for i in axes)
-    a, b = (x if x.size == math.prod(sizes) else settled(x) for x in (a, b))
+    a, b = (x if x.size == math.prod(sizes) else materialize(x) for x in (a, b))
     if n_terms == 1:
         return a * b
     scale_a, scale_b = _scale(a), _scale(b)
-    below_one = (a * v.inverse(scale_a)) * (b * v.inverse(scale_b))
+    below_one = (a * inverse(scale_a)) * (b * inverse(scale_b))
     return _sum_below_one(below_one, axes) * scale_a * scale_b
 
 
@@ -64,12 +64,12 @@ product_sum.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
-    """The sum of a float32 array over some axes, which are left with size one.
+    """The sum of a float32 array over some axes, which keep size one.
 
-    The last one comes first, along which a sum runs through memory.
+    The last axis is summed first, as it is contiguous in memory.
     """
     scale = _scale(array)
-    total = array * v.inverse(scale)
+    total = array * inverse(scale)
     for stage in (axes[-1:], axes[:-1]):
         held = _held(math.prod(array.shape[i] for i in stage))
         total, scale = _sum_below_one(total, stage) / held, scale * held
@@ -84,17 +84,17 @@ sum_over.defvjp(
 
 def _scale(array: Array) -> Array:
     """A power of two above all magnitudes."""
-    # Of derivatives of second order some are negative.
-    return v.power_above(v.largest_entry(lax.stop_gradient(jnp.abs(array))))
+    # Second derivatives may be negative.
+    return power_above(largest_entry(lax.stop_gradient(jnp.abs(array))))
 
 
 def _held(n_terms: int) -> float:
-    """The power of two that as many terms below one don't go beyond."""
+    """A power of two that a sum of this many terms below one cannot exceed."""
     return float(2 ** math.ceil(math.log2(max(n_terms, 1))))
 
 
 def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
-    """The sum over some axes, left with size one, of terms of magnitude below one."""
+    """The sum over some axes, which keep size one, of terms of magnitude below one."""
     n_terms = math.prod(terms.shape[i] for i in axes)
     if n_terms == 1:
         return terms
@@ -107,10 +107,10 @@ def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
 
 
 def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
-    """The sums over some axes, left with size one, of arrays of one shape, all in one pass.
+    """The sums of arrays of one shape over some axes, which keep size one, in one pass.
 
-    Flags are counted, up to 2^32 of them. What a reduction of one operand reduces may be written
-    out before on CPUs; one of several reads what they are made of, if all its results are of use.
+    Booleans are counted, up to 2^32 of them. XLA on CPUs may write out the operand of a reduction
+    of one operand. A variadic reduce fuses its producers if every output is used.
     """
     terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in arrays]
     sums = lax.reduce(
@@ -124,17 +124,17 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
 
 def count_true(flags: Array) -> Array:
     """The number of true entries, uint32."""
-    # Of no use otherwise, the others make it a reduction of two operands.
+    # The false entries only make it a reduction of two operands (see `totals`).
     rows, others = totals([flags, ~flags], (flags.ndim - 1,))
     return jnp.sum(jnp.where(others < flags.shape[-1], rows, 0), dtype=jnp.uint32)
 
 
-def settled(array: Array) -> Array:
-    """The same array, worked out once.
+def materialize(array: Array) -> Array:
+    """Identity that stops XLA on CPUs from recomputing `array` in every consumer.
 
-    A small array that is spread over a large one would be worked out anew for each entry of that,
-    as XLA fuses what leads to it. It leaves a reduction of several operands as it is, if all of its
-    results are of use, but takes `lax.optimization_barrier` away before it fuses on CPUs.
+    XLA fuses the producers of a small array into each entry of a larger one that it broadcasts to.
+    It does not fuse a variadic reduce whose outputs are all used. `lax.optimization_barrier` does
+    not help: XLA on CPUs removes it before it fuses.
     """
     pair = jnp.broadcast_to(array, (2, *array.shape))
     high, low = lax.reduce(
@@ -147,11 +147,11 @@ def settled(array: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def fold(array: Array, axes: tuple[int, ...]) -> Array:
-    """The sum over short axes, such as a filter's taps; they are left with size one.
+def sum_taps(array: Array, axes: tuple[int, ...]) -> Array:
+    """The sum over short axes, such as a filter's taps; they keep size one.
 
-    Written out, slice by slice, it fuses with what is around it. A reduction of a few entries that
-    lie far apart takes a CPU many times as long.
+    Written out slice by slice, it fuses with its neighbours. A reduction of a few entries that are
+    far apart in memory takes a CPU many times as long.
     """
     places = itertools.product(*(range(array.shape[i]) for i in axes))
     slices = [
@@ -165,7 +165,7 @@ def fold(array: Array, axes: tuple[int, ...]) -> Array:
     return functools.reduce(jnp.add, slices)
 
 
-fold.defvjp(
-    lambda array, axes: (fold(array, axes), jnp.zeros((*array.shape, 0))),
+sum_taps.defvjp(
+    lambda array, axes: (sum_taps(array, axes), jnp.zeros((*array.shape, 0))),
     lambda _, like, cotangent: (jnp.broadcast_to(cotangent, like.shape[:-1]),),
 )

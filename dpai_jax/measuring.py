@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dpai_jax import checks
+from dpai_jax.counts import log_count, reached
 from dpai_jax.paths import Layer, Network
-from dpai_jax.paths.meshes import Shardings, shardings_of
-from dpai_jax.paths.network import check_parallel
+from dpai_jax.tools import meshes
 
 PyTree = Any
 
@@ -107,7 +107,7 @@ def topology(net: Network, masks: PyTree) -> Topology:
 
     Args:
       net: the traced network.
-      masks: pytree of masks parallel to the parameters; a weight is kept where it is not zero.
+      masks: pytree parallel to the parameters: booleans, or zeros and ones.
 
     Returns:
       The topology, in plain Python numbers.
@@ -119,13 +119,17 @@ def topology(net: Network, masks: PyTree) -> Topology:
       DPaI (ICLR 2025); Pham et al., Towards Data-Agnostic Pruning At Initialization: What Makes a
       Good Sparse Mask?, NeurIPS 2023.
     """
-    kept = [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")]
-    log_count, counts = _measure(net, shardings_of(kept), kept)
-    layers = []
-    for layer, numbers in zip(net.layers, jax.device_get(counts), strict=True):
-        weights, effective, nodes, kernels = (int(n) for n in numbers)
-        layers.append(LayerTopology(layer.name, layer.size, weights, effective, nodes, kernels))
-    return Topology(float(np.float32(log_count)), tuple(layers))
+    return measure(net, checks.masks(net, masks))
+
+
+def measure(net: Network, kept: list[Array]) -> Topology:
+    """`topology` of the layers' boolean masks."""
+    log_paths, counts = jax.device_get(_measure(net, kept))
+    layers = (
+        LayerTopology(layer.name, layer.size, *map(int, numbers))
+        for layer, numbers in zip(net.layers, counts, strict=True)
+    )
+    return Topology(float(np.float32(log_paths)), tuple(layers))
 
 
 def effective_weights(net: Network, masks: PyTree) -> PyTree:
@@ -141,27 +145,22 @@ def effective_weights(net: Network, masks: PyTree) -> PyTree:
     Raises:
       ValueError: if the masks' tree or shapes are not those of the network.
     """
-    kept = [jnp.asarray(m).astype(bool) for m in check_parallel(net, masks, "masks")]
-    return net.tree(_effective(net, shardings_of(kept), kept), lambda: jnp.ones((), bool))
+    return net.tree(effective(net, checks.masks(net, masks)), lambda: jnp.ones((), bool))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _effective(net: Network, shardings: Shardings, kept: list[Array]) -> list[Array]:
-    reached = net.reached([m.astype(jnp.float32) for m in kept], shardings)
-    return [m & (r > 0) for m, r in zip(kept, reached, strict=True)]
+@meshes.program(like=lambda kept: kept, layers=lambda kept: kept)
+def effective(net: Network, kept: list[Array]) -> list[Array]:
+    """Which kept weights a path passes, from boolean masks to boolean masks."""
+    return [m & r for m, r in zip(kept, reached(net, kept), strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(
-    net: Network, shardings: Shardings, kept: list[Array]
-) -> tuple[Array, list[list[Array]]]:
-    effective = _effective(net, shardings, kept)
+@meshes.program(layers=lambda kept: kept)
+def _measure(net: Network, kept: list[Array]) -> tuple[Array, list[list[Array]]]:
     counts = [
         [_count(k), _count(e), _count(has_node(layer, e)), _count(has_kernel(layer, e))]
-        for layer, k, e in zip(net.layers, kept, effective, strict=True)
+        for layer, k, e in zip(net.layers, kept, effective(net, kept), strict=True)
     ]
-    log_count = net.log_count([m.astype(jnp.float32) for m in kept], "exact", shardings)
-    return log_count, counts
+    return log_count(net, [m.astype(jnp.float32) for m in kept], "exact"), counts
 
 
 def has_node(layer: Layer, effective: Array) -> Array:

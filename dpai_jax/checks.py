@@ -1,0 +1,182 @@
+"""What arguments must be. Each check raises one sentence with the argument's name and the value."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax.paths import Network
+from dpai_jax.tools.trees import check_structure, named_leaves
+
+PyTree = Any
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and short."""
+    if isinstance(value, jax.Array | np.ndarray) and np.ndim(value):
+        return f"an array {value.dtype}{list(value.shape)}"
+    if isinstance(value, dict | list | tuple) and len(jax.tree.leaves(value)) > 4:
+        return f"a {type(value).__name__} of {len(jax.tree.leaves(value))} leaves"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# What a number must be, and how to tell.
+POSITIVE = "that is positive", lambda x: x > 0
+FRACTION = "in [0, 1]", lambda x: 0 <= x <= 1
+
+
+def number(
+    name: str,
+    value: Any,
+    wanted: str = "",
+    holds: Callable[[Any], bool] = lambda x: not math.isnan(x),
+) -> None:
+    """Checks a real number for which a condition, described by `wanted`, holds."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not holds(value):
+        error: type[Exception] = ValueError if is_number else TypeError
+        raise error(f"{name} must be {f'a number {wanted}'.strip()}, got {shown(value)}")
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """Checks an integer that is at least `least`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def flag(name: str, value: Any) -> None:
+    """Checks True or False."""
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def one_of(name: str, value: Any, options: Iterable[str]) -> None:
+    """Checks one of several names."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {shown(value)}")
+
+
+def function(name: str, value: Any, call: str) -> None:
+    """Checks a function, which is called as `call`."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {call}, got {shown(value)}")
+
+
+def optimizer(name: str, value: Any) -> None:
+    """Checks an optax optimiser."""
+    if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+        return
+    hint = "; call it with its learning rate" if callable(value) else ""
+    raise TypeError(
+        f"{name} must be an optax optimiser such as optax.adam(1e-3), got {shown(value)}{hint}"
+    )
+
+
+def network(net: Any) -> None:
+    """Checks a traced network."""
+    if not isinstance(net, Network):
+        raise TypeError(f"net must be a Network, as dpai_jax.trace returns it, got {shown(net)}")
+
+
+def key(value: Any) -> Array:
+    """The random key, or `jax.random.key(0)` for None."""
+    if value is None:
+        return jax.random.key(0)
+    dtype = getattr(value, "dtype", None)
+    is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_old = dtype == jnp.uint32 and jnp.ndim(value) == 1
+    if not (is_new and jnp.ndim(value) == 0) and not is_old:
+        raise TypeError(f"key must be one random key such as jax.random.key(0), got {shown(value)}")
+    checked: Array = value
+    return checked
+
+
+def layers(net: Any, tree: PyTree, argument: str) -> list[Any]:
+    """The arrays of a tree at the layers, after checking that it fits the network.
+
+    Raises:
+      TypeError: if `net` is not a network, or a leaf is not an array.
+      ValueError: if the tree's structure, or a leaf's shape, is not that of the parameters.
+    """
+    network(net)
+    check_structure(tree, net.treedef, argument, "params")
+    leaves = net.leaves(tree)
+    for layer, leaf in zip(net.layers, leaves, strict=True):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"{argument} must hold arrays, but {layer.name} is {shown(leaf)}")
+        if jnp.shape(leaf) != layer.shape:
+            raise ValueError(
+                f"{argument} must have shape {layer.shape} at {layer.name}, got {jnp.shape(leaf)}"
+            )
+    return leaves
+
+
+def weighted_masks(net: Any, masks: PyTree) -> list[Array]:
+    """The layers' masks in float32: any numbers that are not negative."""
+    leaves = layers(net, masks, "masks")
+    for layer, mask in zip(net.layers, leaves, strict=True):
+        if not _is_traced(mask) and mask.dtype != bool and not bool(jnp.all(mask >= 0)):
+            raise ValueError(f"masks must hold no negative number and no NaN, but {layer.name} has")
+    return [jnp.asarray(mask, jnp.float32) for mask in leaves]
+
+
+def masks(net: Any, masks: PyTree) -> list[Array]:
+    """The layers' masks as booleans: booleans, or numbers that are all 0 or 1."""
+    leaves = layers(net, masks, "masks")
+    for layer, mask in zip(net.layers, leaves, strict=True):
+        if (
+            not _is_traced(mask)
+            and mask.dtype != bool
+            and not bool(jnp.all((mask == 0) | (mask == 1)))
+        ):
+            raise ValueError(f"masks must be booleans or zeros and ones, but {layer.name} is not")
+    return [jnp.asarray(mask).astype(bool) for mask in leaves]
+
+
+def scores(net: Any, tree: PyTree) -> list[Array]:
+    """The layers' scores: floating, without NaN."""
+    leaves = layers(net, tree, "scores")
+    for layer, score in zip(net.layers, leaves, strict=True):
+        score_array(layer.name, score)
+    return [jnp.asarray(score) for score in leaves]
+
+
+def score_array(name: str, score: Any) -> None:
+    """Checks the scores of one layer."""
+    dtype = jnp.result_type(score)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"scores must be floating, but {name} is {dtype}")
+    if not _is_traced(score) and bool(jnp.any(jnp.isnan(score))):
+        raise ValueError(f"scores must be numbers, but {name} has a NaN")
+
+
+def parallel_masks(tree: PyTree, masks: PyTree, of: str = "params") -> None:
+    """Checks boolean masks against a tree of arrays."""
+    named, treedef = named_leaves(tree)
+    check_structure(masks, treedef, "masks", of)
+    for (name, leaf), mask in zip(named, treedef.flatten_up_to(masks), strict=True):
+        boolean(name, mask)
+        if jnp.ndim(mask) and jnp.shape(mask) != jnp.shape(leaf):
+            raise ValueError(
+                f"masks must have shape {jnp.shape(leaf)} at {name}, got {jnp.shape(mask)}"
+            )
+
+
+def boolean(name: str, mask: Any) -> None:
+    """Checks that one mask is boolean."""
+    if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+        raise TypeError(f"masks must be boolean, but {name} is {jnp.result_type(mask)}")
+
+
+def _is_traced(array: Any) -> bool:
+    return isinstance(array, jax.core.Tracer)

@@ -1,0 +1,131 @@
+"""Counts of a network's paths, compiled, on one device or many.
+
+What meets a kernel is sharded like it, so that no device ever holds more than its part of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+
+from dpai_jax import checks
+from dpai_jax.paths import Network
+from dpai_jax.paths.counting import COUNTINGS
+from dpai_jax.paths.kernels import KernelUse
+from dpai_jax.paths.network import AtKernel
+from dpai_jax.paths.values import Spread
+from dpai_jax.tools import meshes
+
+PyTree = Any
+
+
+def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
+    """The logarithm of the number of effective paths, log R_P.
+
+    With P the number of paths into a node, P = 1 at the input and P_j = Σ_i m_ij P_i through a
+    layer of mask m; R_P sums P over the outputs. Every position of every feature map counts.
+    Differentiable in the masks, which may hold any non-negative numbers. Pure, and jittable.
+
+    In the *mean field* an axis (of images, positions or tokens) along which all counts are equal is
+    held as one number and stays so. Where zeros (a convolution's padding, a class token) or tokens
+    of another kind would make the counts uneven, their mean over the positions stands for all;
+    elsewhere the count is exact. Its cost depends only on the number of weights. It can be
+    differentiated in reverse, any number of times, but not forward (`jax.jvp`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
+      >>> net = dpai.trace(fn, params, jnp.ones((1, 4)))
+      >>> masks = {"hidden": jnp.ones((4, 8)), "out": jnp.ones((8, 2)).at[0].set(0)}
+      >>> round(float(jnp.exp(dpai.log_paths(net, masks))))
+      56
+
+    Args:
+      net: the traced network.
+      masks: pytree parallel to the parameters, boolean or floating at the layers.
+      counting: "exact" or "mean_field".
+
+    Returns:
+      float32 scalar, the natural logarithm; `-inf` if no path leads to the output.
+
+    Raises:
+      TypeError: if `net` is not a network, or a mask is not an array of numbers.
+      ValueError: if the masks' tree or shapes are not those of the network, a mask is negative or
+        NaN (outside of `jax.jit`), or `counting` is unknown.
+
+    References:
+      DPaI (ICLR 2025), Section "Differentiable Calculation of the Effective Path".
+    """
+    checks.one_of("counting", counting, COUNTINGS)
+    return _log_count(net, checks.weighted_masks(net, masks), counting=counting)
+
+
+@meshes.program(layers=lambda masks: masks)
+def _log_count(net: Network, masks: list[Array], *, counting: str) -> Array:
+    return log_count(net, masks, counting)
+
+
+def log_count(net: Network, masks: Sequence[Array], counting: str) -> Array:
+    """`log_paths` of the layers' masks in float32, for use within a program."""
+    masks, at_kernel = _sharded(net, masks)
+    return net.log_count(masks, COUNTINGS[counting], at_kernel)
+
+
+@meshes.program(like=lambda masks: masks, layers=lambda masks: masks)
+def reached(net: Network, masks: list[Array]) -> list[Array]:
+    """Which weights a path passes, or would pass if they were kept, from boolean masks."""
+    floats, at_kernel = _sharded(net, [m.astype(jnp.float32) for m in masks])
+    return net.reached(floats, at_kernel)
+
+
+def possible(net: Network) -> list[np.ndarray]:
+    """Which weights any mask can make effective: those that a path passes with all kept."""
+    if "possible" not in net.programs:
+        ones = [jnp.ones(layer.shape, bool) for layer in net.layers]
+        net.programs["possible"] = jax.device_get(reached(net, ones))
+    flags: list[np.ndarray] = net.programs["possible"]
+    return flags
+
+
+def _sharded(net: Network, masks: Sequence[Array]) -> tuple[list[Array], AtKernel]:
+    """The masks as they are sharded while paths are counted, and what happens at a kernel."""
+    found: dict[int, NamedSharding] = {}
+    arrays = []
+    pairs = zip(net.layers, masks, meshes.layer_shardings(masks), strict=True)
+    for layer, mask, sharding in pairs:
+        if isinstance(sharding, NamedSharding):
+            # A loop over copies that are on different devices would gather them on each device.
+            found[layer.index] = meshes.moved_off(sharding, layer.shape, layer.stack)
+        arrays.append(meshes.split_like(mask, found.get(layer.index)))
+
+    def at_kernel(use: KernelUse) -> Spread:
+        sharding = found.get(use.weight.sources[0][0])
+        if sharding is None:
+            return use.count()
+        # The inputs of a group are sharded as its outputs are.
+        reads = use.reads
+        if use.groups > 1:
+            reads = {use.outputs[0]: use.reads[use.inputs[0]]}
+        flow = _split(use, sharding, reads, use.flow.spread)
+        result = use.contract(flow, use.weight.spread, by_taps=use.groups > 1)
+        return _split(use, sharding, use.writes, result)
+
+    return arrays, at_kernel if found else KernelUse.count
+
+
+def _split(use: KernelUse, sharding: NamedSharding, places: Mapping[int, int], x: Spread) -> Spread:
+    """Counts in which the kernel's axes have these places, sharded like the kernel."""
+    names, split = meshes.mesh_axes(sharding), {}
+    for axis, place in sorted(places.items()):
+        # An axis that a reshape merged is split like the first of its parts, and of those that it
+        # was split into, the first is.
+        for of_kernel in sorted(use.weight.sources[0][1][axis])[:1]:
+            split[place], names[of_kernel] = names[of_kernel], ()
+    return Spread(meshes.split_along(x.array, sharding.mesh, split), x.shape)

@@ -1,0 +1,149 @@
+"""Ways of counting paths: exactly, in the mean field, and by what is reached at all.
+
+A counting owns the arithmetic of counts: how they are kept in range, added up and contracted, and
+what happens where an axis of equal counts meets padding. The rules ask it and nobody else. A new
+way of counting is a subclass of `Counting`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dpai_jax.paths import values as v
+from dpai_jax.paths.values import Flow, Shape, Spread
+from dpai_jax.tools.sums import product_sum, sum_over
+
+# The two sides of a contraction, each its axes, as in the dimension numbers of `lax.dot_general`.
+Pair = tuple[Sequence[int], Sequence[int]]
+# A mantissa, its exponent, and whether it has an entry above zero.
+Normal = tuple[Array, Array, Array | np.bool]
+
+
+class Counting:
+    """Exact counting: every position of every feature map, zero padding and all.
+
+    Attributes:
+      averages: whether the mean over an axis stands for counts that padding makes uneven.
+      gated: whether a network's `gates` applies to products.
+      tracks_constants: whether units that only constants reach count as alive.
+    """
+
+    averages = False
+    gated = True
+    tracks_constants = True
+
+    def normalize(self, array: Array, exponent: Array, filled: Any = None) -> Normal:
+        """Counts in normal form: mantissa, exponent, and whether any count is not zero.
+
+        Counts of which that is known are near their normal form and stay as they are.
+        """
+        return v.normalise(array, exponent) if filled is None else (array, exponent, filled)
+
+    def alive(self, flow: Flow) -> Array:
+        """One where a unit gives something, zero where it is dead; a constant to gradients."""
+        return flow.alive()
+
+    def sum(self, spread: Spread, axes: Sequence[int]) -> Spread:
+        """The sums over some axes, which become uniform axes."""
+        array = self._sum(spread.array, tuple(axes))
+        copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
+        return Spread(array * float(copies), spread.shape)
+
+    def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
+        return jnp.sum(array, axes, keepdims=True)
+
+    def dot(self, a: Spread, b: Spread, dims: tuple[Pair, Pair], shape: Shape) -> Spread:
+        """`lax.dot_general`, which writes out uniform axes only where it must."""
+        (contract_a, contract_b), (batch_a, batch_b) = dims
+        scale = 1.0
+        for i, j in zip(contract_a, contract_b, strict=True):
+            if a.uniform(i) and b.uniform(j):
+                scale *= a.shape[i]
+            elif a.uniform(i):
+                b = Spread(jnp.sum(b.array, j, keepdims=True), b.shape)
+            elif b.uniform(j):
+                a = Spread(jnp.sum(a.array, i, keepdims=True), a.shape)
+        for i, j in zip(batch_a, batch_b, strict=True):
+            if a.uniform(i) != b.uniform(j):
+                a, b = a.full(i), b.full(j)
+        array = lax.dot_general(
+            a.array, b.array, dims, lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        return Spread(array * scale if scale != 1.0 else array, shape)
+
+    def stays_uniform(self, coverage: np.ndarray) -> bool:
+        """Whether a uniform axis stays uniform under windows whose taps have this coverage."""
+        return self.averages or bool(np.all(coverage == 1))
+
+
+class MeanField(Counting):
+    """Counting in which uniform axes stay uniform: where padding would end that, the mean stands.
+
+    Its sums do not depend on the order of their terms.
+    """
+
+    averages = True
+    tracks_constants = False
+
+    def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
+        return sum_over(array, axes)
+
+    def dot(self, a: Spread, b: Spread, dims: tuple[Pair, Pair], shape: Shape) -> Spread:
+        """As `Counting.dot`; products of an array and a vector are order-independent sums."""
+        (contract_a, contract_b), (batch_a, batch_b) = dims
+        if _is_vector(b, {*contract_b, *batch_b}):
+            sums, ones_first = _dot_vector(a, b, dims), 0
+        elif _is_vector(a, {*contract_a, *batch_a}):
+            sums = _dot_vector(b, a, ((contract_b, contract_a), (batch_b, batch_a)))
+            ones_first = len(a.shape) - len(contract_a) - len(batch_a)
+        else:
+            return super().dot(a, b, dims, shape)
+        batch, others = sums.shape[: len(batch_a)], sums.shape[len(batch_a) :]
+        ones_last = len(shape) - len(sums.shape) - ones_first
+        sizes = (*batch, *(1,) * ones_first, *others, *(1,) * ones_last)
+        return Spread(sums.reshape(sizes), shape)
+
+
+class Reach(Counting):
+    """Which units a path reaches: counts clip to {0, 1}, forward and backward, free of rounding."""
+
+    gated = False
+
+    def normalize(self, array: Array, exponent: Array, _filled: Any = None) -> Normal:
+        """Zeros and ones; see `Counting.normalize`."""
+        return v.saturate(array), exponent, np.True_
+
+
+EXACT, MEAN_FIELD, REACH = Counting(), MeanField(), Reach()
+
+COUNTINGS = {"exact": EXACT, "mean_field": MEAN_FIELD}
+
+
+def _is_vector(x: Spread, axes: set[int]) -> bool:
+    """Whether an array is uniform along all but some axes."""
+    return all(i in axes or x.uniform(i) for i in range(len(x.shape)))
+
+
+def _dot_vector(x: Spread, vector: Spread, dims: tuple[Pair, Pair]) -> Array:
+    """The contraction of `x` with a vector: the batch axes, then the other axes of `x`."""
+    (contract, contract_vector), (batch, batch_vector) = dims
+    pairs = sorted(zip([*batch, *contract], [*batch_vector, *contract_vector], strict=True))
+    others = tuple(i for i in range(len(x.shape)) if i not in (*batch, *contract))
+    axes = [j for _, j in pairs]
+    rest = [j for j in range(len(vector.shape)) if j not in axes]
+    aligned = vector.array.transpose(*axes, *rest).reshape([vector.array.shape[j] for j in axes])
+    sums = product_sum(x.array, jnp.expand_dims(aligned, others), tuple(contract))
+    uniform = [
+        x.shape[i]
+        for i, j in zip(contract, contract_vector, strict=True)
+        if x.uniform(i) and vector.uniform(j)
+    ]
+    sums = sums.transpose(*batch, *others, *contract)
+    sums = jnp.squeeze(sums, tuple(range(sums.ndim - len(contract), sums.ndim)))
+    return sums * float(math.prod(uniform))

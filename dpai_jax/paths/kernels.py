@@ -1,0 +1,104 @@
+"""A kernel that meets a flow: the one record that every contraction rule builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Weight
+
+
+class Contract(Protocol):
+    """A contraction of a flow and a kernel."""
+
+    def __call__(self, flow: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
+        """The counts behind the kernel; `by_taps` sums a grouped convolution tap by tap."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelUse:
+    """One use of a kernel as the weight of a contraction with a flow.
+
+    Axes are those of the kernel as it is seen here, through reshapes and transposes.
+
+    Attributes:
+      weight: the kernel's mask.
+      flow: what it is contracted with.
+      inputs, outputs, taps: the axes over input features, output features and filter positions.
+      batch: the axes over groups that have an axis of their own.
+      groups: into how many groups the output features are split besides.
+      reads: for axes of the kernel, the axis of the flow that each meets.
+      writes: for axes of the kernel, the axis of the result that each becomes.
+      contract: the contraction itself.
+      shape: the shape of the result.
+      is_lookup: whether rows are looked up by token ids; every token is an input feature.
+    """
+
+    weight: Weight
+    flow: Flow
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    batch: tuple[int, ...]
+    groups: int
+    reads: Mapping[int, int]
+    writes: Mapping[int, int]
+    contract: Contract
+    shape: Shape
+    is_lookup: bool = False
+
+    def count(self) -> Spread:
+        """The counts behind the kernel."""
+        return self.contract(self.flow.spread, self.weight.spread)
+
+    def kernel(self) -> Array:
+        """The mask as (groups, inputs, outputs, taps)."""
+        order = (*self.batch, *self.inputs, *self.outputs, *self.taps)
+        batch, inputs, outputs, taps = (
+            math.prod(self.weight.shape[i] for i in axes)
+            for axes in (self.batch, self.inputs, self.outputs, self.taps)
+        )
+        array = self.weight.array.transpose(order)
+        array = array.reshape(batch, inputs, self.groups, outputs // self.groups, taps)
+        return array.swapaxes(1, 2).reshape(batch * self.groups, inputs, -1, taps)
+
+    def arriving(self) -> Array:
+        """What arrives at the input features, group by group, summed over positions; flat."""
+        if self.is_lookup:
+            rows = math.prod(self.weight.shape[i] for i in self.inputs)
+            return jnp.broadcast_to(jnp.max(self.flow.mantissa), (rows,))
+        axes = [self.reads[i] for i in (*self.batch, *self.inputs)]
+        array = self.flow.spread.full(*axes).array if axes else self.flow.mantissa
+        kept = sorted(axes)
+        sums = jnp.sum(array, [i for i in range(array.ndim) if i not in axes])
+        return sums.transpose([kept.index(axis) for axis in axes]).ravel()
+
+    def behind(self, features: Array) -> Spread:
+        """The result that has these counts at the output features, at every position alike."""
+        written = [i for i in (*self.batch, *self.outputs) if i in self.writes]
+        array = features.reshape([self.weight.shape[i] for i in written])
+        places = [self.writes[i] for i in written]
+        array = array.transpose(sorted(range(len(places)), key=places.__getitem__))
+        others = [i for i in range(len(self.shape)) if i not in places]
+        return Spread(jnp.expand_dims(array, others), self.shape)
+
+    def axes_of_leaves(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """For each kernel in the weight its leaf, and its own axes: inputs, outputs, taps."""
+        found = []
+        for leaf, axes in self.weight.sources:
+            inputs, taps = _own(axes, self.inputs), _own(axes, self.taps)
+            # An axis that was merged from features of both sides counts as an input.
+            outputs = _own(axes, (*self.outputs, *self.batch))
+            outputs = tuple(i for i in outputs if i not in inputs + taps)
+            found.append((leaf, inputs, outputs, taps))
+        return found
+
+
+def _own(axes: Axes, of_view: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(frozenset().union(*(axes[i] for i in of_view))))

@@ -1,0 +1,216 @@
+"""The one call: from a network function and a sparsity to masks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax import checks, counts
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.measuring import Topology, measure
+from dpai_jax.methods.base import Data, Loss, Method, Problem, Report
+from dpai_jax.methods.dpai import DPaI
+from dpai_jax.paths import Network, trace
+from dpai_jax.progress import ProgressLine
+from dpai_jax.repairing import repaired_layers
+from dpai_jax.tools.meshes import device_put_like
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result:
+    """A pruned network.
+
+    Attributes:
+      masks: pytree of boolean masks parallel to the parameters, sharded as these are; `True` for a
+        leaf that cannot be pruned. Exactly `round((1 − sparsity)·N)` weights are kept.
+      scores: pytree of the scores that the masks were made of, likewise; `0.` for such a leaf.
+      topology: what remains of the network.
+      history: arrays of one length, what the method measured at each step (for DPaI log R_P as
+        `log_paths`, R_N as `nodes`, and R_C as `kernels`).
+      stopped: why the method ended before its last step, or an empty string.
+      seconds: the time that it took, compilation included.
+      net: the traced network; None in a result that was pickled.
+    """
+
+    masks: PyTree
+    scores: PyTree
+    topology: Topology
+    history: Mapping[str, np.ndarray]
+    stopped: str
+    seconds: float
+    net: Network
+
+    def __repr__(self) -> str:
+        topo = self.topology
+        return (
+            f"Result({topo.weights:,} of {sum(layer.size for layer in topo.layers):,} weights kept,"
+            f" {topo.effective:,} effective, {topo.nodes:,} nodes, {topo.kernels:,} kernels,"
+            f" log_paths={topo.log_paths:.2f})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A trace cannot be pickled.
+        return self.__dict__ | {"net": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Result:
+        fields = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        return Result(**fields)
+
+
+def prune(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    sparsity: float,
+    *,
+    method: Method | None = None,
+    key: Array | None = None,
+    loss_fn: Loss | None = None,
+    batches: Iterable[PyTree] | None = None,
+    repair: bool = False,
+    prunable: Callable[[str, Any], bool] | None = None,
+    gates: str = "balanced",
+    progress: bool | Report | None = None,
+) -> Result:
+    """Prunes a network before it is trained.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), sparsity=0.9, key=jax.random.key(0))
+      >>> result.topology.weights
+      64
+      >>> sparse = dpai.apply_masks(params, result.masks)
+
+    Args:
+      fn: the network, `fn(params, x)`. Define it once: what is compiled for it is kept for the last
+        eight functions.
+      params: pytree of arrays. Leaves that are not prunable (biases, norm scales) may be in it.
+      x: an input, or the shape of one (`jax.ShapeDtypeStruct`); only its shape matters here.
+      sparsity: the fraction of prunable weights to remove, in [0, 1).
+      method: how; `DPaI()` if not given.
+      key: random key; `jax.random.key(0)` if not given. The same key gives the same masks.
+      loss_fn: for methods that prune by a loss (SNIP, GraSP, ...), `loss_fn(params, batch)`, a
+        scalar.
+      batches: the batches for it, each any pytree: a list, or an iterator, of which the first 128
+        are read. Methods that use no loss read none.
+      repair: whether to move kept weights that no path passes to where one does, as
+        `dpai_jax.repair`.
+      prunable: narrows what is pruned (see `trace`).
+      gates: see `trace`.
+      progress: whether to show progress on standard error, by default if that is a terminal; or a
+        function that takes it, `progress(step, steps, numbers)`.
+
+    Returns:
+      The masks, and what is known about them.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `trace`; and if an argument is not as said
+        above, `params` has a NaN, no path leads to the output, or an allocation asks too much.
+    """
+    start = time.perf_counter()
+    method = DPaI() if method is None else method
+    _check_arguments(method, params, x, key, repair, progress)
+    key = checks.key(key)
+    net = trace(fn, params, x, prunable, gates)
+    asked = weights_to_keep(net, sparsity)
+    _check_network(net, params)
+    name, data = type(method).__name__, Data(loss_fn, batches)
+    line = ProgressLine(name) if progress is True or (progress is None and _at_terminal()) else None
+    report = progress if callable(progress) else line or _silent
+    pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, data))
+    if data.is_given and not data.is_used:
+        warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=2)
+    masks = pruned.masks
+    if repair:
+        rank = pruned.scores if pruned.rank is None else pruned.rank()
+        masks = repaired_layers(net, masks, rank, jax.random.fold_in(key, 1))
+    leaves = net.leaves(params)
+    masks, scores = (
+        device_put_like(list(map(jnp.asarray, arrays)), leaves) for arrays in (masks, pruned.scores)
+    )
+    topo = measure(net, masks)
+    if topo.weights != asked:
+        raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
+    if topo.collapsed:
+        warnings.warn(
+            f"no path passes {', '.join(topo.collapsed)} any more (layer collapse)", stacklevel=2
+        )
+    result = Result(
+        masks=net.tree(masks, lambda: jnp.ones((), bool)),
+        scores=net.tree(scores, lambda: np.float32(0)),
+        topology=topo,
+        history=pruned.history,
+        stopped=pruned.stopped,
+        seconds=time.perf_counter() - start,
+        net=net,
+    )
+    if line is not None:
+        line.close(_summary(name, result))
+    return result
+
+
+def _check_arguments(
+    method: Any, params: PyTree, x: PyTree, key: Any, repair: Any, progress: Any
+) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, key))):
+        raise TypeError(
+            "params, x and key must not be traced, and prune must not be called under jax.jit: call"
+            " trace outside, and ascent, binarize and log_paths inside"
+        )
+    if isinstance(method, type):
+        raise TypeError(f"method must be an instance such as dpai.{method.__name__}(), got a class")
+    if not callable(getattr(method, "run", None)):
+        raise TypeError(
+            f"method must be a pruning method such as dpai.DPaI(), got {checks.shown(method)}"
+        )
+    checks.flag("repair", repair)
+    if progress is not None and not callable(progress):
+        checks.flag("progress", progress)
+
+
+def _check_network(net: Network, params: PyTree) -> None:
+    """Refuses a network without paths, and weights that are NaN."""
+    if not any(flags.any() for flags in counts.possible(net)):
+        raise ValueError("fn has no path from x to its output even with all weights kept")
+    weights = net.leaves(params)
+    if any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
+        return
+    for layer, has_nan in zip(net.layers, jax.device_get(_nan_flags(weights)), strict=True):
+        if has_nan:
+            raise ValueError(f"params must be numbers, but {layer.name} has a NaN")
+
+
+@jax.jit
+def _nan_flags(arrays: list[Array]) -> list[Array]:
+    return [jnp.any(jnp.isnan(x)) for x in arrays]
+
+
+def _at_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def _silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
+    pass
+
+
+def _summary(name: str, result: Result) -> str:
+    topo = result.topology
+    line = f"{name}  kept {topo.weights:,} of {result.net.size:,} weights"
+    line += f"  log-paths {topo.log_paths:.2f}  nodes {topo.nodes:,}  kernels {topo.kernels:,}"
+    line += f"  {result.seconds:.1f} s"
+    return line + (f"  (stopped: {result.stopped})" if result.stopped else "")

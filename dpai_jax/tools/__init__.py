@@ -1,0 +1,1 @@
+"""General tools on arrays and pytrees. They know neither paths nor pruning."""

@@ -1,0 +1,272 @@
+"""Arrays on several devices: compiled functions that leave every array where it is.
+
+Everything about meshes is here. The other modules decorate a function with `program`, and say what
+its results are sharded like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+PyTree = Any
+T = TypeVar("T")
+
+# How the layers' arrays are sharded while a program is traced.
+_LAYERS: ContextVar[tuple[Sharding | None, ...]] = ContextVar("layers", default=())
+
+# The programs of functions without an owner.
+_SHARED: dict[Any, Any] = {}
+
+
+def program(
+    *,
+    like: Callable[..., PyTree] = lambda *_: None,
+    layers: Callable[..., Sequence[Any]] | None = None,
+    donate: tuple[int, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function of an owner (a network) and arrays, on one device or many.
+
+    The function is `fn(owner, *args, **settings)`; `settings` are hashable. Compiled programs are
+    kept in `owner.programs`, so they go when the owner does; without an owner they stay. Arrays
+    that are on one device are replicated on the mesh of the others.
+
+    Args:
+      like: from `args` a pytree, or the upper part of one, of what the results are sharded like:
+        arrays, or None for what is replicated.
+      layers: from `args` the arrays that there is one of for each layer (see `layer_shardings`).
+        If not given, the compiler shards everything as it sees fit.
+      donate: which of `args` lend their memory to the results.
+
+    Returns:
+      A decorator.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def call(owner: Any, *args: Any, **settings: Any) -> Any:
+            if _LAYERS.get():  # part of another program
+                return fn(owner, *args, **settings)
+            shardings = () if layers is None else tuple(map(_sharding, layers(*args)))
+            mesh = next((s.mesh for s in shardings if _is_named(s)), None)
+            results = None
+            if any(shardings):
+                args = _replicated_beside(args, mesh)
+                results = jax.tree.map(_sharding, like(*args), is_leaf=_is_none)
+            flat, treedef = jax.tree.flatten(results, is_leaf=_is_none)
+            key = (fn, shardings, tuple(flat), treedef, tuple(sorted(settings.items())))
+            programs = _SHARED if owner is None else owner.programs
+            if key not in programs:
+                run = functools.partial(fn, owner, **settings)
+                traced: Callable[..., Any] = run
+                if layers is not None:
+                    traced = functools.partial(_traced, run, like, shardings, results, mesh)
+                programs[key] = jax.jit(traced, donate_argnums=donate, keep_unused=True)
+            return programs[key](*args)
+
+        return call
+
+    return decorate
+
+
+def _traced(
+    run: Callable[..., Any],
+    like: Callable[..., PyTree],
+    shardings: tuple[Sharding | None, ...],
+    results: PyTree,
+    mesh: Mesh | None,
+    *args: Any,
+) -> Any:
+    """What a program does while it is traced."""
+    with _sharded_layers(shardings):
+        outputs = auto_sharded(run, *args, like=like(*args))
+    if not any(shardings):
+        return outputs
+
+    def constrain(sharding: Sharding | None, part: PyTree) -> PyTree:
+        if sharding is None and mesh is not None:
+            sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(lambda x: _constrained(x, sharding), part)
+
+    return jax.tree.map(constrain, results, outputs, is_leaf=_is_none)
+
+
+@contextlib.contextmanager
+def _sharded_layers(shardings: tuple[Sharding | None, ...]) -> Iterator[None]:
+    token = _LAYERS.set(shardings)
+    try:
+        yield
+    finally:
+        _LAYERS.reset(token)
+
+
+def layer_shardings(arrays: Sequence[Any]) -> tuple[Sharding | None, ...]:
+    """How the layers' arrays are sharded; None for those on one device.
+
+    While a program is traced, its arrays may not tell; then what the program was called with does.
+    """
+    return _LAYERS.get() or tuple(map(_sharding, arrays))
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def auto_sharded(fn: Callable[..., T], *args: PyTree, like: PyTree) -> T:
+    """Calls a function within `jax.jit`, and lets the compiler choose the shardings inside.
+
+    Along the explicit axes of a mesh (those of `jax.make_mesh` by default) the sharding of an array
+    is part of its type, and an operation that could shard its result in several ways must be told
+    which. Inside `fn` nothing needs to be told.
+
+    Args:
+      fn: function of pytrees of arrays.
+      args: its arguments.
+      like: pytree prefix of what the results are sharded like, arrays or shardings; None means
+        replicated.
+
+    Returns:
+      `fn(*args)`.
+    """
+    mesh = next(filter(_explicit_axes, map(_mesh, jax.tree.leaves((args, like)))), _context())
+    axes = _explicit_axes(mesh)
+    if not axes:
+        return fn(*args)
+
+    def of_result(x: Any) -> NamedSharding:
+        spec = None if x is None else x.spec if _is_named(x) else jax.typeof(x).sharding.spec
+        return NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+
+    shardings = jax.tree.map(of_result, like, is_leaf=_is_none)
+    return jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings)(*args)
+
+
+def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def _mesh(x: Any) -> AbstractMesh:
+    return x.mesh.abstract_mesh if _is_named(x) else jax.typeof(x).sharding.mesh
+
+
+def _context() -> AbstractMesh:
+    return jax.sharding.get_abstract_mesh()
+
+
+def _is_named(x: Any) -> bool:
+    return isinstance(x, NamedSharding)
+
+
+def shardings_of(arrays: Iterable[Any]) -> tuple[Sharding | None, ...]:
+    """The shardings of arrays on several devices; None for an array on one."""
+    return tuple(map(_sharding, arrays))
+
+
+def _sharding(array: Any) -> Sharding | None:
+    """An array's sharding over several devices; of one that is traced, along explicit axes."""
+    if isinstance(array, jax.core.Tracer):
+        return jax.typeof(array).sharding if _explicit_axes(_mesh(array)) else None
+    sharding = getattr(array, "sharding", None)
+    return sharding if sharding is not None and sharding.num_devices > 1 else None
+
+
+def _constrained(x: Array, sharding: Sharding | None) -> Array:
+    if sharding is None:
+        return x
+    if isinstance(sharding, NamedSharding) and _explicit_axes(sharding.mesh.abstract_mesh):
+        return jax.sharding.reshard(x, sharding)
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def moved_off(sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int]) -> NamedSharding:
+    """Moves mesh axes off the given array axes onto others that they divide.
+
+    Args:
+      sharding: an array's sharding.
+      shape: the array's shape.
+      axes: the array axes that should not be split.
+
+    Returns:
+      A sharding with as many parts.
+    """
+    names = mesh_axes(sharding)
+    names += [()] * (len(shape) - len(names))
+    sizes = sharding.mesh.shape
+
+    def part(axis: int) -> float:
+        return shape[axis] / math.prod(sizes[name] for name in names[axis])
+
+    for axis in axes:
+        for name in names[axis]:
+            others = [i for i in range(len(shape)) if i not in axes and part(i) % sizes[name] == 0]
+            if others:
+                place = max(others, key=part)
+                names[axis] = tuple(other for other in names[axis] if other != name)
+                names[place] = (*names[place], name)
+    return NamedSharding(sharding.mesh, PartitionSpec(*names))
+
+
+def mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
+    """For each array axis that the sharding names, the mesh axes that split it."""
+    return [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in sharding.spec]
+
+
+def split_like(x: Array, sharding: NamedSharding | None) -> Array:
+    """Constrains an array, within `auto_sharded`, to a sharding; leaves it alone for None."""
+    if sharding is None:
+        return x
+    return split_along(x, sharding.mesh, dict(enumerate(mesh_axes(sharding))))
+
+
+def split_along(x: Array, mesh: Mesh | AbstractMesh, axes: Mapping[int, tuple[str, ...]]) -> Array:
+    """Splits array axes, within `auto_sharded`, along mesh axes that divide them."""
+    context = _context()
+    divided = [
+        axes[i] if i in axes and size % math.prod(mesh.shape[name] for name in axes[i]) == 0 else ()
+        for i, size in enumerate(x.shape)
+    ]
+    sharding = NamedSharding(mesh if context.empty else context, PartitionSpec(*divided))
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def device_put_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Puts the arrays of a tree where those of a parallel one are; scalars stay where they are."""
+
+    def put(x: Any, other: Any) -> Any:
+        sharding = _sharding(other)
+        return x if sharding is None or jnp.ndim(x) == 0 else jax.device_put(x, sharding)
+
+    return jax.tree.map(put, tree, like)
+
+
+def _replicated_beside(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Replicates those arrays of a tree that are on one device over a mesh."""
+
+    def put(x: Any) -> Any:
+        if mesh is None or isinstance(x, jax.core.Tracer) or _sharding(x) is not None:
+            return x
+        array, replicated = np.asarray(x), NamedSharding(mesh, PartitionSpec())
+        return jax.make_array_from_callback(array.shape, replicated, array.__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array as a NumPy array, gathered from all processes."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -1,0 +1,53 @@
+"""Powers of two by the bits of a float32, which scale without rounding."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def power_of_two(exponent: Array) -> Array:
+    """`2**exponent` as float32, exactly; zero below the smallest normal number."""
+    biased = lax.clamp(jnp.int32(-127), exponent, jnp.int32(127)) + jnp.int32(127)
+    return lax.bitcast_convert_type(lax.shift_left(biased, jnp.int32(23)), jnp.float32)
+
+
+def power_above(largest: Array) -> Array:
+    """The next power of two above a positive float32; 1 for zero."""
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F80_0000)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return lax.select(power > 0, power + power, jnp.ones_like(power))
+
+
+def exponent_of(power: Array) -> Array:
+    """The exponent of a power of two, int32."""
+    biased = lax.shift_right_logical(lax.bitcast_convert_type(power, jnp.int32), jnp.int32(23))
+    return biased - jnp.int32(127)
+
+
+def inverse(power: Array) -> Array:
+    """One over a power of two, 0 for 2^127. XLA does not fuse a division with its neighbours."""
+    bits = jnp.int32(0x7F00_0000) - lax.bitcast_convert_type(power, jnp.int32)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def largest_entry(array: Array) -> Array:
+    """The largest entry, or zero if none is above zero; not differentiable.
+
+    XLA on CPUs writes out the operand of a reduction of one operand. It fuses the operands of a
+    reduction of two, if both results are used. The reduction runs along the last axis first, which
+    is contiguous in memory, and over integers, whose comparisons vectorise: the bits of positive
+    floats are in the order of the floats.
+    """
+    most = least = lax.bitcast_convert_type(jnp.atleast_1d(array), jnp.int32)
+    for axes in ((most.ndim - 1,), tuple(range(most.ndim - 1))):
+        if math.prod(most.shape[i] for i in axes) != 1:
+            most, least = lax.reduce(
+                [most, least],
+                [jnp.zeros((), jnp.int32)] * 2,
+                lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
+                axes,
+            )
+    return lax.bitcast_convert_type(jnp.maximum(most, least).reshape(()), array.dtype)

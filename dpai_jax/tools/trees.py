@@ -1,0 +1,61 @@
+"""Pytrees by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a pytree with their paths, such as `params/Dense_0/kernel`; its structure."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths)
+    return [(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)], treedef
+
+
+def check_structure(tree: Any, like: Any, argument: str, of: str) -> None:
+    """Raises a ValueError unless a tree has the structure `like`, that of the argument `of`."""
+    if jax.tree.structure(tree) != like:
+        raise ValueError(
+            f"{argument} must have the tree structure of {of}, but {_difference(tree, like)}"
+        )
+
+
+def _difference(tree: Any, like: Any) -> str:
+    """The first leaf in which a tree differs from a structure, and what may have been meant."""
+    if hasattr(tree, "masks") and hasattr(tree, "scores"):
+        return "is a Result: pass its .masks or .scores"
+    found = [name for name, _ in named_leaves(tree)[0]]
+    wanted = [name for name, _ in named_leaves(like.unflatten(range(like.num_leaves)))[0]]
+    missing = next((name for name in wanted if name not in set(found)), None)
+    extra = next((name for name in found if name not in set(wanted)), None)
+    if missing is None and extra is None:
+        return "its nodes are of other types"
+    if extra is not None and missing is not None and extra == f"params/{missing}":
+        return f'has {extra!r} where {missing!r} belongs: pass its "params" alone'
+    if extra is not None and missing is not None and missing == f"params/{extra}":
+        return f'has {extra!r} where {missing!r} belongs: put it in {{"params": ...}}'
+    return f"has no leaf {missing!r}" if missing is not None else f"has a leaf {extra!r} besides"
+
+
+def like_by_name(tree: Any, like: Any, argument: str, of: str) -> Any:
+    """A tree with the structure of another one whose leaves have the same names.
+
+    A name ends before `value`, by which Flax NNX's variables hold their arrays.
+
+    Raises:
+      ValueError: if the names differ.
+    """
+    structure = jax.tree.structure(like)
+    if jax.tree.structure(tree) == structure:
+        return tree
+    by_name = {_plain(name): leaf for name, leaf in named_leaves(tree)[0]}
+    names = [_plain(name) for name, _ in named_leaves(like)[0]]
+    if set(names) != set(by_name):
+        check_structure(tree, structure, argument, of)
+    return structure.unflatten([by_name[name] for name in names])
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix("/value").removesuffix("/raw_value")
