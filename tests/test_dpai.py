@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
-from tests.networks import by_name
+from tests.support.networks import by_name
 
 # One compilation for all scores, counts, α and β of a network. Methods with equal settings share
 # theirs too, so the optimisers are made once.

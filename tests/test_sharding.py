@@ -16,7 +16,7 @@ from dpai_jax.methods import dpai as method
 from dpai_jax.methods import noise
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.paths.meshes import placed, shardings_of, whole_beside
-from tests import sharded
+from tests.support import sharded
 
 # The package's attribute of this name is the function.
 measuring = importlib.import_module("dpai_jax.topology")

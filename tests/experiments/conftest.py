@@ -6,7 +6,7 @@ import flax.linen as nn
 import pytest
 
 from experiments import datasets, devices, models
-from tests.experiments.meshes import mesh_of
+from tests.support.meshes import mesh_of
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dpai_jax as dpai
-from tests.methods import problems
+from tests.support import problems
 
 
 def train(params: Any, masks: Any) -> Any:

@@ -16,7 +16,7 @@ from scipy import optimize
 import dpai_jax as dpai
 from dpai_jax.methods import npb
 from dpai_jax.methods.npb import NPB
-from tests.networks import by_name
+from tests.support.networks import by_name
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.methods.phew import PHEW, Walker
 from dpai_jax.paths.channels import channels
-from tests.networks import by_name
-from tests.reference import Graph, JaxLayers, Layers, Network
+from tests.support.networks import by_name
+from tests.support.reference import Graph, JaxLayers, Layers, Network
 
 SAME = ((1, 1), (1, 1))
 Shapes = dict[str, tuple[int, ...]]

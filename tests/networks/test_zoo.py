@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CASES, Case, by_name
-from tests.networks.case import Built, expand
+from tests.support.networks import CASES, Case, by_name
+from tests.support.networks.case import Built, expand
 
 # What the names of leaves of two or more dimensions say that are not prunable: added or multiplied
 # elementwise, only looked up, or applied to a value that doesn't depend on the input.

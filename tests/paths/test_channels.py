@@ -11,8 +11,8 @@ from jax import lax
 
 import dpai_jax as dpai
 from dpai_jax.paths.channels import Channels, channels
-from tests.networks import by_name
-from tests.reference import Graph, JaxLayers, Layers, Network
+from tests.support.networks import by_name
+from tests.support.reference import Graph, JaxLayers, Layers, Network
 
 Shapes = dict[str, tuple[int, ...]]
 Edges = set[tuple[Any, Any]]

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
-from tests.reference import Graph, JaxLayers, Layers, Masks, Network, quick_compilation
+from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network, quick_compilation
 
 Shapes = dict[str, tuple[int, ...]]
 SAME = ((1, 1), (1, 1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import dpai_jax as dpai
-from tests.reference import Graph, JaxLayers, Layers, Masks, Network, random_masks
+from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network, random_masks
 
 Shapes = dict[str, tuple[int, ...]]
 SAME = ((1, 1), (1, 1))

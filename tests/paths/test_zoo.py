@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import dpai_jax as dpai
-from tests.networks import CASES, Case, by_name
-from tests.networks.case import Built
-from tests.reference import Masks, quick_compilation, random_masks
+from tests.support.networks import CASES, Case, by_name
+from tests.support.networks.case import Built
+from tests.support.reference import Masks, quick_compilation, random_masks
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
