@@ -12,7 +12,7 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.repair import repair
-from tests.paths.test_reach import NETWORKS, read_twice
+from tests.support.graphs import NETWORKS, read_twice
 from tests.support.networks import by_name
 from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network
 
