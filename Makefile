@@ -26,7 +26,7 @@ bench: $(READY)  ## time, memory and objectives of pruning, in tables; up to an 
 
 test: lint  ## lint, types, then all tests, on two cores
 	@echo "pytest: two processes"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
 
 lint: $(READY)  ## ruff's rules, ruff's format, and types
 	@echo "ruff: rules and format"

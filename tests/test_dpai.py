@@ -74,14 +74,6 @@ def convnet_mean_paths(masks):
     return float(np.sum(np.tile(second, 4) @ masks["head"]))
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These tests compile much and compute little, so code may be slow that is soon compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def draw(shapes, seed=0):
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

@@ -21,6 +21,9 @@ from tests.support import sharded
 # The package's attribute of this name is the function.
 measuring = importlib.import_module("dpai_jax.topology")
 
+# Programs of different shardings are fused differently, which must not change a bit.
+pytestmark = pytest.mark.optimized
+
 DPAI = dpai.DPaI(steps=12)
 KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 

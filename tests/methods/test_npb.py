@@ -19,13 +19,6 @@ from dpai_jax.methods.npb import NPB
 from tests.support.networks import by_name
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def prune(fn: Any, params: Any, x: Any, sparsity: float, seed: int = 0, **settings: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -59,13 +59,6 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def draw(shapes: Shapes, seed: int = 0) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}

@@ -75,13 +75,6 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...], dict[str, int]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def ends_of(weight: Any, shapes: Shapes, groups: dict[str, int]) -> tuple[Any, Any]:
     """The features that a weight joins, by the name of its kernel."""
     name, (*_, i, o) = weight

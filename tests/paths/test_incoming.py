@@ -52,13 +52,6 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def entering(graph: Graph, shapes: Shapes, masks: Masks) -> Masks:
     """The number of paths into the start of every weight, edge by edge in Python integers."""
     counts: dict[int, int] = defaultdict(int, dict.fromkeys(graph.inputs.flat, 1))
