@@ -48,18 +48,24 @@ def compiled_programs() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def programs_of_a_file(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles a file's programs quickly, and drops them at its end.
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> None:
+    """Compiles quickly: most programs run once, so optimizing them costs more than it saves.
 
-    Most programs run once, so optimizing them costs more than it saves. A file whose numbers depend
-    on how XLA fuses operations says `pytestmark = pytest.mark.optimized`.
+    Tests whose numbers depend on how XLA fuses operations are marked `optimized`, and stand before
+    others that use the same programs.
+    """
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches() -> Iterator[None]:
+    """Drops what a file's tests compiled.
 
     Each program holds memory pages of its own, and the operating system limits how many a process
     may map: after thousands of programs the compiler crashes.
     """
-    quick = request.node.get_closest_marker("optimized") is None
-    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.clear_caches()
 

@@ -21,9 +21,6 @@ from tests.support import sharded
 # The package's attribute of this name is the function.
 measuring = importlib.import_module("dpai_jax.topology")
 
-# Programs of different shardings are fused differently, which must not change a bit.
-pytestmark = pytest.mark.optimized
-
 DPAI = dpai.DPaI(steps=12)
 KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 
@@ -47,6 +44,8 @@ def on_one_device(name):
     return pruned(name, sharded.network(name)[1])
 
 
+# Programs of different shardings are fused differently, which must not change a mask.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "mesh", "kind"),
     [
