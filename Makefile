@@ -7,7 +7,7 @@ TORCH ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: demo bench test lint format clean help
+.PHONY: demo bench notebooks test lint format clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -18,15 +18,24 @@ READY := $(VENV)/.ready
 PULSE := while sleep 20 >/dev/null 2>&1; do echo "  still at it, $$SECONDS s"; done & \
 	trap "kill $$!" EXIT;
 
+# Tests the peer with the PyTorch of another environment, which must be of the same Python.
+PEER = $(BIN)/python -c 'import sys, pytest; sys.path.append(sys.argv[1]); \
+	sys.exit(pytest.main(["-q", "tests/experiments/test_peer.py"]))' \
+	"$$($(TORCH) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])')"
+
 demo: $(READY)  ## prune and train a small ResNet on real data, dense against DPaI against random
 	@$(BIN)/python -m experiments demo
 
 bench: $(READY)  ## time, memory and objectives of pruning, in tables; up to an hour
+	@$(if $(TORCH),echo "pytest: the peer in PyTorch prunes as dpai_jax does"; $(PEER))
 	@$(BIN)/python -m experiments bench $(if $(TORCH),--torch "$(TORCH)")
+
+notebooks: $(READY)  ## run the notebooks and keep what they print and draw
+	@$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 test: lint  ## lint, types, then all tests, on two cores
 	@echo "pytest: two processes"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
 
 lint: $(READY)  ## ruff's rules, ruff's format, and types
 	@echo "ruff: rules and format"
@@ -46,7 +55,7 @@ clean:  ## remove the environment, caches and builds; results and data stay
 
 help:  ## show this list
 	@echo "make demo | test | ...   [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # A change of the pins starts from an empty environment, so that it holds nothing else.
 # --clear would empty any folder: only one that venv made is offered to it.
@@ -61,7 +70,11 @@ $(PACKAGES): requirements.txt
 	@$(PULSE) $(PIP) install --quiet -r requirements.txt
 	@touch $@
 
+# The wheel holds the library alone; notebooks, which run in their own folder, import experiments/.
 $(READY): $(PACKAGES) setup.cfg pyproject.toml
 	@echo "Installing dpai_jax itself"
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import os, pathlib, sysconfig; \
+		paths = pathlib.Path(sysconfig.get_path("purelib"), "experiments_of_dpai_jax.pth"); \
+		paths.write_text(os.getcwd() + "\n")'
 	@touch $@

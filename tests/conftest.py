@@ -48,12 +48,47 @@ def compiled_programs() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> None:
+    """Compiles quickly: most programs run once, so optimizing them costs more than it saves.
+
+    Tests whose numbers depend on how XLA fuses operations are marked `optimized`, and stand before
+    others that use the same programs.
+    """
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fresh_caches() -> Iterator[None]:
-    """Lets go of what a file's tests compiled.
+    """Drops what a file's tests compiled.
 
-    Each program holds pages of its own, and a process may have so many: after thousands of
-    programs the compiler crashes.
+    Each program holds memory pages of its own, and the operating system limits how many a process
+    may map: after thousands of programs the compiler crashes.
     """
     yield
     jax.clear_caches()
+
+
+# Started first, so that no worker is left with one of them when the other has finished.
+LONGEST = ("test_sharding.py", "test_documents.py", "test_contract.py", "test_train.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps together what shares compiled programs, and puts small groups last.
+
+    A group runs in one worker: a file, or what is marked with a group of its own, such as the tests
+    of one network of the zoo.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("xdist_group"):
+            return len(LONGEST) + 1
+        name = item.path.name
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

@@ -1,32 +1,85 @@
-import pathlib
-import re
+"""What the documents show runs, and what they link to is there."""
 
-import jax
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import nbclient
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
-def test_the_readme_s_code_runs_as_it_stands():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    # As users run it: under JAX's own defaults for promotion.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        # One after another, as a reader would run them.
-        names: dict = {}
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom_and_keeps_its_outputs(path):
+def python_of(document: str) -> str:
+    """A document's Python blocks as one script, in which every line keeps its number."""
+    lines = [""] * (document.count("\n") + 1)
+    for block in FENCED.finditer(document):
+        if block[2] == "python":
+            first = document.count("\n", 0, block.start(3))
+            code = re.sub(f"^{block[1]}", "", block[3], flags=re.MULTILINE).splitlines()
+            lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+def prose_of(document: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", FENCED.sub("", document))
+
+
+def headings_of(document: str) -> set[str]:
+    """The anchors that GitHub makes of a document's headings."""
+    titles = re.findall(r"^#+ +(.*)$", FENCED.sub("", document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+SCRIPTS = {path: python_of(path.read_text()) for path in DOCUMENTS}
+SHOWING_CODE = [path for path, script in SCRIPTS.items() if script.strip()]
+
+
+def test_the_readme_shows_code_in_six_kilobytes() -> None:
+    assert ROOT / "README.md" in SHOWING_CODE
+    assert len((ROOT / "README.md").read_bytes()) <= 6 * 1024
+
+
+@pytest.mark.parametrize("path", SHOWING_CODE, ids=name_of)
+def test_the_code_of_a_document_runs_in_a_process_of_its_own(path: Path, tmp_path: Path) -> None:
+    script = tmp_path / path.with_suffix(".py").name
+    script.write_text(SCRIPTS[path])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_the_files_and_headings_that_a_document_links_to_exist(path: Path) -> None:
+    document = path.read_text()
+    links = re.findall(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose_of(document))
+    for link in (markdown or html for markdown, html in links):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if heading:
+            assert heading in headings_of(target.read_text()), link
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # `make` puts the repository on the path of its environment.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
-    kept = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.outputs]
-    assert kept, "the outputs are part of the notebook"
-    client = nbclient.NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(ROOT)}}
-    )
-    client.execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, timeout=900, resources=where).execute()

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
-from tests.networks import by_name
+from tests.support.networks import by_name
 
 # One compilation for all scores, counts, α and β of a network. Methods with equal settings share
 # theirs too, so the optimisers are made once.
@@ -72,14 +72,6 @@ def convnet_mean_paths(masks):
         first += inside[i] * inside[j] * np.ones(2) @ masks["conv1"][i, j]
     second = first @ masks["conv2"].sum((0, 1))
     return float(np.sum(np.tile(second, 4) @ masks["head"]))
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These tests compile much and compute little, so code may be slow that is soon compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(shapes, seed=0):

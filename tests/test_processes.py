@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests import one_of_two, sharded
+from tests.support import one_of_two, sharded
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def test_two_processes_find_the_masks_of_one(tmp_path):
     paths = [tmp_path / f"{i}.npz" for i in range(2)]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.one_of_two", str(port), str(i), str(path)],
+            [sys.executable, "-m", "tests.support.one_of_two", str(port), str(i), str(path)],
             cwd=ROOT,
             env=os.environ | devices,
             stdout=subprocess.PIPE,

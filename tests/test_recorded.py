@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import recorded
+from tests.support import recorded
 
-FILE = Path(__file__).parent / "recorded_masks.npz"
+FILE = Path(__file__).parent / "support" / "recorded_masks.npz"
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,7 @@ def masks():
         return dict(archive)
 
 
+@pytest.mark.optimized
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("method", recorded.METHODS)
 @pytest.mark.parametrize("network", recorded.NETWORKS)

@@ -12,11 +12,9 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.repairing import repair
-from tests.networks import by_name
-from tests.paths.test_reach import NETWORKS, read_twice
-from tests.reference import Graph, JaxLayers, Layers, Masks, Network
-
-Shapes = dict[str, tuple[int, ...]]
+from tests.support.graphs import NETWORKS, Shapes, mlp, read_twice
+from tests.support.networks import by_name
+from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network
 
 
 def drawn(shapes: Shapes, counts: Any, rng: np.random.Generator) -> Masks:
@@ -78,10 +76,6 @@ def test_all_that_is_kept_is_effective_if_a_path_can_pass_it(
         # What can't be placed stays where it was.
         for name in shapes:
             assert not np.any(repaired[name] & ~effective[name] & ~masks[name])
-
-
-def mlp(layers: Layers, x: Any) -> Any:
-    return layers.dense("2", layers.dense("1", layers.dense("0", x)))
 
 
 def deep(layers: Layers, x: Any) -> Any:

@@ -16,7 +16,7 @@ from dpai_jax.methods import dpai as method
 from dpai_jax.methods import noise
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.tools.meshes import placed, shardings_of, whole_beside
-from tests import sharded
+from tests.support import sharded
 
 # The package's attribute of this name is the function.
 measuring = importlib.import_module("dpai_jax.topology")
@@ -44,6 +44,8 @@ def on_one_device(name):
     return pruned(name, sharded.network(name)[1])
 
 
+# Programs of different shardings are fused differently, which must not change a mask.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "mesh", "kind"),
     [

@@ -1,12 +1,16 @@
 """What the tests of the experiments share."""
 
+import importlib.util
 from typing import Any
 
 import flax.linen as nn
 import pytest
 
 from experiments import datasets, devices, models
-from tests.experiments.meshes import mesh_of
+from tests.support.meshes import mesh_of
+
+# `make bench` tests the peer, with the PyTorch that it measures beside.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["test_peer.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)

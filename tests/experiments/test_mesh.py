@@ -12,7 +12,7 @@ import pytest
 
 from experiments import datasets, devices, steps, train
 from experiments.config import Config, ConfigError
-from tests.experiments.meshes import mesh_of
+from tests.support.meshes import mesh_of
 
 # The tests' own setting is to train on one device.
 mesh_of_all = devices.data_mesh

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import models
 from experiments.config import Config, ConfigError
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 NETWORKS = {
     "lenet": (models.LeNet(7, width=6), abstract.images(2, 4, 4, 1)),

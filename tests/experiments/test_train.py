@@ -11,7 +11,7 @@ import dpai_jax as dpai
 from experiments import steps, train
 from experiments.config import Config, ConfigError
 from experiments.methods import METHODS
-from tests.experiments.meshes import mesh_of
+from tests.support.meshes import mesh_of
 
 # Optax's schedules promote their integer step count.
 pytestmark = pytest.mark.standard_promotion

@@ -16,14 +16,7 @@ from scipy import optimize
 import dpai_jax as dpai
 from dpai_jax.methods import npb
 from dpai_jax.methods.npb import NPB
-from tests.networks import by_name
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+from tests.support.networks import by_name
 
 
 def prune(fn: Any, params: Any, x: Any, sparsity: float, seed: int = 0, **settings: Any) -> Any:

@@ -14,23 +14,9 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.methods.phew import PHEW, Walker
 from dpai_jax.paths.channels import channels
-from tests.networks import by_name
-from tests.reference import Graph, JaxLayers, Layers, Network
-
-SAME = ((1, 1), (1, 1))
-Shapes = dict[str, tuple[int, ...]]
-
-
-def mlp(layers: Layers, x: Any) -> Any:
-    return layers.dense("2", layers.dense("1", layers.dense("0", x)))
-
-
-def residual(layers: Layers, x: Any) -> Any:
-    x = layers.conv("stem", x, SAME)
-    x = layers.add(x, layers.conv("1", layers.conv("0", x, SAME), SAME))
-    x = layers.pool(x, 2, 2)
-    x = layers.add(layers.conv("2", x, SAME, stride=2), layers.conv("shortcut", x, stride=2))
-    return layers.dense("head", x.reshape(1, -1))
+from tests.support.graphs import SAME, Shapes, mlp, residual
+from tests.support.networks import by_name
+from tests.support.reference import Graph, JaxLayers, Layers, Network
 
 
 def concatenated(layers: Layers, x: Any) -> Any:
@@ -47,6 +33,7 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...]]] = {
             "0": (3, 3, 3, 2),
             "1": (3, 3, 2, 3),
             "2": (3, 3, 3, 4),
+            "3": (3, 3, 4, 4),
             "shortcut": (1, 1, 3, 4),
             "head": (36, 2),
         },
@@ -57,13 +44,6 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...]]] = {
         (1, 5, 5, 2),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(shapes: Shapes, seed: int = 0) -> dict[str, jax.Array]:

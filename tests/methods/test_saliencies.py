@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dpai_jax as dpai
-from tests.methods import problems
-from tests.methods.problems import draw, mlp, mlp_batches, mlp_params, squared_error
+from tests.support import problems
+from tests.support.problems import draw, mlp, mlp_batches, mlp_params, squared_error
 
 KERNELS = ("first", "second", "last")
 X = jnp.ones((1, 5))

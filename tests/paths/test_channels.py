@@ -11,21 +11,11 @@ from jax import lax
 
 import dpai_jax as dpai
 from dpai_jax.paths.channels import Channels, channels
-from tests.networks import by_name
-from tests.reference import Graph, JaxLayers, Layers, Network
+from tests.support.graphs import SAME, Shapes, residual
+from tests.support.networks import by_name
+from tests.support.reference import Graph, JaxLayers, Layers, Network
 
-Shapes = dict[str, tuple[int, ...]]
 Edges = set[tuple[Any, Any]]
-SAME = ((1, 1), (1, 1))
-
-
-def residual(layers: Layers, x: Any) -> Any:
-    """Blocks around an identity and around a projection, pooling, a flattened map."""
-    x = layers.conv("stem", x, SAME)
-    x = layers.add(x, layers.conv("1", layers.conv("0", x, SAME), SAME))
-    x = layers.pool(x, 2, 2)
-    x = layers.add(layers.conv("2", x, SAME, stride=2), layers.conv("shortcut", x, stride=2))
-    return layers.dense("head", x.reshape(1, -1))
 
 
 def grouped(layers: Layers, x: Any) -> Any:
@@ -51,10 +41,11 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...], dict[str, int]]] = {
             "0": (3, 3, 3, 2),
             "1": (3, 3, 2, 3),
             "2": (3, 3, 3, 4),
+            "3": (3, 3, 4, 4),
             "shortcut": (1, 1, 3, 4),
             "head": (4 * 4, 2),
         },
-        (1, 6, 6, 2),
+        (1, 8, 8, 2),
         {},
     ),
     grouped: (
@@ -73,13 +64,6 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...], dict[str, int]]] = {
         {},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def ends_of(weight: Any, shapes: Shapes, groups: dict[str, int]) -> tuple[Any, Any]:

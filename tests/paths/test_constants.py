@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from dpai_jax.paths import Flow, Free
-from tests.paths.test_values import counts, draw, evaluate, flow
+from tests.support.flows import counts, draw, evaluate, flow
 
 CHAINS = {
     "a literal": lambda: jnp.float32(2.5) * 2 - 1,

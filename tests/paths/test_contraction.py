@@ -18,7 +18,8 @@ import dpai_jax as dpai
 from dpai_jax.paths import Flow, Free
 from dpai_jax.paths import values as v
 from dpai_jax.paths.rules import contraction
-from tests.paths.test_values import (
+from tests.support.flows import (
+    Window,
     assert_normal,
     binary,
     counts,
@@ -27,6 +28,8 @@ from tests.paths.test_values import (
     factors,
     flow,
     gradients,
+    random_window,
+    uniform_along_some,
     weight,
 )
 
@@ -56,11 +59,6 @@ class Contraction:
     groups: int = 1
 
 
-def uniform_along_some(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with some of its axes of size one."""
-    return tuple(int(rng.choice((size, size, 1))) for size in shape)
-
-
 def dot_product(rng: np.random.Generator) -> Contraction:
     """A `dot_general` over any number of contracted, batch and other axes in any order."""
     letters = iter("abcdefgh")
@@ -84,39 +82,6 @@ def dot_product(rng: np.random.Generator) -> Contraction:
         outputs=tuple(i for i in range(len(sides[1])) if i not in dims[0][1]),
         groups=math.prod(sizes[letter] for letter in batch),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """How a filter moves along one spatial axis."""
-
-    size: int
-    taps: int
-    stride: int
-    padding: tuple[int, int]
-    dilation: int
-    kernel_dilation: int
-
-    @property
-    def steps(self) -> int:
-        """At how many positions the filter stops."""
-        padded = (self.size - 1) * self.dilation + 1 + sum(self.padding)
-        return (padded - (self.taps - 1) * self.kernel_dilation - 1) // self.stride + 1
-
-    def position(self, step: int, tap: int) -> int | None:
-        """Which entry a tap meets; none where it falls on padding or between entries."""
-        at = step * self.stride + tap * self.kernel_dilation - self.padding[0]
-        inside = at % self.dilation == 0 and 0 <= at // self.dilation < self.size
-        return at // self.dilation if inside else None
-
-
-def random_window(rng: np.random.Generator) -> Window:
-    """A filter's way along an axis, padding and dilations of both kinds on every other one."""
-    padding = tuple(rng.integers(-1, 3, 2).tolist()) if rng.random() < 0.5 else (0, 0)
-    stride, *dilations = (rng.random(3) < (0.5, 0.25, 0.3)) + 1
-    size, taps = rng.integers(1, (5, 4)).tolist()
-    window = Window(size, taps, int(stride), padding, *map(int, dilations))
-    return window if window.steps > 0 else random_window(rng)
 
 
 def convolve(

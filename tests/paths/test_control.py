@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 
 import dpai_jax as dpai
 from dpai_jax.paths import Flow, Free, Interpreter, Spread, Weight, register_rule
-from tests.paths.test_values import (
+from tests.support.flows import (
     binary,
     counts,
     draw,

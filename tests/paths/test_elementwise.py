@@ -15,7 +15,7 @@ from jax.extend.core import primitives
 
 from dpai_jax.paths import Flow, Free
 from dpai_jax.paths import values as v
-from tests.paths.test_values import (
+from tests.support.flows import (
     assert_normal,
     binary,
     counts,

@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 from jax import lax
 
 import dpai_jax as dpai
-from tests.reference import (
+from tests.support.reference import (
     Graph,
     JaxLayers,
     Layers,

@@ -10,19 +10,8 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
-from tests.reference import Graph, JaxLayers, Layers, Masks, Network, quick_compilation
-
-Shapes = dict[str, tuple[int, ...]]
-SAME = ((1, 1), (1, 1))
-
-
-def residual(layers: Layers, x: Any) -> Any:
-    """Borders, a stride that skips positions, maxima over windows, and two ways around a block."""
-    x = layers.conv("stem", x, SAME)
-    x = layers.add(x, layers.conv("1", layers.conv("0", x, SAME), SAME))
-    x = layers.pool(x, 2, 2)
-    x = layers.add(layers.conv("2", x, SAME, stride=2), layers.conv("shortcut", x, stride=2))
-    return layers.dense("head", x.reshape(1, -1))
+from tests.support.graphs import SAME, Shapes, residual
+from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network, quick_compilation
 
 
 def grouped(layers: Layers, x: Any) -> Any:
@@ -40,23 +29,17 @@ NETWORKS: dict[Network, tuple[Shapes, tuple[int, ...]]] = {
             "0": (3, 3, 4, 4),
             "1": (3, 3, 4, 4),
             "2": (3, 3, 4, 5),
+            "3": (3, 3, 5, 5),
             "shortcut": (1, 1, 4, 5),
             "head": (20, 3),
         },
-        (1, 6, 6, 2),
+        (1, 8, 8, 2),
     ),
     grouped: (
         {"0": (2, 3, 3, 4), "1": (3, 2, 2, 6), "depthwise": (3, 3, 1, 12), "last": (1, 1, 12, 2)},
         (1, 9, 10, 3),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def entering(graph: Graph, shapes: Shapes, masks: Masks) -> Masks:

@@ -22,10 +22,10 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.paths.counting import COUNTINGS
 from dpai_jax.paths.rules.windows import coverage
-from tests.networks import by_name
-from tests.networks.linen_images import BasicBlock, ResNet
-from tests.networks.linen_tokens import VisionTransformer
-from tests.reference import quick_compilation
+from tests.support.networks import by_name
+from tests.support.networks.linen_images import BasicBlock, ResNet
+from tests.support.networks.linen_tokens import VisionTransformer
+from tests.support.reference import quick_compilation
 
 Shapes = dict[str, tuple[int, ...]]
 Arrays = list[np.ndarray]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from dpai_jax.paths import Flow, Free
-from tests.paths.test_contraction import Window, random_window, uniform_along_some
-from tests.paths.test_values import (
+from tests.support.flows import (
+    Window,
     assert_normal,
     binary,
     counts,
@@ -23,6 +23,8 @@ from tests.paths.test_values import (
     evaluate,
     flow,
     gradients,
+    random_window,
+    uniform_along_some,
     weight,
 )
 

@@ -14,14 +14,14 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.paths import Flow, Free
 from dpai_jax.paths import values as v
-from tests.paths.test_contraction import uniform_along_some
-from tests.paths.test_values import (
+from tests.support.flows import (
     binary,
     counts,
     draw,
     evaluate,
     flow,
     gradients,
+    uniform_along_some,
     weight,
 )
 

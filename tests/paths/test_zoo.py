@@ -4,7 +4,7 @@ Every network is traced with the gates of the Jacobian, by which a weight counts
 network's output depends on it, and compiled once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 
 import dpai_jax as dpai
-from tests.networks import CASES, Case, by_name
-from tests.networks.case import Built
-from tests.reference import Masks, quick_compilation, random_masks
+from tests.support.networks import CASES, Case, by_name
+from tests.support.networks.case import Built
+from tests.support.reference import Masks, quick_compilation, random_masks
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+def in_group(name: str, *values: Any) -> Any:
+    """Parameters of a test that runs in the worker that holds this network's programs."""
+    return pytest.param(*values, id=name, marks=pytest.mark.xdist_group(name))
+
+
+each_case = pytest.mark.parametrize("case", [in_group(case.name, case) for case in CASES])
+
+
+def each_of(names: Sequence[str]) -> Any:
+    return pytest.mark.parametrize("case", [in_group(name, by_name(name)) for name in names])
 
 
 @cache
@@ -34,6 +44,15 @@ def traced(case: Case) -> dpai.Network:
 def abstract(tree: Any) -> Any:
     """The shapes and types of a tree of arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def is_matrix(leaf: Any) -> bool:
+    return leaf.ndim >= 2 and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def names(net: dpai.Network) -> list[str]:
@@ -73,6 +92,34 @@ def masks_of(net: dpai.Network, density: float, seed: int = 0) -> Masks:
 @each_case
 def test_layers_are_the_leaves_that_contract_with_the_input(case: Case) -> None:
     assert names(traced(case)) == sorted(case.layers)
+    matrices = {name for name, leaf in named_leaves(built(case)[1]).items() if is_matrix(leaf)}
+    assert matrices - case.layers == case.free
+
+
+@each_case
+def test_the_real_network_s_output_depends_on_every_layer(case: Case) -> None:
+    fn, params, x = built(case)
+    run = jax.jit(fn, compiler_options=quick_compilation())
+    leaves, treedef = jax.tree.flatten(params)
+    # The other side of every threshold on a floating input; token ids stay.
+    negated = jax.tree.map(lambda a: -a if jnp.issubdtype(a.dtype, jnp.floating) else a, x)
+
+    def outputs(leaves: list[Any]) -> list[np.ndarray]:
+        params = jax.tree.unflatten(treedef, leaves)
+        return [np.asarray(y) for at in (x, negated) for y in jax.tree.leaves(run(params, at))]
+
+    reference = outputs(leaves)
+    assert all(np.all(np.isfinite(y)) for y in reference)
+    noise = np.random.default_rng(2)
+    for layer in traced(case).layers:
+        leaf, moved = leaves[layer.index], list(leaves)
+        draws = noise.standard_normal(leaf.shape).astype(leaf.dtype)
+        moved[layer.index] = jnp.asarray(np.asarray(leaf) + draws)
+        largest = max(
+            np.max(np.abs(y - y0)) / np.max(np.abs(y0))
+            for y, y0 in zip(outputs(moved), reference, strict=True)
+        )
+        assert largest > 1e-4, layer.name
 
 
 @each_case
@@ -106,6 +153,7 @@ def assert_same_counts(
         np.testing.assert_array_equal(first[2][name], second[2][name], err_msg=name)
 
 
+@pytest.mark.xdist_group("plain/lstm_scanned")
 def test_scanned_and_unrolled_lstm_have_equal_counts() -> None:
     scanned, unrolled = by_name("plain/lstm_scanned"), by_name("plain/lstm_unrolled")
     masks = masks_of(traced(scanned), 0.5)
@@ -126,9 +174,8 @@ LOOPS = (
 )
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_loops_count_as_their_steps_written_out(name: str) -> None:
-    case = by_name(name)
+@each_of(LOOPS)
+def test_loops_count_as_their_steps_written_out(case: Case) -> None:
     fn, params, x = built(case)
     with jax.disable_jit():  # runs a scan step by step, also while it is traced
         net = dpai.trace(lambda params, x: fn(params, x), params, x, gates="jacobian")
@@ -151,6 +198,7 @@ def library_attention(params: Any, x: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v).reshape(x.shape) @ params["out"]
 
 
+@pytest.mark.xdist_group("plain/fused_attention")
 @pytest.mark.parametrize("fn", [einsum_attention, library_attention])
 def test_attention_counts_the_same_however_it_is_written(fn: Any) -> None:
     case = by_name("plain/fused_attention")
@@ -186,9 +234,8 @@ LINEAR_AT_ZERO = (
 )
 
 
-@pytest.mark.parametrize("name", LINEAR_AT_ZERO)
-def test_weight_is_effective_where_the_output_of_the_real_network_depends_on_it(name: str) -> None:
-    case = by_name(name)
+@each_of(LINEAR_AT_ZERO)
+def test_weight_is_effective_where_the_real_network_s_output_depends_on_it(case: Case) -> None:
     depends = dependence(case)
     for seed, density in enumerate((0.15, 0.3, 0.5)):
         masks = masks_of(traced(case), density, seed)

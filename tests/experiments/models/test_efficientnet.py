@@ -9,7 +9,7 @@ import pytest
 
 from experiments import models
 from experiments.models.efficientnet import MBConv
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 IMAGENET = abstract.images(1, 224, 224, 3)
 

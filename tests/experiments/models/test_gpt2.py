@@ -7,7 +7,7 @@ import pytest
 
 from experiments import models
 from experiments.config import ConfigError
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 SMALL = models.GPT2(num_classes=11, width=8, depth=2, heads=2, context=6)
 IDS = jax.random.randint(jax.random.key(0), (2, 6), 0, 11)

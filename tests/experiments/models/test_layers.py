@@ -11,7 +11,7 @@ from jax import lax
 import dpai_jax as dpai
 from experiments import models, steps
 from experiments.models.layers import convolve
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from experiments import models
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 MNIST = abstract.images(1, 28, 28, 1)
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from experiments import models
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 IMAGENET = abstract.images(1, 224, 224, 3)
 CIFAR = abstract.images(1, 32, 32, 3)

@@ -4,7 +4,7 @@ import pytest
 
 from experiments import models
 from experiments.config import ConfigError
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 CIFAR = abstract.images(1, 32, 32, 3)
 

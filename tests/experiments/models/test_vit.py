@@ -7,7 +7,7 @@ import pytest
 
 from experiments import models
 from experiments.config import ConfigError
-from tests.experiments.models import abstract
+from tests.support import abstract
 
 IMAGENET = abstract.images(1, 224, 224, 3)
 

@@ -4,7 +4,7 @@
 pruned, so a test can hold what the library finds against it.
 """
 
-from tests.networks import (
+from tests.support.networks import (
     equinox_networks,
     haiku_networks,
     linen_images,
@@ -16,7 +16,7 @@ from tests.networks import (
     plain_layers,
     plain_tokens,
 )
-from tests.networks.case import Case
+from tests.support.networks.case import Case
 
 CASES: tuple[Case, ...] = (
     *linen_images.CASES,

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tests.networks.case import Case, expand, image, promoting, tokens
-from tests.networks.linen_images import build
+from tests.support.networks.case import Case, expand, image, promoting, tokens
+from tests.support.networks.linen_images import build
 
 
 class MlpBlock(nn.Module):

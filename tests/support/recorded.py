@@ -1,8 +1,8 @@
 """Every method on three networks at three sparsities: the cases whose masks are recorded.
 
 `recorded_masks.npz` holds one row of packed bits for each case, made by commit 753ecab. One device
-and a mesh of eight gave the same bits. NPB on the transformer was recorded again when its paths came to be
-counted in one evaluation, and rounding no longer to decide between equal numbers of them.
+and a mesh of eight gave the same bits. NPB on the transformer was recorded anew since its paths are
+counted in one evaluation, and rounding does not decide between equal numbers of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 import dpai_jax as dpai
-from tests import sharded
+from tests.support import sharded
 
 NETWORKS = ("mlp", "residual", "transformer")
 SPARSITIES = (0.5, 0.9, 0.97)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tests.networks.case import Built, Case, draw, expand, image, normal, promoting
+from tests.support.networks.case import Built, Case, draw, expand, image, normal, promoting
 
 ModuleDef = Any
 

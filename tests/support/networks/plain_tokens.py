@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.networks.case import Built, Case, expand, normal, parameters, tokens
+from tests.support.networks.case import Built, Case, expand, normal, parameters, tokens
 
 Params = dict[str, jax.Array]
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tests.networks.case import Case, expand, image, normal, tokens
-from tests.networks.nnx_images import build
+from tests.support.networks.case import Case, expand, image, normal, tokens
+from tests.support.networks.nnx_images import build
 
 
 class EncoderBlock(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tests.networks.case import Built, Case, expand, normal, parameters
+from tests.support.networks.case import Built, Case, expand, normal, parameters
 
 Params = dict[str, jax.Array]
 

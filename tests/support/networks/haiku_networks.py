@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.networks.case import Built, Case, draw, expand, image, normal, promoting, tokens
+from tests.support.networks.case import Built, Case, draw, expand, image, normal, promoting, tokens
 
 
 def build(forward: Callable[..., Any], x: Any, batch_norm: bool = False) -> Built:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.networks.case import Built, Case, expand, normal, parameters
+from tests.support.networks.case import Built, Case, expand, normal, parameters
 
 Params = dict[str, jax.Array]
 

@@ -1,4 +1,7 @@
-"""One of two processes that prune a network together: python -m tests.one_of_two PORT ID FILE."""
+"""One of two processes that prune a network together.
+
+Run by `python -m tests.support.one_of_two PORT ID FILE`.
+"""
 
 import sys
 from typing import Any
@@ -9,7 +12,7 @@ from jax.sharding import AxisType
 
 import dpai_jax as dpai
 from dpai_jax.tools.meshes import on_host
-from tests import sharded
+from tests.support import sharded
 
 METHODS = {"dpai": dpai.DPaI(steps=12), "magnitude": dpai.Magnitude(), "random": dpai.Random()}
 """What both prune by, and what one process alone is held against."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tests.networks.case import Built, Case, draw, expand, image, normal
+from tests.support.networks.case import Built, Case, draw, expand, image, normal
 
 
 def build(make: Callable[[], nnx.Module], x: Any, as_state: bool = False) -> Built:

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from tests.networks.case import Built, Case, draw, expand, normal, tokens
+from tests.support.networks.case import Built, Case, draw, expand, normal, tokens
 
 
 def build(make: Callable[[jax.Array], eqx.Module], x: Any) -> Built:
