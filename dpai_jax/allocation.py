@@ -46,7 +46,7 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
       ValueError: if the sparsity is outside [0, 1), or keeps fewer weights than there are layers.
     """
     checks.network(net)
-    checks.number("sparsity", sparsity, "in [0, 1)", lambda s: 0 <= s < 1)
+    checks.number("sparsity", sparsity, "a number in [0, 1)", lambda s: 0 <= s < 1)
     # As a fraction of integers: a float32 product is off by one at 25 million weights.
     total = round((1 - Fraction(str(float(sparsity)))) * net.size)
     layers = sum(layer.copies for layer in net.layers)

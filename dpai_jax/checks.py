@@ -29,21 +29,21 @@ def shown(value: Any) -> str:
 
 
 # What a number must be, and how to tell.
-POSITIVE = "that is positive", lambda x: x > 0
+POSITIVE = "positive", lambda x: x > 0
 FRACTION = "in [0, 1]", lambda x: 0 <= x <= 1
 
 
 def number(
     name: str,
     value: Any,
-    wanted: str = "",
+    wanted: str = "a number",
     holds: Callable[[Any], bool] = lambda x: not math.isnan(x),
 ) -> None:
     """Checks a real number for which a condition, described by `wanted`, holds."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not holds(value):
         error: type[Exception] = ValueError if is_number else TypeError
-        raise error(f"{name} must be {f'a number {wanted}'.strip()}, got {shown(value)}")
+        raise error(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def whole(name: str, value: Any, least: int) -> None:
@@ -112,12 +112,12 @@ def layers(net: Any, tree: PyTree, argument: str) -> list[Any]:
     check_structure(tree, net.treedef, argument, "params")
     leaves = net.leaves(tree)
     for layer, leaf in zip(net.layers, leaves, strict=True):
+        if np.shape(leaf) != layer.shape:
+            raise ValueError(
+                f"{argument} must have shape {layer.shape} at {layer.name}, got {np.shape(leaf)}"
+            )
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{argument} must hold arrays, but {layer.name} is {shown(leaf)}")
-        if jnp.shape(leaf) != layer.shape:
-            raise ValueError(
-                f"{argument} must have shape {layer.shape} at {layer.name}, got {jnp.shape(leaf)}"
-            )
     return leaves
 
 

@@ -79,8 +79,8 @@ def keep_pruned(
     ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("params must be given to update: call update(updates, state, params)")
-        fitting = like_by_name(masks, updates, "masks", "updates")
         for_params = like_by_name(masks, params, "masks", "params")
+        fitting = like_by_name(masks, updates, "masks", "updates")
         kept = apply_masks(params, for_params)
         updates, state = inner.update(apply_masks(updates, fitting), state, kept, **extra)
         leaves, structure = jax.tree.flatten(updates)

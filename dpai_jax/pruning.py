@@ -135,6 +135,7 @@ def prune(
     pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, data))
     if data.is_given and not data.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=2)
+    _refuse_nan("scores", net, pruned.scores)
     masks = pruned.masks
     if repair:
         rank = pruned.scores if pruned.rank is None else pruned.rank()
@@ -188,11 +189,14 @@ def _check_network(net: Network, params: PyTree) -> None:
     if not any(flags.any() for flags in counts.possible(net)):
         raise ValueError("fn has no path from x to its output even with all weights kept")
     weights = net.leaves(params)
-    if any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
-        return
-    for layer, has_nan in zip(net.layers, jax.device_get(_nan_flags(weights)), strict=True):
+    if not any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
+        _refuse_nan("params", net, weights)
+
+
+def _refuse_nan(argument: str, net: Network, arrays: list[Array]) -> None:
+    for layer, has_nan in zip(net.layers, jax.device_get(_nan_flags(arrays)), strict=True):
         if has_nan:
-            raise ValueError(f"params must be numbers, but {layer.name} has a NaN")
+            raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN")
 
 
 @jax.jit

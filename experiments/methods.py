@@ -5,14 +5,10 @@ for the same number of weights in each layer at random places.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optax
-
 import dpai_jax as dpai
-from dpai_jax.methods.base import Method
 from experiments.config import DENSE, ConfigError
 
 Train = Callable[[Any, Any], Any]
@@ -34,13 +30,13 @@ class Recipe:
         afterwards: What is done to its masks, one of `AFTERWARDS`, or nothing.
     """
 
-    method: Method | Callable[[Train], Method]
+    method: dpai.Method | Callable[[Train], dpai.Method]
     batches: int = 0
     temperature: float = 1.0
     images: int = 1
     afterwards: str = ""
 
-    def make(self, train: Train) -> Method:
+    def make(self, train: Train) -> dpai.Method:
         """Returns the method, ready to run."""
         return self.method(train) if callable(self.method) else self.method
 
@@ -65,15 +61,7 @@ METHODS: Mapping[str, Recipe] = {
     "ntk-sap": Recipe(dpai.NTKSAP(), images=64),
     "prospr": Recipe(dpai.ProsPr(), batches=4),
     "dpai": Recipe(dpai.DPaI()),
-    "dpai-published": Recipe(
-        dpai.DPaI(
-            optimizer=optax.adam(5e-3),
-            normalize=False,
-            steps=3000,
-            tolerance=-math.inf,
-            counting="exact",
-        )
-    ),
+    "dpai-published": Recipe(dpai.DPaI.published()),
     "imp": Recipe(dpai.IMP),
 }
 

@@ -282,7 +282,13 @@ def test_scores_and_counts_that_do_not_fit_are_refused(scores, keep, message):
 def prune(sparsity=0.8, fn=mlp, shapes=MLP_SHAPES, key=0, x=(1, 5), **settings):
     method = dpai.DPaI(**settings)
     return dpai.prune(
-        fn, draw(shapes), jnp.ones(x), sparsity, method, jax.random.key(key), progress=False
+        fn,
+        draw(shapes),
+        jnp.ones(x),
+        sparsity,
+        method=method,
+        key=jax.random.key(key),
+        progress=False,
     )
 
 
@@ -404,26 +410,30 @@ def test_the_same_key_gives_the_same_masks_and_another_one_others():
 
 
 @pytest.mark.parametrize(("name", "counting"), PATHS)
-def test_the_history_ends_with_what_is_counted_of_the_result(name, counting):
+def test_the_history_holds_what_is_counted_of_each_step_s_masks(name, counting):
     fn, shapes, _, x = PROBLEMS[name]
     settings = {"steps": 12, "tolerance": -math.inf, "optimizer": ADAM, "counting": counting}
     result = prune(0.8, fn, shapes, x=x, **settings)
     assert result.stopped == ""
-    # The starting scores, and after each step.
+    # At the masks of each step, before the scores move.
     assert {name: len(values) for name, values in result.history.items()} == dict.fromkeys(
-        ("log_paths", "nodes", "kernels"), 13
+        ("log_paths", "nodes", "kernels"), 12
     )
+    last = prune(0.8, fn, shapes, x=x, **settings | {"steps": 11})
+    of_last = np.log(
+        PATHS[name, counting](jax.tree.map(lambda m: np.asarray(m, np.float64), last.masks))
+    )
+    assert result.history["log_paths"][-1] == pytest.approx(of_last, abs=1e-4)
     masks = jax.tree.map(lambda mask: np.asarray(mask, np.float64), result.masks)
     log_paths = {c: np.log(PATHS[name, c](masks)) for c in COUNTINGS}
-    assert result.history["log_paths"][-1] == pytest.approx(log_paths[counting], abs=1e-4)
     assert dpai.log_paths(result.net, masks, counting) == pytest.approx(
         log_paths[counting], abs=1e-4
     )
     # Whatever the history counts by, the topology that is reported is exact.
     assert result.topology.log_paths == pytest.approx(log_paths["exact"], abs=1e-4)
     if counting == "exact" or name == "mlp":
-        assert result.history["nodes"][-1] == result.topology.nodes
-        assert result.history["kernels"][-1] == result.topology.kernels
+        assert result.history["nodes"][-1] == last.topology.nodes
+        assert result.history["kernels"][-1] == last.topology.kernels
 
 
 def test_ascent_makes_more_nodes_and_kernels_effective():
@@ -432,7 +442,13 @@ def test_ascent_makes_more_nodes_and_kernels_effective():
     assert end["nodes"] > start["nodes"]
     assert end["kernels"] > start["kernels"]
     control = dpai.prune(
-        mlp, draw(WIDE), jnp.ones((1, 5)), 0.95, dpai.Random(), jax.random.key(0), progress=False
+        mlp,
+        draw(WIDE),
+        jnp.ones((1, 5)),
+        0.95,
+        method=dpai.Random(),
+        key=jax.random.key(0),
+        progress=False,
     )
     assert result.topology.effective > control.topology.effective
 
@@ -443,22 +459,22 @@ def test_it_stops_where_ten_steps_hardly_add_paths_and_says_so():
 
     whole, part = run(-math.inf), run(0.02)
     assert whole.stopped == ""
-    assert len(whole.history["log_paths"]) == 301
+    assert len(whole.history["log_paths"]) == 300
     # Looked at each tenth step, the first time at the start.
     looks = whole.history["log_paths"][::10]
     growth = np.diff(looks) / looks[1:]
     first = 10 * (1 + np.flatnonzero(growth < 0.02)[0])
     assert 10 < first < 300
     assert "log-paths" in part.stopped
-    assert len(part.history["log_paths"]) == first + 2
+    assert len(part.history["log_paths"]) == first + 1
     for name, values in part.history.items():
-        np.testing.assert_array_equal(values, whole.history[name][: first + 2])
+        np.testing.assert_array_equal(values, whole.history[name][: first + 1])
 
 
 def test_what_cannot_change_stops_at_once():
     result = prune(0.0, steps=500)
     assert "log-paths" in result.stopped
-    assert len(result.history["nodes"]) == 12
+    assert len(result.history["nodes"]) == 11
     assert np.all(jax.tree.leaves(jax.tree.map(jnp.all, result.masks)))
 
 
@@ -508,7 +524,12 @@ def test_each_of_the_layers_of_a_scan_is_normalized_by_itself():
     apart = stacked | {"blocks": list(stacked["blocks"])}
     one, other = (
         dpai.prune(
-            fn, scores, jnp.ones((1, 8)), 0.8, dpai.DPaI(steps=5, scores=scores), progress=False
+            fn,
+            scores,
+            jnp.ones((1, 8)),
+            0.8,
+            method=dpai.DPaI(steps=5, scores=scores),
+            progress=False,
         )
         for fn, scores in ((scanned, stacked), (unrolled, apart))
     )
@@ -522,7 +543,7 @@ def test_each_of_the_layers_of_a_scan_is_normalized_by_itself():
 def test_it_prunes_networks_of_every_library(name):
     case = by_name(name)
     fn, params, x = case.make()
-    result = dpai.prune(fn, params, x, 0.8, dpai.DPaI(steps=3), progress=False)
+    result = dpai.prune(fn, params, x, 0.8, method=dpai.DPaI(steps=3), progress=False)
     assert {layer.name for layer in result.net.layers} == case.layers
     assert jax.tree.structure(result.masks) == jax.tree.structure(params)
     size = sum(layer.size for layer in result.net.layers)

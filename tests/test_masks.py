@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
 import dpai_jax as dpai
-from dpai_jax.masks import from_layers, ones
 
 INF = float("inf")
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -223,16 +222,6 @@ def test_a_nan_score_is_refused():
     scores = jnp.ones((2, 6)).at[1, 2].set(jnp.nan)
     with pytest.raises(ValueError, match=r"scores .* kernel has a NaN"):
         dpai.binarize({"kernel": scores}, {"kernel": 3})
-
-
-def test_masks_that_prune_nothing_are_true_everywhere():
-    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
-    net = dpai.trace(lambda p, x: x @ p["kernel"] + p["bias"][None], params, jnp.ones((1, 3)))
-    masks = ones(net, params)
-    assert jax.tree.map(jnp.shape, masks) == {"kernel": (3, 4), "bias": ()}
-    assert all(jnp.all(mask) and mask.dtype == bool for mask in jax.tree.leaves(masks))
-    mask = jnp.eye(3, 4, dtype=bool)
-    assert from_layers(net, [mask])["kernel"] is mask
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8])

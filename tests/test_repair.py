@@ -266,7 +266,7 @@ def test_distinct_scores_leave_the_key_no_say_where_single_weights_do() -> None:
     masks = drawn(WIDE, [150, 200, 60], np.random.default_rng(0))
     masks["1"][3] = False
     assert dpai.topology(net, masks).effective < sum(totals(masks))
-    scores = normal_scores(net, jax.random.key(0), masks)
+    scores = net.tree(normal_scores(net, jax.random.key(0), masks), float)
     runs = [repair(net, masks, scores, jax.random.key(seed)) for seed in (0, 1)]
     assert differ(runs[0], masks)
     assert_same(*runs)
@@ -330,4 +330,4 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
     scores = {name: np.ones(shape, np.float32) for name, shape in SMALL.items()}
     scores["1"][2, 3] = np.nan
     with pytest.raises(ValueError, match="scores must be numbers, but 1 has a NaN"):
-        repair(net, scores, scores)
+        repair(net, {name: score > -1 for name, score in scores.items()}, scores)

@@ -1,7 +1,6 @@
 """Pruning on several devices: the same masks as on one, laid out like the parameters."""
 
 import functools
-import importlib
 import re
 
 import jax
@@ -12,14 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dpai_jax as dpai
+from dpai_jax import measuring
 from dpai_jax.methods import dpai as method
 from dpai_jax.methods import noise
 from dpai_jax.methods.noise import normal_scores
-from dpai_jax.tools.meshes import placed, shardings_of, whole_beside
+from dpai_jax.tools.signatures import Alike
 from tests.support import sharded
-
-# The package's attribute of this name is the function.
-measuring = importlib.import_module("dpai_jax.topology")
 
 DPAI = dpai.DPaI(steps=12)
 KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
@@ -36,7 +33,7 @@ def assert_laid_out_like(tree, params):
 
 def pruned(name, params, how=DPAI):
     fn, _, x = sharded.network(name)
-    return dpai.prune(fn, params, x, 0.8, how, jax.random.key(1), progress=False)
+    return dpai.prune(fn, params, x, 0.8, method=how, key=jax.random.key(1), progress=False)
 
 
 @functools.cache
@@ -87,7 +84,9 @@ def test_kernels_may_be_seen_through_reshapes():
     spread = sharded.spread(params, sharded.mesh("mixed", AxisType.Auto))
     x = jax.ShapeDtypeStruct((1, 16), jnp.float32)
     how = dpai.DPaI(steps=3)
-    result, reference = (dpai.prune(fn, p, x, 0.8, how, progress=False) for p in (spread, params))
+    result, reference = (
+        dpai.prune(fn, p, x, 0.8, method=how, progress=False) for p in (spread, params)
+    )
     assert_same(result.masks, reference.masks)
     assert result.topology == reference.topology
 
@@ -152,20 +151,17 @@ def programs(params, fn, x, optimizer):
     """The compiled programs of a step, where scores are cut and how they move on, and topology."""
     net = dpai.trace(fn, params, x)
     how = dpai.DPaI(optimizer=optimizer)
-    scores = net.leaves(normal_scores(net, jax.random.key(0), params))
+    scores = normal_scores(net, jax.random.key(0), params)
     state = method._State(scores, optimizer.init(scores), [jnp.zeros_like(s, bool) for s in scores])
-    counts = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
-    whole = whole_beside(scores)
-    thresholds = jnp.zeros((2, sum(k.size for k in counts)), jnp.uint32)
-    state, counts, thresholds = placed((state, counts, thresholds), whole)
-    find = (whole, state.scores, counts, thresholds)
+    keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
+    find = (net, scores, keep, jnp.zeros((2, len(keep)), jnp.uint32))
     cut = method._cut(*find)[0]
-    shardings = shardings_of(jax.tree.leaves(state))
-    masks = shardings_of(state.masks)
+    objective = method.Objective(how.alpha, how.beta, how.gamma, how.counting, how.normalize)
+    settings = {"objective": objective, "update": Alike(optimizer.update)}
     return [
         method._cut.lower(*find).compile(),
-        method.DPaI._step.lower(how, net, shardings, state, cut).compile(),
-        measuring._measure.lower(net, masks, state.masks).compile(),
+        method._step.lower(net, state, cut, **settings).compile(),
+        measuring._measure.lower(net, state.masks).compile(),
     ]
 
 
@@ -239,7 +235,7 @@ def test_first_scores_are_drawn_on_each_device_by_itself():
 
 def test_a_program_that_gathers_a_leaf_is_caught():
     params = on_devices(8, AxisType.Auto)
-    whole = whole_beside(params.values())
+    whole = NamedSharding(params["2"].sharding.mesh, PartitionSpec())
     gather = jax.jit(lambda x: x + 1, out_shardings=whole)
     assert max(exchanged(gather.lower(params["2"]).compile())) == 256 * 512
 
@@ -266,18 +262,18 @@ def test_memory_of_a_device_falls_with_their_number():
 
 def test_what_the_optimiser_remembers_lies_like_the_scores(monkeypatch):
     states = []
-    step = method.DPaI._step
+    step = method._step
 
-    def keeping(self, *args):
-        states.append(jax.tree.map(jnp.copy, args[2]))
-        return step(self, *args)
+    def keeping(net, state, *args, **settings):
+        states.append(jax.tree.map(jnp.copy, state))
+        return step(net, state, *args, **settings)
 
-    monkeypatch.setattr(method.DPaI, "_step", keeping)
+    monkeypatch.setattr(method, "_step", keeping)
     fn, params, x = sharded.network("mlp")
     spread = sharded.spread(params, sharded.mesh("mixed", AxisType.Explicit))
     how = dpai.DPaI(steps=3, optimizer=optax.adam(0.1))
-    dpai.prune(fn, spread, x, 0.8, how, progress=False)
-    assert len(states) == 4
+    dpai.prune(fn, spread, x, 0.8, method=how, progress=False)
+    assert len(states) == 3
     for state in states:
         adam = state.optimizer[0]
         for part in (state.scores, state.masks, adam.mu, adam.nu):

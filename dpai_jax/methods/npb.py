@@ -75,7 +75,7 @@ class NPB:
 
     def __post_init__(self) -> None:
         checks.number("alpha", self.alpha, *checks.FRACTION)
-        checks.number("beta", self.beta, "that is not negative", lambda beta: beta >= 0)
+        checks.number("beta", self.beta, "zero or more", lambda beta: beta >= 0)
         checks.whole("chunk", self.chunk, 1)
         checks.function("allocation", self.allocation, "allocation(net, sparsity)")
 

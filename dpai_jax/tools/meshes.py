@@ -54,10 +54,7 @@ def program(
     """
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fn)
-        def call(owner: Any, *args: Any, **settings: Any) -> Any:
-            if _LAYERS.get():  # part of another program
-                return fn(owner, *args, **settings)
+        def prepare(owner: Any, args: Sequence[Any], settings: Mapping[str, Any]) -> Any:
             shardings = () if layers is None else tuple(map(_sharding, layers(*args)))
             mesh = next((s.mesh for s in shardings if _is_named(s)), None)
             results = None
@@ -73,8 +70,21 @@ def program(
                 if layers is not None:
                     traced = functools.partial(_traced, run, like, shardings, results, mesh)
                 programs[key] = jax.jit(traced, donate_argnums=donate, keep_unused=True)
-            return programs[key](*args)
+            return programs[key], args
 
+        @functools.wraps(fn)
+        def call(owner: Any, *args: Any, **settings: Any) -> Any:
+            if _LAYERS.get():  # part of another program
+                return fn(owner, *args, **settings)
+            compiled, args = prepare(owner, args, settings)
+            return compiled(*args)
+
+        def lower(owner: Any, *args: Any, **settings: Any) -> Any:
+            """The program before it is compiled, to look at."""
+            compiled, args = prepare(owner, args, settings)
+            return compiled.lower(*args)
+
+        call.lower = lower  # type: ignore[attr-defined]
         return call
 
     return decorate

@@ -82,7 +82,7 @@ def _ascent(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
 
 
 METHODS: Mapping[str, dpai.DPaI] = {
-    "Adam .005, 3000 steps (published)": _unstopped(ADAM, 3000),
+    "Adam .005, 3000 steps (published)": dpai.DPaI.published(),
     "Adam .005, 300 steps": _unstopped(ADAM, 300),
     "Adam .05, 300 steps": _unstopped(_adam(0.05), 300),
     "Adam .1 to 0, 300 steps": _unstopped(_adam(optax.cosine_decay_schedule(0.1, 300)), 300),
@@ -146,7 +146,7 @@ def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) 
     arrays: list[int] = []
 
     def run(look: Callable[[], None]) -> dpai.Result:
-        return dpai.prune(fn, params, x, sparsity, method, progress=lambda *_: look())
+        return dpai.prune(fn, params, x, sparsity, method=method, progress=lambda *_: look())
 
     size = run(lambda: None).net.size
     before = clock.array_bytes()
@@ -182,7 +182,7 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
         "weights": pruned.net.size,
         "seconds": pruned.seconds,
         "seconds_again": again.seconds,
-        "steps": len(pruned.history["nodes"]) - 1,
+        "steps": len(pruned.history["nodes"]),
         "stopped": pruned.stopped,
         "peak_bytes": memory - baseline,
         **_topology(pruned),
@@ -241,8 +241,10 @@ def _quality(network: Network, sparsity: float, seed: int) -> Row:
 
 def _objective(network: Network, sparsity: float, method: dpai.DPaI, seed: int) -> Row:
     fn, params, x = network.problem()
-    result = dpai.prune(fn, params, x, sparsity, method, jax.random.key(seed), progress=False)
-    steps = len(result.history["nodes"]) - 1
+    result = dpai.prune(
+        fn, params, x, sparsity, method=method, key=jax.random.key(seed), progress=False
+    )
+    steps = len(result.history["nodes"])
     measured = {"seconds": result.seconds, "steps": steps, "stopped": result.stopped}
     return {"sparsity": sparsity, **measured, **_topology(result)}
 

@@ -38,7 +38,7 @@ METHODS = {
     "PHEW": dpai.PHEW(),
     "IMP": dpai.IMP(train, 0.5),
     "DPaI": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1)),
-    "DPaI, global": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1), allocation=dpai.weights_to_keep),
+    "DPaI, global": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1), allocation=dpai.global_threshold),
 }
 # Methods whose masks hang on the key.
 RANDOM = (
@@ -66,7 +66,7 @@ def prune(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return dpai.prune(
-            where.fn, where.params, where.x, sparsity, method, jax.random.key(seed),
+            where.fn, where.params, where.x, sparsity, method=method, key=jax.random.key(seed),
             loss_fn=where.loss_fn, batches=where.batches, progress=False, **arguments,
         )  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_a_head_of_zeros_gives_a_warning_that_names_the_layers(name):
     params["last"] = jnp.zeros_like(params["last"])
     with pytest.warns(UserWarning, match="all saliencies are 0 in .*last") as caught:
         result = dpai.prune(
-            problems.mlp, params, draw_x(), 0.5, METHODS[name],
+            problems.mlp, params, draw_x(), 0.5, method=METHODS[name],
             loss_fn=problems.squared_error, batches=problems.mlp_batches(2), progress=False,
         )  # fmt: skip
     assert kept(result.masks) == round(0.5 * (35 + 42 + 18))
@@ -134,7 +134,9 @@ def test_a_layer_that_a_global_threshold_empties_is_reported():
     params = problems.mlp_params()
     params["second"] = params["second"] * 1e-3
     with pytest.warns(UserWarning, match="no path passes .*second.* any more"):
-        result = dpai.prune(problems.mlp, params, draw_x(), 0.8, dpai.Magnitude(), progress=False)
+        result = dpai.prune(
+            problems.mlp, params, draw_x(), 0.8, method=dpai.Magnitude(), progress=False
+        )
     assert [layer.weights for layer in result.topology.layers][1] == 0
     assert "second" in result.topology.collapsed
 
@@ -147,7 +149,7 @@ def test_masks_are_those_of_the_highest_scores(name):
     layers = [(m, np.abs(s) if "DPaI" in name else s) for m, s in pairs if m.ndim]
     whole = [(np.concatenate([m.ravel() for m, _ in layers]),
               np.concatenate([s.ravel() for _, s in layers]))]  # fmt: skip
-    is_global = getattr(METHODS[name], "allocation", None) is dpai.weights_to_keep
+    is_global = getattr(METHODS[name], "allocation", None) is dpai.global_threshold
     for mask, score in whole if is_global else layers:
         assert np.min(score[mask]) >= np.max(score[~mask], initial=-np.inf)
 
@@ -155,11 +157,16 @@ def test_masks_are_those_of_the_highest_scores(name):
 @pytest.mark.parametrize("name", ["SNIP", "iterative SNIP", "FORCE", "GraSP", "ProsPr"])
 def test_a_method_that_needs_data_says_so(name):
     params = problems.mlp_params()
-    with pytest.raises(ValueError, match="loss_fn holds none"):
-        dpai.prune(problems.mlp, params, draw_x(), 0.5, METHODS[name])
-    with pytest.raises(ValueError, match="batches holds no batch"):
+    with pytest.raises(ValueError, match="loss_fn must be given"):
+        dpai.prune(problems.mlp, params, draw_x(), 0.5, method=METHODS[name])
+    with pytest.raises(ValueError, match="batches must hold at least one batch"):
         dpai.prune(
-            problems.mlp, params, draw_x(), 0.5, METHODS[name], loss_fn=problems.squared_error
+            problems.mlp,
+            params,
+            draw_x(),
+            0.5,
+            method=METHODS[name],
+            loss_fn=problems.squared_error,
         )
 
 
@@ -168,9 +175,9 @@ def test_a_method_that_needs_data_says_so(name):
 )
 def test_a_method_that_needs_values_refuses_shapes(name):
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), problems.mlp_params())
-    with pytest.raises(TypeError, match="prunes by the values of params, but first is"):
+    with pytest.raises(TypeError, match="params must hold values for this method, but first is"):
         dpai.prune(
-            problems.mlp, params, draw_x(), 0.5, METHODS[name],
+            problems.mlp, params, draw_x(), 0.5, method=METHODS[name],
             loss_fn=problems.squared_error, batches=problems.mlp_batches(),
         )  # fmt: skip
 
@@ -180,14 +187,16 @@ def test_a_loss_that_is_not_finite_is_refused(name):
     batches = [(draw_x() * jnp.inf, jnp.ones((1, 3)))]
     with pytest.raises(ValueError, match="the saliency of a weight of first is NaN"):
         dpai.prune(
-            problems.mlp, problems.mlp_params(), draw_x(), 0.5, METHODS[name],
+            problems.mlp, problems.mlp_params(), draw_x(), 0.5, method=METHODS[name],
             loss_fn=problems.squared_error, batches=batches,
         )  # fmt: skip
 
 
 def test_what_is_no_loss_is_refused():
     with pytest.raises(TypeError, match=r"loss_fn must be a function loss_fn\(params, batch\)"):
-        dpai.prune(problems.mlp, problems.mlp_params(), draw_x(), 0.5, dpai.SNIP(), loss_fn=3)
+        dpai.prune(
+            problems.mlp, problems.mlp_params(), draw_x(), 0.5, method=dpai.SNIP(), loss_fn=3
+        )
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_progress_is_told_layer_by_layer():
     ("settings", "message"),
     [
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
-        ({"beta": -1.0}, "beta must not be negative, got -1.0"),
+        ({"beta": -1.0}, "beta must be zero or more, got -1.0"),
         ({"chunk": 0}, "chunk must be at least 1, got 0"),
     ],
 )
@@ -361,8 +361,10 @@ def test_an_allocation_may_leave_a_layer_empty():
 
 
 def test_an_allocation_for_all_layers_together_is_refused():
-    with pytest.raises(ValueError, match="allocation must have the tree structure of params"):
+    with pytest.raises(
+        ValueError, match="allocation must give a number for each layer, got 10 for all"
+    ):
         prune(
             lambda p, x: x @ p["w"], {"w": jnp.ones((4, 5))}, jnp.ones((1, 4)), 0.5,
-            allocation=dpai.weights_to_keep,
+            allocation=dpai.global_threshold,
         )  # fmt: skip

@@ -194,7 +194,9 @@ def test_walks_that_the_output_reads_on_the_way_end_there_or_go_on():
 def prune(where: Any, sparsity: float, seed: int = 0, **arguments: Any) -> dpai.Result:
     fn, params, x = where[:3]
     key = jax.random.key(seed)
-    return dpai.prune(fn, params, x, sparsity, PHEW(), key, **{"progress": False} | arguments)
+    return dpai.prune(
+        fn, params, x, sparsity, method=PHEW(), key=key, **{"progress": False} | arguments
+    )
 
 
 def arrays(net: dpai.Network, tree: Any) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ X = jnp.ones((1, 5))
 def prune(method, params=None, sparsity=0.5, batches=1, **arguments):
     params = mlp_params() if params is None else params
     return dpai.prune(
-        mlp, params, X, sparsity, method,
+        mlp, params, X, sparsity, method=method,
         loss_fn=squared_error, batches=mlp_batches(batches), progress=False, **arguments,
     )  # fmt: skip
 
@@ -164,7 +164,7 @@ def test_synflow_of_fifty_layers_is_right_though_its_flow_overflows_float32():
             x = jax.nn.relu(x @ w)
         return x
 
-    result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.1, dpai.SynFlow(1), progress=False)
+    result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.1, method=dpai.SynFlow(1), progress=False)
     weights = [np.abs(np.asarray(w, np.float64)) for w in params]
     into, outof = [np.ones(8)], [np.ones(8)]
     for w in weights:
@@ -191,7 +191,9 @@ def test_synflow_through_a_residual_convolutional_network_is_a_float64_forward()
         x = jax.nn.relu(conv(x, params["stem"]))
         return (x + jax.nn.relu(conv(x, params["conv"]))).mean((1, 2)) @ params["head"]
 
-    result = dpai.prune(fn, params, jnp.ones((1, 4, 4, 1)), 0.1, dpai.SynFlow(1), progress=False)
+    result = dpai.prune(
+        fn, params, jnp.ones((1, 4, 4, 1)), 0.1, method=dpai.SynFlow(1), progress=False
+    )
 
     def plain_conv(x, w):
         padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
@@ -249,7 +251,7 @@ class Recorder:
 def test_ntk_sap_is_its_definition_on_what_it_drew():
     """The draws are watched as the network is called; the score is found by differences."""
     network = Recorder()
-    result = dpai.prune(network, mlp_params(), jnp.ones((4, 5)), 0.5, dpai.NTKSAP(1, 1e-2))
+    result = dpai.prune(network, mlp_params(), jnp.ones((4, 5)), 0.5, method=dpai.NTKSAP(1, 1e-2))
     jax.effects_barrier()
     (params, x), (moved, same_x) = network.calls[:2]
     np.testing.assert_array_equal(x, same_x)
@@ -279,7 +281,7 @@ def test_ntk_sap_draws_by_the_given_initialisation():
         return jax.tree.map(lambda p: 2 * p, mlp_params(seed=len(drawn)))
 
     network = Recorder()
-    dpai.prune(network, mlp_params(), jnp.ones((4, 5)), 0.5, dpai.NTKSAP(2, init=init))
+    dpai.prune(network, mlp_params(), jnp.ones((4, 5)), 0.5, method=dpai.NTKSAP(2, init=init))
     jax.effects_barrier()
     assert len({tuple(jax.random.key_data(key).tolist()) for key in drawn}) == 2
     used = {float(params["first"].ravel()[0]) for params, _ in network.calls}
@@ -293,7 +295,7 @@ def test_ntk_sap_takes_the_spread_of_each_kernel_where_no_initialisation_is_give
     def fn(params, x):
         return network(params | {"second": jnp.eye(50), "bias": jnp.zeros(50)}, x)
 
-    dpai.prune(fn, params, jnp.ones((2, 40)), 0.5, dpai.NTKSAP(1))
+    dpai.prune(fn, params, jnp.ones((2, 40)), 0.5, method=dpai.NTKSAP(1))
     jax.effects_barrier()
     drawn = network.calls[0][0]
     assert np.mean(drawn["first"]) == pytest.approx(3, abs=0.1)
@@ -306,7 +308,7 @@ def test_ntk_sap_refuses_token_ids():
     with pytest.raises(ValueError, match=r"NTKSAP draws x from N\(0, 1\), but x has the dtype int"):
         dpai.prune(
             lambda params, x: jax.nn.one_hot(x, 5) @ params, draw((5, 4)),
-            jnp.zeros((3,), jnp.int32), 0.5, dpai.NTKSAP(1),
+            jnp.zeros((3,), jnp.int32), 0.5, method=dpai.NTKSAP(1),
         )  # fmt: skip
 
 

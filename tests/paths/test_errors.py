@@ -112,7 +112,8 @@ each_count = pytest.mark.parametrize(
 def test_masks_of_another_structure(net: dpai.Network, count: Any, masks: Any) -> None:
     text = message(ValueError, lambda: count(net, masks))
     assert text.startswith("masks must have the tree structure of params")
-    assert text.endswith(f"got {jax.tree.structure(masks)}")
+    assert text.endswith("has no leaf 'bias'")
+    assert "PyTreeDef" not in text
 
 
 @each_count

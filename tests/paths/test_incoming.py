@@ -10,8 +10,11 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
+from dpai_jax.methods import npb
+from dpai_jax.paths import Interpreter, KernelUse
+from dpai_jax.paths.channels import numbered_weights
 from tests.support.graphs import SAME, Shapes, residual
-from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network, quick_compilation
+from tests.support.reference import Graph, JaxLayers, Layers, Masks, Network
 
 
 def grouped(layers: Layers, x: Any) -> Any:
@@ -60,9 +63,19 @@ def relative(counts: np.ndarray) -> np.ndarray:
 
 
 def incoming(net: dpai.Network, masks: Masks) -> dict[str, np.ndarray]:
-    run = jax.jit(net.incoming, compiler_options=quick_compilation())
-    arrays = run([jnp.asarray(masks[layer.name], jnp.float32) for layer in net.layers])
-    return {layer.name: np.asarray(a) for layer, a in zip(net.layers, arrays, strict=True)}
+    net = net.unrolled()
+    numbers = iter(numbered_weights(net, lambda use: use.weight.array)[0])
+    total = np.zeros(net.size, np.float32)
+
+    def add_up(use: KernelUse) -> Any:
+        here = next(numbers)
+        total[here[here >= 0]] += npb._entering(use)[here >= 0]
+        return use.count()
+
+    arrays = [jnp.asarray(masks[layer.name], jnp.float32) for layer in net.layers]
+    net.evaluate(arrays, Interpreter(net.gates, at_kernel=add_up))
+    found = zip(net.layers, net.unravel(total), strict=True)
+    return {layer.name: array / max(array.max(), 1e-30) for layer, array in found}
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)

@@ -19,9 +19,9 @@ mantissas = st.floats(0, 1, width=32, allow_subnormal=False)
 
 
 def test_power_of_two_is_exact_over_float32s_range():
-    powers = np.arange(-126, 128)
-    exact = np.ldexp(np.ones(powers.size), powers)
-    np.testing.assert_array_equal(np.float64(powers.power_of_two(jnp.asarray(powers))), exact)
+    exponents = np.arange(-126, 128)
+    exact = np.ldexp(np.ones(exponents.size), exponents)
+    np.testing.assert_array_equal(np.float64(powers.power_of_two(jnp.asarray(exponents))), exact)
 
 
 def test_power_of_two_is_zero_where_float32_has_no_normal_number():

@@ -21,7 +21,7 @@ METHODS = {"dpai": dpai.DPaI(steps=12), "magnitude": dpai.Magnitude(), "random":
 def prune(params: Any, how: Any) -> dpai.Result:
     """Prunes the network, wherever its parameters lie."""
     fn, _, x = sharded.network("mlp")
-    return dpai.prune(fn, params, x, 0.8, how, jax.random.key(1), progress=False)
+    return dpai.prune(fn, params, x, 0.8, method=how, key=jax.random.key(1), progress=False)
 
 
 def main(port: str, process: str, path: str) -> None:
