@@ -10,7 +10,7 @@ One call turns a network function, its parameters and a sparsity into masks:
 64
 """
 
-from dpai_jax.allocation import er, erk, global_threshold, uniform, weights_to_keep
+from dpai_jax.allocation import Allocation, er, erk, global_threshold, uniform, weights_to_keep
 from dpai_jax.counts import log_paths
 from dpai_jax.flax_nnx import from_nnx
 from dpai_jax.masks import apply_masks, binarize, shuffled
@@ -46,6 +46,7 @@ __all__ = [
     "NTKSAP",
     "PHEW",
     "SNIP",
+    "Allocation",
     "DPaI",
     "GraSP",
     "IterativeSNIP",

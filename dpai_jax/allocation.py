@@ -13,7 +13,7 @@ import numpy as np
 
 from dpai_jax import checks, counts
 from dpai_jax.paths import Layer, Network
-from dpai_jax.tools.trees import check_structure
+from dpai_jax.tools.trees import check_structure, shown
 
 PyTree = Any
 
@@ -88,7 +88,7 @@ def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
         keep: Keep = checked_count(given, net.size, "all layers", "allocation").item()
         total = keep
     else:
-        keep = keep_of_layers(net, given, "allocation")
+        keep = list(keep_of_layers(net, given, "allocation"))
         total = sum(int(np.sum(number)) for number in keep)
     if total != (asked := weights_to_keep(net, sparsity)):
         raise ValueError(
@@ -120,11 +120,11 @@ def checked_count(keep: Any, size: int, name: str = "all layers", argument: str 
         return keep
     numbers = np.asarray(keep)
     if not np.issubdtype(numbers.dtype, np.integer):
-        raise TypeError(f"{argument} must hold integers, but has {checks.shown(keep)} for {name}")
+        raise TypeError(f"{argument} must hold integers, but has {shown(keep)} for {name}")
     most = size // max(numbers.size, 1)
     if numbers.size and (numbers.min() < 0 or numbers.max() > most):
         raise ValueError(
-            f"{argument} must be in [0, {most}] for {name}, got {checks.shown(numbers.tolist())}"
+            f"{argument} must be in [0, {most}] for {name}, got {shown(numbers.tolist())}"
         )
     return numbers
 

@@ -13,19 +13,9 @@ import numpy as np
 from jax import Array
 
 from dpai_jax.paths import Network
-from dpai_jax.tools.trees import check_structure, named_leaves
+from dpai_jax.tools.trees import check_structure, named_leaves, shown
 
 PyTree = Any
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: on one line, and short."""
-    if isinstance(value, jax.Array | np.ndarray) and np.ndim(value):
-        return f"an array {value.dtype}{list(value.shape)}"
-    if isinstance(value, dict | list | tuple) and len(jax.tree.leaves(value)) > 4:
-        return f"a {type(value).__name__} of {len(jax.tree.leaves(value))} leaves"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # What a number must be, and how to tell.

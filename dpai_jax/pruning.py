@@ -24,6 +24,7 @@ from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.tools.meshes import device_put_like
+from dpai_jax.tools.trees import shown
 
 PyTree = Any
 
@@ -139,11 +140,10 @@ def prune(
     masks = pruned.masks
     if repair:
         rank = pruned.scores if pruned.rank is None else pruned.rank()
-        masks = repaired_layers(net, masks, rank, jax.random.fold_in(key, 1))
+        repaired = repaired_layers(net, masks, rank, jax.random.fold_in(key, 1))
+        masks = [jnp.asarray(m) for m in repaired]
     leaves = net.leaves(params)
-    masks, scores = (
-        device_put_like(list(map(jnp.asarray, arrays)), leaves) for arrays in (masks, pruned.scores)
-    )
+    masks, scores = (device_put_like(arrays, leaves) for arrays in (masks, pruned.scores))
     topo = measure(net, masks)
     if topo.weights != asked:
         raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
@@ -176,9 +176,7 @@ def _check_arguments(
     if isinstance(method, type):
         raise TypeError(f"method must be an instance such as dpai.{method.__name__}(), got a class")
     if not callable(getattr(method, "run", None)):
-        raise TypeError(
-            f"method must be a pruning method such as dpai.DPaI(), got {checks.shown(method)}"
-        )
+        raise TypeError(f"method must be a pruning method such as dpai.DPaI(), got {shown(method)}")
     checks.flag("repair", repair)
     if progress is not None and not callable(progress):
         checks.flag("progress", progress)

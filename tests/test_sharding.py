@@ -154,7 +154,7 @@ def programs(params, fn, x, optimizer):
     scores = normal_scores(net, jax.random.key(0), params)
     state = method._State(scores, optimizer.init(scores), [jnp.zeros_like(s, bool) for s in scores])
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
-    find = (net, scores, keep, jnp.zeros((2, len(keep)), jnp.uint32))
+    find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
     cut = method._cut(*find)[0]
     objective = method.Objective(how.alpha, how.beta, how.gamma, how.counting, how.normalize)
     settings = {"objective": objective, "update": Alike(optimizer.update)}

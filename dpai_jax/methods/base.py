@@ -20,6 +20,7 @@ from dpai_jax import checks, counts
 from dpai_jax.allocation import Allocation, Keep, resolve
 from dpai_jax.masks import select_layers
 from dpai_jax.paths import Network
+from dpai_jax.tools.trees import shown
 
 PyTree = Any
 
@@ -62,22 +63,23 @@ class Data:
 def _read(batches: Any) -> Sequence[PyTree]:
     is_array = hasattr(batches, "dtype")
     if is_array or isinstance(batches, str | dict) or not isinstance(batches, Iterable | None):
-        raise TypeError(f"batches must be a list of batches, got {checks.shown(batches)}")
+        raise TypeError(f"batches must be a list of batches, got {shown(batches)}")
     return tuple(itertools.islice(batches or (), MOST_BATCHES))
 
 
 def _check_loss(loss_fn: Loss, params: PyTree, batches: Sequence[PyTree]) -> None:
-    try:
-        loss = jax.eval_shape(loss_fn, params, batches[0])
-    except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0][:120]
-        raise TypeError(
-            "loss_fn(params, batch) fails on the first of batches (a single batch (x, y) is given "
-            f"as [(x, y)]): {reason}"
-        ) from error
-    if not hasattr(loss, "shape") or loss.shape != ():
-        found = getattr(loss, "shape", type(loss).__name__)
-        raise TypeError(f"loss_fn must return a scalar, got {found}")
+    for batch in (batches[0], batches[-1]):
+        try:
+            loss = jax.eval_shape(loss_fn, params, batch)
+        except Exception as error:
+            reason = " ".join(str(error).split()).partition(". ")[0][:120]
+            raise TypeError(
+                "loss_fn(params, batch) fails on one of batches (a single batch (x, y) is given as "
+                f"[(x, y)]): {reason}"
+            ) from error
+        if not hasattr(loss, "shape") or loss.shape != ():
+            found = getattr(loss, "shape", type(loss).__name__)
+            raise TypeError(f"loss_fn must return a scalar, got {found}")
 
 
 @dataclasses.dataclass(frozen=True)

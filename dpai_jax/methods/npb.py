@@ -98,8 +98,10 @@ class NPB:
         masks = _Choice(self, net, keep, rng, problem.report).masks()
         scores = _moved(net, masks, rng)
         # Where something is to choose further, as in a repair, chance alone is left.
-        rank = [score + rng.random(score.shape, np.float32) for score in scores]
-        return Pruned([s > 0 for s in scores], scores, rank=lambda: rank)
+        noise = [rng.random(score.shape, np.float32) for score in scores]
+        arrays = [jnp.asarray(score) for score in scores]
+        rank = [jnp.asarray(score + n) for score, n in zip(scores, noise, strict=True)]
+        return Pruned([s > 0 for s in arrays], arrays, rank=lambda: rank)
 
     def solve(self, incoming: np.ndarray, keep: int, rng: np.random.Generator) -> np.ndarray:
         """The mask of a layer, from the paths that enter at each weight.
@@ -176,7 +178,7 @@ class _Choice:
         net = self.net.unrolled()
         numbers, _ = numbered_weights(net, lambda use: use.weight.array)
         self.numbers = iter(numbers)
-        ones = [np.ones(layer.shape, np.float32) for layer in net.layers]
+        ones = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
         net.evaluate(ones, Interpreter(net.gates, at_kernel=self._at_kernel))
         self._choose(list(self.waiting), np.zeros(self.net.size, np.float32))
         return self.net.unravel(self.kept)
@@ -206,8 +208,8 @@ class _Choice:
             masks[i] = layer.as_kernel(chosen)
             self.kept = self.net.ravel(masks)
             del self.waiting[slot]
-            kernels = mask.any(3)
-            numbers = {"nodes": int(kernels.any(1).sum()), "kernels": int(kernels.sum())}
+            kernels = np.any(mask, 3)
+            numbers = {"nodes": int(np.any(kernels, 1).sum()), "kernels": int(kernels.sum())}
             self.report(len(self.slots) - len(self.waiting), len(self.slots), numbers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.unrolling import unrolled
 from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
-from dpai_jax.tools.trees import named_leaves
+from dpai_jax.tools.trees import named_leaves, shown
 
 PyTree = Any
 AtKernel = Callable[[KernelUse], Spread]
@@ -274,10 +275,9 @@ def trace(
       Xiang et al., DPaI: Differentiable Pruning at Initialization with Node-Path Balance
       Principle, ICLR 2025, for the number of effective paths R_P.
     """
-    if not callable(fn):
-        raise TypeError(f"fn must be a function fn(params, x), got {fn!r}")
+    _check_functions(fn, prunable)
     if gates not in GATES:
-        raise ValueError(f"gates must be one of {', '.join(GATES)}, got {gates!r}")
+        raise ValueError(f"gates must be one of {', '.join(GATES)}, got {shown(gates)}")
     for argument, tree in (("params", params), ("x", x)):
         _check_arrays(argument, tree)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, x)))
@@ -299,7 +299,12 @@ def _trace(
 ) -> Network:
     params, x = arguments_treedef.unflatten(arguments)
     named, treedef = named_leaves(params)
-    jaxpr = jax.make_jaxpr(fn)(params, x)
+    try:
+        jaxpr = jax.make_jaxpr(fn)(params, x)
+    except Exception as error:
+        inputs = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
+        error.add_note(f"(raised by fn(params, x) itself, called with x of {inputs})")
+        raise
     shapes = tuple(leaf.shape for _, leaf in named)
     kernels = [
         _is_kernel(leaf) and (prunable is None or bool(prunable(name, leaf)))
@@ -326,13 +331,33 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf) if dtype is None else dtype)
 
 
+def _check_functions(fn: Any, prunable: Any) -> None:
+    modules = {c.__module__.partition(".")[0] + "." + c.__name__ for c in type(fn).__mro__}
+    if "flax.Module" in modules:
+        linen = hasattr(fn, "apply")
+        hint = "pass its .apply" if linen else "call fn, params = dpai_jax.from_nnx(module)"
+        name = type(fn).__name__
+        raise TypeError(f"fn must be a function fn(params, x), got a Flax module {name}: {hint}")
+    wanted = (("fn", fn, "params, x"), ("prunable", prunable, "name, leaf"))
+    for name, value, arguments in wanted:
+        if name == "prunable" and value is None:
+            continue
+        if not callable(value):
+            raise TypeError(f"{name} must be a function {name}({arguments}), got {shown(value)}")
+        try:
+            inspect.signature(value).bind(None, None)
+        except ValueError:  # a function of which no signature is known
+            pass
+        except TypeError as error:
+            raise TypeError(f"{name} must be a function {name}({arguments}): {error}") from None
+
+
 def _check_arrays(argument: str, tree: PyTree) -> None:
     for name, leaf in named_leaves(tree)[0]:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         if not is_array and not isinstance(leaf, bool | int | float | complex):
-            raise TypeError(
-                f"{argument} must be a pytree of arrays, but its leaf {name} is {leaf!r}"
-            )
+            where = f"but its leaf {name} is" if name else "got"
+            raise TypeError(f"{argument} must be a pytree of arrays, {where} {shown(leaf)}")
 
 
 def _is_kernel(leaf: jax.ShapeDtypeStruct) -> bool:
@@ -359,8 +384,8 @@ def _uses(
     def record(use: KernelUse) -> Spread:
         groups = use.groups * math.prod(use.weight.shape[i] for i in use.batch)
         if not use.is_lookup:
-            for leaf, *axes in use.axes_of_leaves():
-                first.setdefault(leaf, _Use(leaf, *axes, groups))
+            for leaf, inputs, outputs, taps in use.axes_of_leaves():
+                first.setdefault(leaf, _Use(leaf, inputs, outputs, taps, groups))
         return use.count()
 
     def discover(masks: dict[int, Array]) -> list[Array]:

@@ -56,7 +56,7 @@ def program(
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
         def prepare(owner: Any, args: Sequence[Any], settings: Mapping[str, Any]) -> Any:
             shardings = () if layers is None else tuple(map(_sharding, layers(*args)))
-            mesh = next((s.mesh for s in shardings if _is_named(s)), None)
+            mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
             results = None
             if any(shardings):
                 args = _replicated_beside(args, mesh)
@@ -95,7 +95,7 @@ def _traced(
     like: Callable[..., PyTree],
     shardings: tuple[Sharding | None, ...],
     results: PyTree,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     *args: Any,
 ) -> Any:
     """What a program does while it is traced."""
@@ -261,7 +261,7 @@ def device_put_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(put, tree, like)
 
 
-def _replicated_beside(tree: PyTree, mesh: Mesh | None) -> PyTree:
+def _replicated_beside(tree: PyTree, mesh: Mesh | AbstractMesh | None) -> PyTree:
     """Replicates those arrays of a tree that are on one device over a mesh."""
 
     def put(x: Any) -> Any:

@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and short."""
+    if isinstance(value, jax.Array | np.ndarray) and np.ndim(value):
+        return f"an array {value.dtype}{list(value.shape)}"
+    if isinstance(value, dict | list | tuple):
+        leaves = jax.tree.leaves(value)
+        if len(leaves) > 4 or any(np.ndim(leaf) for leaf in leaves):
+            return f"a {type(value).__name__} of {len(leaves)} leaves"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -47,7 +60,7 @@ def like_by_name(tree: Any, like: Any, argument: str, of: str) -> Any:
     Raises:
       ValueError: if the names differ.
     """
-    structure = jax.tree.structure(like)
+    structure: Any = jax.tree.structure(like)
     if jax.tree.structure(tree) == structure:
         return tree
     by_name = {_plain(name): leaf for name, leaf in named_leaves(tree)[0]}

@@ -292,9 +292,8 @@ def test_weights_between_dead_ends_are_those_that_no_path_passes(name):
     """The search by gradients, of `effective_weights`, finds the same weights."""
     fn, params, x = by_name(name).make()
     net = dpai.trace(fn, params, x)
-    effective = dpai.effective_weights(
-        net, net.tree([np.ones(l.shape, bool) for l in net.layers], bool)
-    )
+    ones = [np.ones(layer.shape, bool) for layer in net.layers]
+    effective = dpai.effective_weights(net, net.tree(ones, lambda: np.True_))
     kept = np.concatenate([np.asarray(e).ravel() for e in net.leaves(effective)])
     kernels = channels(net).without_dead_ends().kernels
     numbers = np.unique(np.concatenate([k.ravel() for k in kernels]))

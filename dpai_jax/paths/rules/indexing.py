@@ -67,7 +67,7 @@ def _look_up(interpreter: Interpreter, eqn: JaxprEqn, table: Weight, tokens: Flo
     kept = [i for i in range(len(table.shape)) if i not in dims.collapsed_slice_dims]
     writes = dict(zip(kept, dims.offset_dims, strict=False))
 
-    def contract(_: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
+    def contract(flow: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
         return _gather_anywhere(interpreter, weight, params, shape)
 
     return KernelUse(
