@@ -35,7 +35,7 @@ notebooks: $(READY)  ## run the notebooks and keep what they print and draw
 
 test: lint  ## lint, types, then all tests, on two cores
 	@echo "pytest: two processes"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(READY)  ## ruff's rules, ruff's format, and types
 	@echo "ruff: rules and format"

@@ -4,7 +4,7 @@ Every network is traced with the gates of the Jacobian, by which a weight counts
 network's output depends on it, and compiled once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -19,16 +19,13 @@ from tests.support.networks.case import Built
 from tests.support.reference import Masks, quick_compilation, random_masks
 
 
-def in_group(name: str, *values: Any) -> Any:
-    """Parameters of a test that runs in the worker that holds this network's programs."""
-    return pytest.param(*values, id=name, marks=pytest.mark.xdist_group(name))
+# All tests of a network have its name first among their parameters, by which they are kept in one
+# process (see tests/conftest.py).
+def each_of(cases: Iterable[Case]) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-each_case = pytest.mark.parametrize("case", [in_group(case.name, case) for case in CASES])
-
-
-def each_of(names: Sequence[str]) -> Any:
-    return pytest.mark.parametrize("case", [in_group(name, by_name(name)) for name in names])
+each_case = each_of(CASES)
 
 
 @cache
@@ -153,11 +150,10 @@ def assert_same_counts(
         np.testing.assert_array_equal(first[2][name], second[2][name], err_msg=name)
 
 
-@pytest.mark.xdist_group("plain/lstm_scanned")
-def test_scanned_and_unrolled_lstm_have_equal_counts() -> None:
-    scanned, unrolled = by_name("plain/lstm_scanned"), by_name("plain/lstm_unrolled")
-    masks = masks_of(traced(scanned), 0.5)
-    assert_same_counts(counted(scanned)(masks), counted(unrolled)(masks))
+@each_of([by_name("plain/lstm_scanned")])
+def test_a_scanned_lstm_counts_as_an_unrolled_one(case: Case) -> None:
+    masks = masks_of(traced(case), 0.5)
+    assert_same_counts(counted(case)(masks), counted(by_name("plain/lstm_unrolled"))(masks))
 
 
 # A step of a GRU multiplies a gate by a bias, which a step of the first, empty state lacks; a
@@ -174,7 +170,7 @@ LOOPS = (
 )
 
 
-@each_of(LOOPS)
+@each_of(map(by_name, LOOPS))
 def test_loops_count_as_their_steps_written_out(case: Case) -> None:
     fn, params, x = built(case)
     with jax.disable_jit():  # runs a scan step by step, also while it is traced
@@ -198,10 +194,9 @@ def library_attention(params: Any, x: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v).reshape(x.shape) @ params["out"]
 
 
-@pytest.mark.xdist_group("plain/fused_attention")
 @pytest.mark.parametrize("fn", [einsum_attention, library_attention])
-def test_attention_counts_the_same_however_it_is_written(fn: Any) -> None:
-    case = by_name("plain/fused_attention")
+@each_of([by_name("plain/fused_attention")])
+def test_attention_counts_the_same_however_it_is_written(case: Case, fn: Any) -> None:
     _, params, x = built(case)
     masks = masks_of(traced(case), 0.4)
     other = dpai.trace(fn, params, x, gates="jacobian")
@@ -234,7 +229,7 @@ LINEAR_AT_ZERO = (
 )
 
 
-@each_of(LINEAR_AT_ZERO)
+@each_of(map(by_name, LINEAR_AT_ZERO))
 def test_weight_is_effective_where_the_real_network_s_output_depends_on_it(case: Case) -> None:
     depends = dependence(case)
     for seed, density in enumerate((0.15, 0.3, 0.5)):
