@@ -81,8 +81,11 @@ def log_count(net: Network, masks: Sequence[Array], counting: str) -> Array:
 @meshes.program(like=lambda masks: masks, layers=lambda masks: masks)
 def reached(net: Network, masks: list[Array]) -> list[Array]:
     """Which weights a path passes, or would pass if they were kept, from boolean masks."""
+    shardings = _moved_shardings(net, masks)
     floats, at_kernel = _sharded(net, [m.astype(jnp.float32) for m in masks])
-    return net.reached(floats, at_kernel)
+    # What is reached is a gradient, and stays where the count had the masks.
+    pairs = zip(net.layers, net.reached(floats, at_kernel), strict=True)
+    return [meshes.split_like(r, shardings.get(layer.index)) for layer, r in pairs]
 
 
 def possible(net: Network) -> list[np.ndarray]:
@@ -96,14 +99,9 @@ def possible(net: Network) -> list[np.ndarray]:
 
 def _sharded(net: Network, masks: Sequence[Array]) -> tuple[list[Array], AtKernel]:
     """The masks as they are sharded while paths are counted, and what happens at a kernel."""
-    found: dict[int, NamedSharding] = {}
-    arrays = []
-    pairs = zip(net.layers, masks, meshes.layer_shardings(masks), strict=True)
-    for layer, mask, sharding in pairs:
-        if isinstance(sharding, NamedSharding):
-            # A loop over copies that are on different devices would gather them on each device.
-            found[layer.index] = meshes.moved_off(sharding, layer.shape, layer.stack)
-        arrays.append(meshes.split_like(mask, found.get(layer.index)))
+    found = _moved_shardings(net, masks)
+    pairs = zip(net.layers, masks, strict=True)
+    arrays = [meshes.split_like(mask, found.get(layer.index)) for layer, mask in pairs]
 
     def at_kernel(use: KernelUse) -> Spread:
         sharding = found.get(use.weight.sources[0][0])
@@ -118,6 +116,19 @@ def _sharded(net: Network, masks: Sequence[Array]) -> tuple[list[Array], AtKerne
         return _split(use, sharding, use.writes, result)
 
     return arrays, at_kernel if found else KernelUse.count
+
+
+def _moved_shardings(net: Network, masks: Sequence[Array]) -> dict[int, NamedSharding]:
+    """How the masks are sharded while paths are counted, by the kernels' indices.
+
+    A loop over copies that are on different devices would gather them on each device.
+    """
+    pairs = zip(net.layers, meshes.layer_shardings(masks), strict=True)
+    return {
+        layer.index: meshes.moved_off(sharding, layer.shape, layer.stack)
+        for layer, sharding in pairs
+        if isinstance(sharding, NamedSharding)
+    }
 
 
 def _split(use: KernelUse, sharding: NamedSharding, places: Mapping[int, int], x: Spread) -> Spread:

@@ -144,13 +144,18 @@ class Problem:
     def select(self, scores: list[Array], keep: Keep) -> list[Array]:
         """The masks that keep the weights of the highest scores.
 
-        Weights that no mask can make effective come last.
+        Weights that no mask can make effective come last. Ties under one threshold over all layers
+        go by the order of the parameters, as in `dpai_jax.binarize`.
         """
         ranked = [
             s if flags.all() else jnp.where(flags, s, -jnp.inf)
             for s, flags in zip(scores, counts.possible(self.net), strict=True)
         ]
-        return select_layers(ranked, keep)
+        if isinstance(keep, list):
+            return select_layers(ranked, keep)
+        order = np.argsort([layer.index for layer in self.net.layers])
+        masks = select_layers([ranked[i] for i in order], keep)
+        return [masks[i] for i in np.argsort(order)]
 
 
 @dataclasses.dataclass(frozen=True)

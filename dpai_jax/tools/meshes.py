@@ -233,9 +233,9 @@ def mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
     return [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in sharding.spec]
 
 
-def split_like(x: Array, sharding: NamedSharding | None) -> Array:
+def split_like(x: Array, sharding: Sharding | None) -> Array:
     """Constrains an array, within `auto_sharded`, to a sharding; leaves it alone for None."""
-    if sharding is None:
+    if not isinstance(sharding, NamedSharding):
         return x
     return split_along(x, sharding.mesh, dict(enumerate(mesh_axes(sharding))))
 

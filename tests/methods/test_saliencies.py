@@ -305,7 +305,7 @@ def test_ntk_sap_takes_the_spread_of_each_kernel_where_no_initialisation_is_give
 
 
 def test_ntk_sap_refuses_token_ids():
-    with pytest.raises(ValueError, match=r"NTKSAP draws x from N\(0, 1\), but x has the dtype int"):
+    with pytest.raises(ValueError, match=r"x must be floating, as NTKSAP draws it, but is int"):
         dpai.prune(
             lambda params, x: jax.nn.one_hot(x, 5) @ params, draw((5, 4)),
             jnp.zeros((3,), jnp.int32), 0.5, method=dpai.NTKSAP(1),
