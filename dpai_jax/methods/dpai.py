@@ -209,9 +209,6 @@ class DPaI:
     def published(cls, **settings: Any) -> DPaI:
         """The published code's setting: exact counts, 3000 steps of Adam at 0.005.
 
-        At 97 % sparsity and less it ends with more paths in a convolutional network, through half
-        as many kernels.
-
         Args:
           **settings: what else to set, as the attributes.
 

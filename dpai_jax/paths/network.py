@@ -321,8 +321,8 @@ def _trace(
     return Network(layers, gates, treedef, shapes, jaxpr)
 
 
-# Programs belong to a network; so pruning a function again, at another sparsity or by another
-# method, compiles nothing. Few networks are kept, as each holds all that was compiled for it.
+# Programs belong to a network; so pruning a function again, at another sparsity or with another
+# key, compiles nothing. Few networks are kept, as each holds all that was compiled for it.
 _trace_once = functools.lru_cache(maxsize=8)(_trace)
 
 
