@@ -74,6 +74,11 @@ def global_threshold(net: Network, sparsity: float) -> int:
     return weights_to_keep(net, sparsity)
 
 
+def check_allocation(allocation: Any) -> None:
+    """Checks a method's setting `allocation`."""
+    checks.function("allocation", allocation, "allocation(net, sparsity)")
+
+
 def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
     """The numbers that an allocation gives, checked, layer by layer or for all layers.
 
@@ -82,7 +87,7 @@ def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
       ValueError: if they have another structure, do not sum to the number of weights to keep, or
         ask more of a layer than it has.
     """
-    checks.function("allocation", allocation, "allocation(net, sparsity)")
+    check_allocation(allocation)
     given = allocation(net, sparsity)
     if is_total(given, net.treedef):
         keep: Keep = checked_count(given, net.size, "all layers", "allocation").item()
@@ -209,7 +214,14 @@ class _Capacity:
     size: int
 
 
-def _capacities(layer: Layer, possible: np.ndarray) -> list[_Capacity]:
+@counts.once_per_network
+def _capacities(net: Network) -> list[_Capacity]:
+    """The capacities of all copies of all layers."""
+    pairs = zip(net.layers, counts.possible(net), strict=True)
+    return [capacity for layer, flags in pairs for capacity in _of_copies(layer, flags)]
+
+
+def _of_copies(layer: Layer, possible: np.ndarray) -> list[_Capacity]:
     """The capacities of a layer's copies, from the weights that a mask can make effective."""
 
     def used(flags: np.ndarray, axes: Sequence[int]) -> int:
@@ -235,8 +247,7 @@ def _capacities(layer: Layer, possible: np.ndarray) -> list[_Capacity]:
 
 def _allocate(net: Network, sparsity: float, share: Callable[[_Capacity], int]) -> PyTree:
     total = weights_to_keep(net, sparsity)
-    pairs = zip(net.layers, counts.possible(net), strict=True)
-    capacities = [c for layer, flags in pairs for c in _capacities(layer, flags)]
+    capacities = _capacities(net)
     sizes = [layer.size // layer.copies for layer in net.layers for _ in range(layer.copies)]
     usable = [max(capacity.size, 1) for capacity in capacities]
     # At low sparsities some of the weights that are kept cannot be effective.

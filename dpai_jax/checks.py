@@ -113,24 +113,23 @@ def layers(net: Any, tree: PyTree, argument: str) -> list[Any]:
 
 def weighted_masks(net: Any, masks: PyTree) -> list[Array]:
     """The layers' masks in float32: any numbers that are not negative."""
-    leaves = layers(net, masks, "masks")
-    for layer, mask in zip(net.layers, leaves, strict=True):
-        if not _is_traced(mask) and mask.dtype != bool and not bool(jnp.all(mask >= 0)):
-            raise ValueError(f"masks must hold no negative number and no NaN, but {layer.name} has")
+    leaves = _masks_of(net, masks, lambda m: m >= 0, "have neither negative numbers nor NaN")
     return [jnp.asarray(mask, jnp.float32) for mask in leaves]
 
 
 def masks(net: Any, masks: PyTree) -> list[Array]:
     """The layers' masks as booleans: booleans, or numbers that are all 0 or 1."""
+    leaves = _masks_of(net, masks, lambda m: (m == 0) | (m == 1), "be booleans or zeros and ones")
+    return [jnp.asarray(mask).astype(bool) for mask in leaves]
+
+
+def _masks_of(net: Any, masks: PyTree, holds: Callable[[Array], Array], wanted: str) -> list[Array]:
+    """The layers' masks, for whose entries a condition holds; booleans always fit."""
     leaves = layers(net, masks, "masks")
     for layer, mask in zip(net.layers, leaves, strict=True):
-        if (
-            not _is_traced(mask)
-            and mask.dtype != bool
-            and not bool(jnp.all((mask == 0) | (mask == 1)))
-        ):
-            raise ValueError(f"masks must be booleans or zeros and ones, but {layer.name} is not")
-    return [jnp.asarray(mask).astype(bool) for mask in leaves]
+        if not _is_traced(mask) and mask.dtype != bool and not bool(jnp.all(holds(mask))):
+            raise ValueError(f"masks must {wanted}, but those of {layer.name} do not")
+    return leaves
 
 
 def scores(net: Any, tree: PyTree) -> list[Array]:
@@ -150,10 +149,10 @@ def score_array(name: str, score: Any) -> None:
         raise ValueError(f"scores must be numbers, but {name} has a NaN")
 
 
-def parallel_masks(tree: PyTree, masks: PyTree, of: str = "params") -> None:
-    """Checks boolean masks against a tree of arrays."""
+def parallel_masks(tree: PyTree, masks: PyTree) -> None:
+    """Checks boolean masks against the parameters, or what is parallel to them."""
     named, treedef = named_leaves(tree)
-    check_structure(masks, treedef, "masks", of)
+    check_structure(masks, treedef, "masks", "params")
     for (name, leaf), mask in zip(named, treedef.flatten_up_to(masks), strict=True):
         boolean(name, mask)
         if jnp.ndim(mask) and jnp.shape(mask) != jnp.shape(leaf):

@@ -5,8 +5,9 @@ What meets a kernel is sharded like it, so that no device ever holds more than i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from dpai_jax.paths.values import Spread
 from dpai_jax.tools import meshes
 
 PyTree = Any
+T = TypeVar("T")
 
 
 def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
@@ -74,51 +76,54 @@ def _log_count(net: Network, masks: list[Array], *, counting: str) -> Array:
 
 def log_count(net: Network, masks: Sequence[Array], counting: str) -> Array:
     """`log_paths` of the layers' masks in float32, for use within a program."""
-    masks, at_kernel = _sharded(net, masks)
-    return net.log_count(masks, COUNTINGS[counting], at_kernel)
+    shardings = _count_shardings(net, masks)
+    masks = _resharded(net, masks, shardings)
+    return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings))
 
 
 @meshes.program(like=lambda masks: masks, layers=lambda masks: masks)
 def reached(net: Network, masks: list[Array]) -> list[Array]:
     """Which weights a path passes, or would pass if they were kept, from boolean masks."""
-    shardings = _moved_shardings(net, masks)
-    floats, at_kernel = _sharded(net, [m.astype(jnp.float32) for m in masks])
+    shardings = _count_shardings(net, masks)
+    floats = _resharded(net, [m.astype(jnp.float32) for m in masks], shardings)
     # What is reached is a gradient, and stays where the count had the masks.
-    pairs = zip(net.layers, net.reached(floats, at_kernel), strict=True)
-    return [meshes.split_like(r, shardings.get(layer.index)) for layer, r in pairs]
+    return _resharded(net, net.reached(floats, _at_kernel(shardings)), shardings)
 
 
+def once_per_network(fn: Callable[[Network], T]) -> Callable[[Network], T]:
+    """Keeps what a function works out about a network, as long as the network is there."""
+
+    @functools.wraps(fn)
+    def call(net: Network) -> T:
+        if fn not in net.programs:
+            net.programs[fn] = fn(net)
+        found: T = net.programs[fn]
+        return found
+
+    return call
+
+
+@once_per_network
 def possible(net: Network) -> list[np.ndarray]:
     """Which weights any mask can make effective: those that a path passes with all kept."""
-    if "possible" not in net.programs:
-        ones = [jnp.ones(layer.shape, bool) for layer in net.layers]
-        net.programs["possible"] = jax.device_get(reached(net, ones))
-    flags: list[np.ndarray] = net.programs["possible"]
+    flags: list[np.ndarray] = jax.device_get(
+        reached(net, [jnp.ones(layer.shape, bool) for layer in net.layers])
+    )
     return flags
 
 
-def _sharded(net: Network, masks: Sequence[Array]) -> tuple[list[Array], AtKernel]:
-    """The masks as they are sharded while paths are counted, and what happens at a kernel."""
-    found = _moved_shardings(net, masks)
-    pairs = zip(net.layers, masks, strict=True)
-    arrays = [meshes.split_like(mask, found.get(layer.index)) for layer, mask in pairs]
-
-    def at_kernel(use: KernelUse) -> Spread:
-        sharding = found.get(use.weight.sources[0][0])
-        if sharding is None:
-            return use.count()
-        # The inputs of a group are sharded as its outputs are.
-        reads = use.reads
-        if use.groups > 1:
-            reads = {use.outputs[0]: use.reads[use.inputs[0]]}
-        flow = _split(use, sharding, reads, use.flow.spread)
-        result = use.contract(flow, use.weight.spread, by_taps=use.groups > 1)
-        return _split(use, sharding, use.writes, result)
-
-    return arrays, at_kernel if found else KernelUse.count
+@once_per_network
+def _all_possible(net: Network) -> list[bool]:
+    return [bool(flags.all()) for flags in possible(net)]
 
 
-def _moved_shardings(net: Network, masks: Sequence[Array]) -> dict[int, NamedSharding]:
+def rank_last(net: Network, scores: Sequence[Array], lowest: float) -> list[Array]:
+    """The layers' scores, the lowest one for weights that no mask can make effective."""
+    triples = zip(scores, possible(net), _all_possible(net), strict=True)
+    return [s if is_all else jnp.where(flags, s, lowest) for s, flags, is_all in triples]
+
+
+def _count_shardings(net: Network, masks: Sequence[Array]) -> dict[int, NamedSharding]:
     """How the masks are sharded while paths are counted, by the kernels' indices.
 
     A loop over copies that are on different devices would gather them on each device.
@@ -129,6 +134,31 @@ def _moved_shardings(net: Network, masks: Sequence[Array]) -> dict[int, NamedSha
         for layer, sharding in pairs
         if isinstance(sharding, NamedSharding)
     }
+
+
+def _resharded(
+    net: Network, arrays: Sequence[Array], shardings: Mapping[int, NamedSharding]
+) -> list[Array]:
+    pairs = zip(net.layers, arrays, strict=True)
+    return [meshes.split_like(x, shardings.get(layer.index)) for layer, x in pairs]
+
+
+def _at_kernel(shardings: Mapping[int, NamedSharding]) -> AtKernel:
+    """What happens at a kernel: what meets it is sharded like it."""
+
+    def at_kernel(use: KernelUse) -> Spread:
+        sharding = shardings.get(use.weight.sources[0][0])
+        if sharding is None:
+            return use.count()
+        # The inputs of a group are sharded as its outputs are.
+        reads = use.reads
+        if use.groups > 1:
+            reads = {use.outputs[0]: use.reads[use.inputs[0]]}
+        flow = _split(use, sharding, reads, use.flow.spread)
+        result = use.contract(flow, use.weight.spread, by_taps=use.groups > 1)
+        return _split(use, sharding, use.writes, result)
+
+    return at_kernel
 
 
 def _split(use: KernelUse, sharding: NamedSharding, places: Mapping[int, int], x: Spread) -> Spread:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -20,6 +20,7 @@ from dpai_jax import checks, counts
 from dpai_jax.allocation import Allocation, Keep, resolve
 from dpai_jax.masks import select_layers
 from dpai_jax.paths import Network
+from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.trees import shown
 
 PyTree = Any
@@ -39,28 +40,37 @@ class Data:
 
     def __init__(self, loss_fn: Loss | None, batches: Iterable[PyTree] | None):
         self.loss_fn, self.batches = loss_fn, batches
-        self.is_used = False
+        self._read: tuple[Alike, Sequence[PyTree]] | None = None
 
     @property
     def is_given(self) -> bool:
         """Whether the caller gave a loss or batches."""
         return self.loss_fn is not None or self.batches is not None
 
-    def read(self, params: PyTree) -> tuple[Loss, Sequence[PyTree]]:
-        """The loss and the batches, checked."""
-        self.is_used = True
-        if self.loss_fn is None:
-            raise ValueError("loss_fn must be given to a method that prunes by a loss, got None")
-        checks.function("loss_fn", self.loss_fn, "loss_fn(params, batch)")
-        if self.batches is None or not isinstance(self.batches, list | tuple):
-            self.batches = _read(self.batches)
-        if not self.batches:
-            raise ValueError("batches must hold at least one batch for loss_fn, got none")
-        _check_loss(self.loss_fn, params, self.batches)
-        return self.loss_fn, self.batches
+    @property
+    def is_used(self) -> bool:
+        """Whether a method read them."""
+        return self._read is not None
+
+    def read(self, params: PyTree) -> tuple[Alike, Sequence[PyTree]]:
+        """The loss and the batches, read and checked once."""
+        if self._read is None:
+            if self.loss_fn is None:
+                raise ValueError(
+                    "loss_fn must be given to a method that prunes by a loss, got None"
+                )
+            checks.function("loss_fn", self.loss_fn, "loss_fn(params, batch)")
+            batches = _batches(self.batches)
+            if not batches:
+                raise ValueError("batches must hold at least one batch for loss_fn, got none")
+            _check_loss(self.loss_fn, params, batches)
+            self._read = Alike(self.loss_fn), batches
+        return self._read
 
 
-def _read(batches: Any) -> Sequence[PyTree]:
+def _batches(batches: Any) -> Sequence[PyTree]:
+    if isinstance(batches, list | tuple):
+        return batches
     is_array = hasattr(batches, "dtype")
     if is_array or isinstance(batches, str | dict) or not isinstance(batches, Iterable | None):
         raise TypeError(f"batches must be a list of batches, got {shown(batches)}")
@@ -106,8 +116,11 @@ class Problem:
     x: PyTree
     given: Data = dataclasses.field(default_factory=lambda: Data(None, None))
 
-    def data(self) -> tuple[Loss, Sequence[PyTree]]:
+    def data(self) -> tuple[Alike, Sequence[PyTree]]:
         """The loss and the batches, for a method that prunes by them.
+
+        The loss can be a static argument: one that was made anew, of the same code and values, is
+        equal.
 
         Raises:
           ValueError: if they were not given.
@@ -147,10 +160,7 @@ class Problem:
         Weights that no mask can make effective come last. Ties under one threshold over all layers
         go by the order of the parameters, as in `dpai_jax.binarize`.
         """
-        ranked = [
-            s if flags.all() else jnp.where(flags, s, -jnp.inf)
-            for s, flags in zip(scores, counts.possible(self.net), strict=True)
-        ]
+        ranked = counts.rank_last(self.net, scores, -math.inf)
         if isinstance(keep, list):
             return select_layers(ranked, keep)
         order = np.argsort([layer.index for layer in self.net.layers])

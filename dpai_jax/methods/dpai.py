@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from dpai_jax import checks, counts, selection
-from dpai_jax.allocation import erk, keep_of_layers
+from dpai_jax.allocation import check_allocation, erk, keep_of_layers
 from dpai_jax.methods.base import Allocation, Problem, Pruned
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.paths import Network
@@ -203,7 +203,7 @@ class DPaI:
         checks.whole("steps", self.steps, 1)
         checks.number("tolerance", self.tolerance)
         checks.optimizer("optimizer", self.optimizer)
-        checks.function("allocation", self.allocation, "allocation(net, sparsity)")
+        check_allocation(self.allocation)
 
     @classmethod
     def published(cls, **settings: Any) -> DPaI:
@@ -264,10 +264,7 @@ class DPaI:
         else:
             scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
             scores = meshes.device_put_like(scores, net.leaves(problem.params))
-        return [
-            s if flags.all() else jnp.where(flags, s, 0.0)
-            for s, flags in zip(scores, counts.possible(net), strict=True)
-        ]
+        return counts.rank_last(net, scores, 0.0)
 
 
 @meshes.program(layers=lambda scores, *_: scores)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, check_allocation, mean, one_shot, put
+from dpai_jax.methods.saliency import PyTree, mean, one_shot, put
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
 from dpai_jax.tools.signatures import Alike
@@ -43,9 +43,8 @@ class GraSP:
         """Prunes a network (see `dpai_jax.prune`)."""
         loss_fn, batches = problem.data()
         net, params, weights = problem.net, problem.params, problem.weights()
-        loss = Alike(loss_fn)
-        g = mean(_gradient(net, params, weights, batch, loss_fn=loss) for batch in batches)
-        hg = mean(_product(net, params, weights, g, batch, loss_fn=loss) for batch in batches)
+        g = mean(_gradient(net, params, weights, batch, loss_fn=loss_fn) for batch in batches)
+        hg = mean(_product(net, params, weights, g, batch, loss_fn=loss_fn) for batch in batches)
         saliencies = [
             w.astype(jnp.float32) * h.astype(jnp.float32) for w, h in zip(weights, hg, strict=True)
         ]

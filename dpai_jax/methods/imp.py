@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpai_jax import checks
-from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.masks import apply_masks
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, check_allocation, gradual
+from dpai_jax.methods.saliency import PyTree, gradual
 from dpai_jax.tools.trees import check_structure
 
 

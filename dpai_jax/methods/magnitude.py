@@ -6,9 +6,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import check_allocation, one_shot
+from dpai_jax.methods.saliency import one_shot
 
 
 @dataclasses.dataclass(frozen=True)

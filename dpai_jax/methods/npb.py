@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from dpai_jax import checks
-from dpai_jax.allocation import Allocation, apportion, erk
+from dpai_jax.allocation import Allocation, apportion, check_allocation, erk
 from dpai_jax.counts import reached
 from dpai_jax.methods.base import Problem, Pruned, Report
 from dpai_jax.paths import Interpreter, KernelUse, Network, Spread
@@ -77,7 +77,7 @@ class NPB:
         checks.number("alpha", self.alpha, *checks.FRACTION)
         checks.number("beta", self.beta, "zero or more", lambda beta: beta >= 0)
         checks.whole("chunk", self.chunk, 1)
-        checks.function("allocation", self.allocation, "allocation(net, sparsity)")
+        check_allocation(self.allocation)
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`).
@@ -171,6 +171,9 @@ class _Choice:
             [np.broadcast_to(np.ravel(k), n) for k, n in zip(keep, copies, strict=True)]
         )
         self.kept = np.ones(net.size, np.float32)
+        self.entering = np.zeros(net.size, np.float32)
+        # Views of the two rows, layer by layer.
+        self.kernels = list(zip(*map(net.unravel, (self.kept, self.entering)), strict=True))
         self.waiting = dict.fromkeys(range(len(sizes)))
 
     def masks(self) -> list[np.ndarray]:
@@ -180,7 +183,7 @@ class _Choice:
         self.numbers = iter(numbers)
         ones = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
         net.evaluate(ones, Interpreter(net.gates, at_kernel=self._at_kernel))
-        self._choose(list(self.waiting), np.zeros(self.net.size, np.float32))
+        self._choose(list(self.waiting))
         return self.net.unravel(self.kept)
 
     def _at_kernel(self, use: KernelUse) -> Spread:
@@ -190,23 +193,20 @@ class _Choice:
         here = np.searchsorted(self.ends, np.unique(numbers[numbers >= 0]), side="right")
         new = [slot for slot in dict.fromkeys(here.tolist()) if slot in self.waiting]
         if new:
-            entering = np.zeros(self.net.size, np.float32)
-            entering[numbers[numbers >= 0]] = _entering(use)[numbers >= 0]
-            self._choose(new, entering)
+            self.entering[numbers[numbers >= 0]] = _entering(use)[numbers >= 0]
+            self._choose(new)
         chosen = np.where(numbers >= 0, self.kept[numbers], use.weight.array)
         return use.contract(use.flow.spread, Spread(jnp.asarray(chosen), use.weight.shape))
 
-    def _choose(self, slots: list[int], entering: np.ndarray) -> None:
+    def _choose(self, slots: list[int]) -> None:
         """Chooses the masks of some slots by the paths that enter at each weight."""
         for slot in slots:
             i, copy = self.slots[slot]
-            layer = self.net.layers[i]
-            incoming = layer.by_features(self.net.unravel(entering)[i])[copy]
-            masks = self.net.unravel(self.kept)
-            chosen = np.array(layer.by_features(masks[i]))
+            layer, (kept, entering) = self.net.layers[i], self.kernels[i]
+            incoming = layer.by_features(entering)[copy]
+            chosen = np.array(layer.by_features(kept))
             chosen[copy] = mask = self.method.solve(incoming, int(self.keep[slot]), self.rng)
-            masks[i] = layer.as_kernel(chosen)
-            self.kept = self.net.ravel(masks)
+            kept[...] = layer.as_kernel(chosen)
             del self.waiting[slot]
             kernels = np.any(mask, 3)
             numbers = {"nodes": int(np.any(kernels, 1).sum()), "kernels": int(kernels.sum())}

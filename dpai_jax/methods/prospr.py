@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpai_jax import checks
-from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, check_allocation, one_shot, scaled
+from dpai_jax.methods.saliency import PyTree, one_shot, scaled
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
 from dpai_jax.tools.signatures import Alike
@@ -54,7 +54,7 @@ class ProsPr:
         problem.weights()
         needed = [batches[i % len(batches)] for i in range(self.steps + 1)]
         saliencies = _meta_gradient(
-            problem.net, problem.params, needed, self.learning_rate, loss_fn=Alike(loss_fn)
+            problem.net, problem.params, needed, self.learning_rate, loss_fn=loss_fn
         )
         return one_shot(problem, saliencies, self.allocation)
 

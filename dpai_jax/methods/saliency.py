@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from dpai_jax import checks
-from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
@@ -90,11 +90,6 @@ def exponential(sparsity: float, steps: int) -> list[float]:
     return [1 - (1 - sparsity) ** (t / steps) for t in range(1, steps)] + [sparsity]
 
 
-def check_allocation(allocation: Any) -> None:
-    """Checks a method's setting `allocation`."""
-    checks.function("allocation", allocation, "allocation(net, sparsity)")
-
-
 def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> None:
     """Refuses saliencies that are no numbers, and warns of layers where all of them are zero.
 
@@ -141,9 +136,9 @@ def mask_gradient(problem: Problem, masks: list[Array]) -> list[Array]:
     """∂L/∂m at these masks, the mean over all batches."""
     loss_fn, batches = problem.data()
     problem.weights()
-    loss = Alike(loss_fn)
     return mean(
-        _mask_gradient(problem.net, problem.params, masks, batch, loss_fn=loss) for batch in batches
+        _mask_gradient(problem.net, problem.params, masks, batch, loss_fn=loss_fn)
+        for batch in batches
     )
 
 

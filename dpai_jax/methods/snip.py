@@ -7,11 +7,10 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax.allocation import Allocation, global_threshold
+from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.methods.saliency import (
     InSteps,
-    check_allocation,
     exponential,
     gradual,
     mask_gradient,

@@ -16,6 +16,17 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return jaxpr, getattr(jaxpr, "consts", ())
 
 
+# Primitives that call a jaxpr of their own, by name.
+CALLS = """
+    call checkpoint closed_call custom_jvp_call custom_lin custom_vjp_call jit remat2
+    """.split()
+
+
+def called_jaxpr(eqn: Any) -> Any:
+    """The jaxpr that one of `CALLS` holds."""
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried."""
     if "num_consts" in params:

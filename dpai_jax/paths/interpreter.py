@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.core import JaxprEqn, Literal, Primitive
 
@@ -162,7 +163,7 @@ def _only_constants(value: Value) -> Value:
     if not isinstance(value, Flow):
         return value
     none = jnp.zeros((1,) * len(value.shape), jnp.float32)
-    return value.constants or v.replace(value, mantissa=none, filled=v.NOTHING, constants=None)
+    return value.constants or v.replace(value, mantissa=none, filled=np.False_, constants=None)
 
 
 def derived(

@@ -103,7 +103,7 @@ class Network:
       layers: the prunable layers, in the order in which an input passes them.
       gates: how a factor that is alive everywhere takes part in a product (see `trace`).
       treedef: the tree structure of the parameters, and so of masks and scores.
-      programs: what was compiled for this network; it goes when the network does.
+      programs: what was compiled or worked out for this network; it goes when the network does.
     """
 
     layers: tuple[Layer, ...]

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 
-from dpai_jax.paths._jax import open_jaxpr, scan_arity
-
-_CALLS = "call checkpoint closed_call custom_jvp_call custom_vjp_call jit remat2".split()
+from dpai_jax.paths._jax import CALLS, called_jaxpr, open_jaxpr, scan_arity
 
 
 def unrolled(jaxpr: Any) -> Any:
@@ -22,15 +20,11 @@ def unrolled(jaxpr: Any) -> Any:
     return jax.make_jaxpr(lambda *args: _run(jaxpr, args))(*jaxpr.in_avals)
 
 
-def _inner(eqn: JaxprEqn) -> Any:
-    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-
-
 def _has_scan(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name == "scan" or (eqn.primitive.name in _CALLS and _has_scan(_inner(eqn)))
-        for eqn in open_jaxpr(jaxpr)[0].eqns
-    )
+    eqns = open_jaxpr(jaxpr)[0].eqns
+    if any(eqn.primitive.name == "scan" for eqn in eqns):
+        return True
+    return any(_has_scan(called_jaxpr(eqn)) for eqn in eqns if eqn.primitive.name in CALLS)
 
 
 def _run(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -45,8 +39,8 @@ def _run(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         name = eqn.primitive.name
         if name == "scan":
             results = _steps(eqn, operands)
-        elif name in _CALLS:
-            results = _run(_inner(eqn), operands)
+        elif name in CALLS:
+            results = _run(called_jaxpr(eqn), operands)
         else:
             results = eqn.primitive.bind(*operands, **eqn.params)
             results = results if eqn.primitive.multiple_results else [results]

@@ -245,6 +245,3 @@ def largest_exponent(exponents: Array, filled: Array) -> Array:
 
 
 _LOWEST = -(2**30)
-
-# `Flow.filled` of a flow without paths.
-NOTHING = np.False_

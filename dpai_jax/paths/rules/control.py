@@ -14,21 +14,16 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import open_jaxpr, scan_arity, shape_of
+from dpai_jax.paths._jax import CALLS, called_jaxpr, open_jaxpr, scan_arity, shape_of
 from dpai_jax.paths.constants import constant
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.rules.elementwise import add, joined_rest
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
-_CALLS = """
-    call closed_call custom_jvp_call custom_lin custom_vjp_call jit remat2 checkpoint
-    """
 
-
-@rules_for(_CALLS, inlined=True)
+@rules_for(" ".join(CALLS), inlined=True)
 def _call(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
-    jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-    return interpreter.evaluate(jaxpr, *args)
+    return interpreter.evaluate(called_jaxpr(eqn), *args)
 
 
 @rules_for("cond", inlined=True)
