@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,17 +15,6 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     if hasattr(jaxpr, "jaxpr"):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, getattr(jaxpr, "consts", ())
-
-
-# Primitives that call a jaxpr of their own, by name.
-CALLS = """
-    call checkpoint closed_call custom_jvp_call custom_lin custom_vjp_call jit remat2
-    """.split()
-
-
-def called_jaxpr(eqn: Any) -> Any:
-    """The jaxpr that one of `CALLS` holds."""
-    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
@@ -53,3 +43,11 @@ def is_real(var: Any) -> bool:
 def source_line(eqn: Any) -> str:
     """The line of the user's program that an equation comes from."""
     return str(source_info_util.summarize(eqn.source_info))
+
+
+def at_source(eqn: Any) -> AbstractContextManager[None]:
+    """A context whose equations come from the same line of the user's program as this one."""
+    context: AbstractContextManager[None] = source_info_util.user_context(
+        eqn.source_info.traceback, name_stack=eqn.source_info.name_stack
+    )
+    return context

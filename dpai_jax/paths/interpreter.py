@@ -8,8 +8,9 @@ result. Rules are looked up by the primitive's name; `register_rule` adds one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from dpai_jax.paths._jax import open_jaxpr, source_line
 from dpai_jax.paths.constants import constant, fold, unknown
 from dpai_jax.paths.counting import EXACT, Counting
 from dpai_jax.paths.kernels import KernelUse
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight, WeightSum
 
 GATES = ("balanced", "jacobian", "signal")
 
@@ -128,10 +129,30 @@ class Interpreter:
                     f"{self.source_line()}; give it one with dpai_jax.paths.register_rule"
                 )
             return unknown(eqn)
+        kernels = [i for i, arg in enumerate(args) if isinstance(arg, Weight | WeightSum)]
+        # A call or a loop may use its kernels several times: the equations within are taken apart.
+        if len(kernels) == 1 and isinstance(args[kernels[0]], WeightSum) and name not in _CARRIERS:
+            return self._by_terms(eqn, args, kernels[0])
         results = _listed(rule(self, eqn, *args))
         if name not in _CARRIERS and any(_constants_of(arg) is not None for arg in args):
             return self._beside(rule, eqn, args, results)
         return results
+
+    def _by_terms(self, eqn: JaxprEqn, args: Sequence[Value], i: int) -> Sequence[Value]:
+        """The results of an equation of which one operand is a sum of kernels, term by term."""
+        terms = cast(WeightSum, args[i]).terms
+        cases = [self.apply(eqn, *args[:i], term, *args[i + 1 :]) for term in terms]
+        return [self._sum(case) for case in zip(*cases, strict=True)]
+
+    def _sum(self, terms: Sequence[Value]) -> Value:
+        if all(isinstance(term, Weight) for term in terms):
+            return WeightSum(tuple(cast(Sequence[Weight], terms)))
+        flows = [term for term in terms if isinstance(term, Flow)]
+        if not flows or all(flow.unit == flows[0].unit for flow in flows):
+            return terms[0]
+        arrays, exponent = v.align(flows)
+        array = functools.reduce(jnp.add, arrays)
+        return self.flow(Spread(array, flows[0].shape), exponent, rest=flows[0].rest)
 
     def _beside(
         self, rule: Rule, eqn: JaxprEqn, args: Sequence[Value], results: Sequence[Value]
@@ -151,7 +172,7 @@ class Interpreter:
 
 
 def _listed(results: Value | Sequence[Value]) -> Sequence[Value]:
-    return [results] if isinstance(results, Free | Weight | Flow) else results
+    return [results] if isinstance(results, Value) else results
 
 
 def _constants_of(value: Value) -> Flow | None:

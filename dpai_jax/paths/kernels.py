@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array
@@ -19,6 +19,16 @@ class Contract(Protocol):
     def __call__(self, flow: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
         """The counts behind the kernel; `by_taps` sums a grouped convolution tap by tap."""
         ...
+
+
+class AxesOfLeaf(NamedTuple):
+    """A kernel by its index among the leaves of the parameters, and what its axes are."""
+
+    leaf: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    groups: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +98,17 @@ class KernelUse:
         others = [i for i in range(len(self.shape)) if i not in places]
         return Spread(jnp.expand_dims(array, others), self.shape)
 
-    def axes_of_leaves(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """For each kernel in the weight its leaf, and its own axes: inputs, outputs, taps."""
+    def axes_of_leaves(self) -> list[AxesOfLeaf]:
+        """What the axes of each kernel in the weight are to this contraction."""
         found = []
         for leaf, axes in self.weight.sources:
             inputs, taps = _own(axes, self.inputs), _own(axes, self.taps)
             # An axis that was merged from features of both sides counts as an input.
             outputs = _own(axes, (*self.outputs, *self.batch))
             outputs = tuple(i for i in outputs if i not in inputs + taps)
-            found.append((leaf, inputs, outputs, taps))
+            # Blocks of input features, each multiplied by itself and then summed, are no groups.
+            groups = [self.weight.shape[i] for i in self.batch if axes[i].isdisjoint(inputs)]
+            found.append(AxesOfLeaf(leaf, inputs, outputs, taps, self.groups * math.prod(groups)))
         return found
 
 

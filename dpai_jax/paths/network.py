@@ -19,8 +19,8 @@ from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
 from dpai_jax.paths.counting import EXACT, REACH, Counting
 from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
-from dpai_jax.paths.kernels import KernelUse
-from dpai_jax.paths.unrolling import unrolled
+from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
+from dpai_jax.paths.rewriting import unrolled
 from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
 from dpai_jax.tools.trees import named_leaves, shown
 
@@ -364,28 +364,16 @@ def _is_kernel(leaf: jax.ShapeDtypeStruct) -> bool:
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Use:
-    """The axes of a kernel in its first use."""
-
-    leaf: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    taps: tuple[int, ...]
-    groups: int
-
-
 def _uses(
     jaxpr: Any, kernels: list[bool], shapes: tuple[tuple[int, ...], ...], gates: str
-) -> list[_Use]:
+) -> list[AxesOfLeaf]:
     """The first use of each kernel, in the order of evaluation."""
-    first: dict[int, _Use] = {}
+    first: dict[int, AxesOfLeaf] = {}
 
     def record(use: KernelUse) -> Spread:
-        groups = use.groups * math.prod(use.weight.shape[i] for i in use.batch)
         if not use.is_lookup:
-            for leaf, inputs, outputs, taps in use.axes_of_leaves():
-                first.setdefault(leaf, _Use(leaf, inputs, outputs, taps, groups))
+            for axes in use.axes_of_leaves():
+                first.setdefault(axes.leaf, axes)
         return use.count()
 
     def discover(masks: dict[int, Array]) -> list[Array]:
@@ -406,7 +394,7 @@ def _weight(index: int, mask: Array) -> Weight:
     return Weight(mask, ((index, tuple(frozenset({i}) for i in range(mask.ndim))),))
 
 
-def _layer(use: _Use, name: str, shape: tuple[int, ...]) -> Layer:
+def _layer(use: AxesOfLeaf, name: str, shape: tuple[int, ...]) -> Layer:
     named = {*use.inputs, *use.outputs, *use.taps}
     stack = tuple(i for i, size in enumerate(shape) if i not in named and size > 1)
     return Layer(name, use.leaf, shape, use.inputs, use.outputs, use.taps, stack, use.groups)

@@ -1,9 +1,10 @@
 """The values of path semantics: what every variable of a traced network stands for.
 
-A variable is one of three kinds:
+A variable is one of these kinds:
 
 * `Free`: does not depend on the network's input; only its shape matters.
-* `Weight`: the mask of a prunable kernel, seen through reshapes, transposes, casts and scalings.
+* `Weight`: the mask of a prunable kernel, seen through reshapes, transposes, casts and scalings;
+  `WeightSum`: several of them, added up.
 * `Flow`: the number of paths from the input to each unit.
 
 Flows are held in *block floating point*: a float32 mantissa whose largest entry is in [1/2, 1),
@@ -143,6 +144,26 @@ class Weight:
         """The mask with its shape."""
         return Spread(self.array, self.shape)
 
+    @property
+    def terms(self) -> tuple[Weight, ...]:
+        """The weight as a sum of one term (see `WeightSum`)."""
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSum:
+    """Kernels of one shape that are added up and used as one, each giving paths of its own.
+
+    The real and the imaginary part of a complex kernel are such terms.
+    """
+
+    terms: tuple[Weight, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of each term."""
+        return self.terms[0].shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
@@ -197,7 +218,7 @@ class Flow:
         return lax.stop_gradient(alive.astype(jnp.float32))
 
 
-Value = Free | Weight | Flow
+Value = Free | Weight | WeightSum | Flow
 
 jax.tree_util.register_dataclass(
     Flow,
@@ -224,6 +245,15 @@ def saturate(array: Array) -> Array:
 
 
 saturate.defvjp(lambda array: (saturate(array), None), lambda _, g: ((g > 0.5).astype(g.dtype),))
+
+
+def as_flow(value: Value) -> Flow:
+    """A value as a flow: no path where it is free, and dead where it is known to be zero."""
+    if isinstance(value, Flow):
+        return value
+    rest = 0.0 if isinstance(value, Free) and value.scalar == 0 else math.inf
+    zeros = jnp.zeros((1,) * len(value.shape), jnp.float32)
+    return Flow(zeros, jnp.int32(0), value.shape, None, rest=rest, filled=np.False_)
 
 
 def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:

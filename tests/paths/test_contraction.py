@@ -328,3 +328,63 @@ def test_a_convolution_by_taps_is_that_at_once(groups: int) -> None:
     by_taps = contraction._convolve_by_taps(x, kernel, *places, dims, groups)
     # Small whole numbers: any order of summation is free of rounding.
     np.testing.assert_array_equal(by_taps, at_once)
+
+
+def ragged(x: np.ndarray, kernels: np.ndarray, sizes: Any) -> np.ndarray:
+    """Each row by its group's kernel, row by row; rows past the last group give zeros."""
+    group = np.repeat(np.arange(len(kernels)), sizes)
+    rows = [x[i] @ kernels[g] for i, g in enumerate(group)]
+    return np.stack([*rows, *np.zeros((len(x) - len(rows), kernels.shape[2]))])
+
+
+@pytest.mark.parametrize("held", [(5, 3), (1, 3), (5, 1)])
+@pytest.mark.parametrize("sizes", [(2, 3), (0, 5), (1, 2)])
+def test_rows_are_multiplied_by_the_kernel_of_their_group(sizes, held):
+    x, kernels = flow(draw(0, *held), (5, 3), exponent=2), draw(1, 2, 3, 4)
+    groups = jnp.asarray(sizes)
+    result = evaluate(lambda x, k: lax.ragged_dot(x, k, groups), x, weight(kernels))
+    np.testing.assert_array_equal(counts(result), ragged(counts(x), kernels, sizes))
+    both = evaluate(lambda x, k: lax.ragged_dot(x, k, groups), x, flow(kernels))
+    alive = ragged(np.float64(counts(x) > 0), kernels, sizes)
+    exact = ragged(counts(x), np.float64(kernels > 0), sizes) + alive
+    np.testing.assert_array_equal(counts(both), exact)
+
+
+@pytest.mark.parametrize("held", [(5, 3), (1, 3), (5, 1)])
+def test_rows_of_unknown_groups_may_be_in_any(held):
+    x, kernels = flow(draw(0, *held), (5, 3)), draw(1, 2, 3, 4)
+    dtypes = [jnp.float32, jnp.float32, jnp.int32]
+    result = evaluate(lax.ragged_dot, x, weight(kernels), Free((2,)), dtypes=dtypes)
+    np.testing.assert_array_equal(counts(result), np.einsum("nd,edf->nf", counts(x), kernels))
+    batched = evaluate(
+        jax.vmap(lax.ragged_dot),
+        flow(np.stack([counts(x), 2 * counts(x)])),
+        weight(np.stack([kernels, kernels])),
+        Free((2, 2)),
+        dtypes=dtypes,
+    )
+    np.testing.assert_array_equal(counts(batched), np.stack([counts(result), 2 * counts(result)]))
+
+
+def test_each_group_sums_over_its_own_rows():
+    """`lax.ragged_dot_general` with ragged contracted rows, as in the gradient of a kernel."""
+    x, y, sizes = draw(0, 5, 3), draw(1, 5, 4), np.asarray([2, 3])
+    numbers = lax.RaggedDotDimensionNumbers(((((0,), (0,)), ((), ()))), [0], [])
+
+    def fn(x: Any, y: Any) -> Any:
+        return lax.ragged_dot_general(x, y, jnp.asarray(sizes), numbers)
+
+    exact = np.stack([x[:2].T @ y[:2], x[2:].T @ y[2:]])
+    np.testing.assert_array_equal(counts(evaluate(fn, flow(x), weight(y))), exact)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_experts_are_groups_of_one_layer(known):
+    params = {"experts": jnp.ones((2, 3, 4)), "sizes": jnp.asarray([2, 3])}
+
+    def fn(params: Any, x: Any) -> Any:
+        sizes = jnp.asarray([2, 3]) if known else params["sizes"]
+        return lax.ragged_dot(x, params["experts"], sizes)
+
+    (layer,) = dpai.trace(fn, params, jnp.ones((5, 3))).layers
+    assert (layer.inputs, layer.outputs, layer.groups) == ((1,), (0, 2), 2)

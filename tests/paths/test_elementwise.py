@@ -13,6 +13,7 @@ import pytest
 from jax import ad_checkpoint, lax
 from jax.extend.core import primitives
 
+import dpai_jax as dpai
 from dpai_jax.paths import Flow, Free
 from dpai_jax.paths import values as v
 from tests.support.flows import (
@@ -615,10 +616,88 @@ def test_a_function_of_a_kernel_that_keeps_its_shape_is_that_kernel(fn):
     np.testing.assert_array_equal(result.array, mask.array)
 
 
-def test_a_function_of_two_kernels_is_none():
+def test_a_product_of_two_kernels_is_none():
     a, b = weight(draw(0, 3, 2), 0), weight(draw(1, 3, 2), 1)
-    assert isinstance(evaluate(operator.add, a, b), Free)
-    assert isinstance(evaluate(lambda a: a + a.T, weight(draw(0, 3, 3))), Free)
+    assert isinstance(evaluate(operator.mul, a, b), Free)
+    assert isinstance(evaluate(lambda a: a * a.T, weight(draw(0, 3, 3))), Free)
+
+
+# Kernels (3, 4) made of leaves a (3, 4, 2) and b (3, 4), and the sum of masks that each stands for.
+KERNEL_SUMS: dict[str, tuple[Any, Any]] = {
+    "complex parts of one leaf": (
+        lambda a, b: lax.complex(a[..., 0], a[..., 1]) * (0.5 - 2j),
+        lambda a, b: a[..., 0] + a[..., 1],
+    ),
+    "an imaginary unit": (
+        lambda a, b: b.astype(jnp.complex64) + jnp.complex64(1j) * a[..., 1].astype(jnp.complex64),
+        lambda a, b: b + a[..., 1],
+    ),
+    "leaves": (lambda a, b: 2.0 * (a[..., 0] - 0.5 * b), lambda a, b: a[..., 0] + b),
+    "three terms": (
+        lambda a, b: (a[..., 0] + a[..., 1]) + (b + jnp.tanh(b)),
+        lambda a, b: a[..., 0] + a[..., 1] + b,
+    ),
+    "side by side": (
+        lambda a, b: jnp.concatenate([(b - a[..., 0])[:, :1], b[:, 1:3], jnp.ones((3, 1))], 1),
+        lambda a, b: np.concatenate([(b + a[..., 0])[:, :1], b[:, 1:3], np.ones((3, 1))], 1),
+    ),
+    "in a compiled function": (
+        lambda a, b: jax.jit(lambda k: jnp.stack([k, k * 2.0])[1])(a[..., 0] + a[..., 1]),
+        lambda a, b: a[..., 0] + a[..., 1],
+    ),
+    "views": (lambda a, b: (b + a[..., 0])[::-1], lambda a, b: (b + a[..., 0])[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_SUMS)
+def test_kernels_that_are_added_up_each_give_paths(name):
+    kernel, exact = KERNEL_SUMS[name]
+    a, b, last = draw(1, 3, 4, 2), draw(2, 3, 4), draw(3, 4, 5)
+    masks = {"a": a, "b": b, "last": last}
+
+    def network(p: Any, x: Any) -> Any:
+        made = kernel(p["a"], p["b"])
+        hidden = (x.astype(made.dtype) @ made).real
+        return jax.nn.relu(hidden) @ p["last"] + x @ (p["b"] @ p["last"])
+
+    net = dpai.trace(network, masks, jnp.ones((2, 3)))
+    found = {layer.name: layer for layer in net.layers}
+    used = {"a", "b", "last"} - ({"b"} if "of one leaf" in name or "compiled" in name else set())
+    assert set(found) == used
+    assert (found["a"].inputs, found["a"].outputs) == ((0,), (1,))
+
+    def paths(a: Any, b: Any, last: Any) -> Any:
+        unpruned = np.ones((2, 3)) @ np.ones((3, 5))
+        return np.sum(np.ones((2, 3)) @ exact(a, b) @ last + unpruned)
+
+    leaves = [jnp.asarray(np.float32(masks[layer.name])) for layer in net.layers]
+    total = paths(a, b, last)
+    assert float(net.log_count(leaves)) == pytest.approx(np.log(total), rel=1e-6)
+    slopes = jax.grad(net.log_count)(leaves)
+    for layer, slope in zip(net.layers, slopes, strict=True):
+        # The count is linear in each leaf.
+        for place in [(0,) * len(layer.shape), tuple(n - 1 for n in layer.shape)]:
+            moved = {name: mask.copy() for name, mask in masks.items()}
+            moved[layer.name][place] += 1
+            difference = (paths(**moved) - total) / total
+            assert float(slope[place]) == pytest.approx(difference, rel=1e-5, abs=1e-7)
+    reached = net.reached([jnp.asarray(leaf > 0, jnp.float32) for leaf in leaves])
+    assert all(np.array_equal(r, slope > 0) for r, slope in zip(reached, slopes, strict=True))
+
+
+def test_a_sum_of_kernels_may_be_scanned_over():
+    """Layers whose complex kernels are made outside of the loop."""
+
+    def network(p: Any, x: Any) -> Any:
+        kernels = lax.complex(p["re"], p["im"])
+        return lax.scan(lambda h, k: ((h.astype(k.dtype) @ k).real, None), x, kernels)[0]
+
+    masks = {"re": draw(0, 2, 3, 3), "im": draw(1, 2, 3, 3)}
+    net = dpai.trace(network, masks, jnp.ones((1, 3)))
+    leaves = [jnp.asarray(np.float32(masks[layer.name])) for layer in net.layers]
+    first, second = masks["re"] + masks["im"]
+    exact = np.sum(np.ones((1, 3)) @ first @ second)
+    assert float(net.log_count(leaves)) == pytest.approx(np.log(exact), rel=1e-6)
 
 
 def test_a_kernel_scaled_by_unknown_constants_is_that_kernel():

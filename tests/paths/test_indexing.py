@@ -333,21 +333,127 @@ def test_a_cache_is_written_and_read():
     np.testing.assert_array_equal(counts(evaluate(network, x)), exact)
 
 
-@pytest.mark.parametrize(
-    ("fn", "name"),
-    [
-        (lambda x, i: x.at[i].set(0.0), "scatter"),
-        (lambda x, i: x.at[i].add(x[0]), "scatter-add"),
-        (lambda x, i: lax.dynamic_update_slice(x, x[:1], (i, 0)), "dynamic_update_slice"),
-    ],
-)
-def test_a_write_at_an_unknown_position_says_what_to_do(fn, name):
-    with pytest.raises(NotImplementedError) as caught:
-        evaluate(fn, flow(draw(0, 4, 3)), Free(()), dtypes=[jnp.float32, jnp.int32])
-    message = str(caught.value)
-    assert repr(name) in message
-    assert "test_indexing.py" in message
-    assert "register_rule" in message
+# Writes of y (2, 3) or of parts of it into x (4, 3) at positions i, and the counts where any of the
+# writes may have happened at any position.
+SOMEWHERE: dict[str, tuple[Any, Any]] = {
+    "a row set": (lambda x, y, i: x.at[i[0]].set(y[0]), lambda x, y: x + y[0]),
+    "rows added": (lambda x, y, i: x.at[i].add(y), lambda x, y: x + y.sum(0)),
+    "rows set to a constant": (lambda x, y, i: x.at[i].set(0.0), lambda x, y: x + 0 * y[0]),
+    "columns": (lambda x, y, i: x.at[:, i].add(y.T[:1]), lambda x, y: x + y.sum(0)[0]),
+    "entries": (lambda x, y, i: x.at[i, i].max(y[:, 0]), lambda x, y: x + y[:, 0].sum()),
+    "a slice": (
+        lambda x, y, i: lax.dynamic_update_slice(x, y, (i[0], 0)),
+        lambda x, y: x + y.sum(0),
+    ),
+    "a slice of which one start is known": (
+        lambda x, y, i: lax.dynamic_update_slice(x, y[:, :2], (i[0], 1)),
+        lambda x, y: x + np.concatenate([[0], y.sum(0)[:2]]),
+    ),
+    "one row of each example": (
+        lambda x, y, i: jax.vmap(lambda x, y, i: x.at[i].add(y))(x.reshape(2, 2, 3), y, i % 2),
+        lambda x, y: x.reshape(2, 2, 3) + y[:, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("held", [((4, 3), (2, 3)), ((1, 3), (2, 1)), ((4, 1), (1, 3))])
+@pytest.mark.parametrize("name", SOMEWHERE)
+def test_what_is_written_at_unknown_positions_may_be_at_any(name, held):
+    write, exact = SOMEWHERE[name]
+    x, y = flow(draw(0, *held[0]), (4, 3), exponent=2), flow(draw(1, *held[1]), (2, 3))
+    result = evaluate(write, x, y, Free((2,)), dtypes=[jnp.float32, jnp.float32, jnp.int32])
+    np.testing.assert_array_equal(counts(result), exact(counts(x), counts(y)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("unknown", [False, True])
+def test_factors_written_give_the_terms_of_the_derivative(seed, unknown):
+    """Against `jax.jvp` of the multiplication itself, at ones and zeros; positions repeat."""
+    rng = np.random.default_rng(seed)
+    x, y = draw(seed, 5, 2), draw(seed + 10, 3, 2)
+    index = np.asarray([2]) if unknown else rng.integers(0, 5, 3)
+    y = y[: len(index)]
+
+    def write(x: Any, y: Any, i: Any) -> Any:
+        return x.at[i].multiply(y)
+
+    place = Free(index.shape)
+    if unknown:
+        result = evaluate(write, flow(x), flow(y), place, dtypes=[jnp.float32] * 2 + [jnp.int32])
+    else:
+        result = evaluate(lambda x, y: write(x, y, index), flow(x), flow(y))
+
+    def one_by_one(x: Any, y: Any) -> Any:
+        for row, factor in zip(index, y, strict=True):
+            x = x.at[row].set(x[row] * factor)
+        return x
+
+    if unknown:
+        # At every position the operand's own paths, and the update's where the operand is alive.
+        np.testing.assert_array_equal(counts(result), x + (x > 0) * y)
+    else:
+        at = [jnp.asarray(np.float32(z > 0)) for z in (x, y)]
+        along = [jnp.asarray(np.float32(z)) for z in (x, y)]
+        np.testing.assert_array_equal(counts(result), jax.jvp(one_by_one, at, along)[1])
+
+
+def test_factors_that_are_constants_change_nothing():
+    x = flow(draw(0, 4, 3))
+    scaled = evaluate(lambda x: x.at[1].multiply(2.0), x)
+    np.testing.assert_array_equal(counts(scaled), counts(x))
+    into = evaluate(lambda y: jnp.ones((4, 3)).at[jnp.asarray([1, 3])].multiply(y), flow(ROWS_2x3))
+    np.testing.assert_array_equal(counts(into)[[1, 3]], ROWS_2x3)
+    np.testing.assert_array_equal(counts(into)[[0, 2]], 0)
+
+
+ROWS_2x3 = draw(7, 2, 3)
+
+
+@pytest.mark.parametrize("held", [(4, 3), (1, 3), (4, 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_sorted_or_chosen_may_be_any_along_the_axis(axis, held):
+    x = flow(draw(0, *held), (4, 3), exponent=1, rest=0.5, unit="x")
+    total = counts(x).sum(axis, keepdims=True)
+    operations: dict[str, Any] = {
+        "sort": (lambda x: jnp.sort(x, axis=axis), np.broadcast_to(total, (4, 3))),
+        "carried along": (
+            lambda x: lax.sort((x.sum(axis, keepdims=True) + 0 * x, x), dimension=axis)[1],
+            np.broadcast_to(total, (4, 3)),
+        ),
+        "top_k": (
+            lambda x: lax.top_k(x.T if axis == 0 else x, 2)[0],
+            np.repeat(total.T if axis == 0 else total, 2, 1),
+        ),
+        "approx_top_k": (
+            lambda x: lax.approx_max_k(x, 2, reduction_dimension=axis)[0],
+            np.repeat(total, 2, axis),
+        ),
+    }
+    for name, (operation, exact) in operations.items():
+        result = evaluate(operation, x)
+        np.testing.assert_array_equal(counts(result), exact, err_msg=name)
+        assert result.always_alive
+        assert "x" in result.lineage, name
+
+
+def test_which_entries_are_chosen_carries_no_path():
+    x = flow(draw(0, 4, 3))
+    for which in (lambda x: lax.top_k(x, 2)[1], lambda x: jnp.argsort(x, axis=0)):
+        assert isinstance(evaluate(which, x), Free)
+
+
+def test_a_token_s_place_in_its_expert_s_batch_is_unknown():
+    """Routing by one-hot dispatch: each expert may get each token, and each token its result."""
+    x, router, expert = draw(0, 5, 3), draw(1, 3, 4), draw(2, 4, 3, 3)
+
+    def network(x: Any, router: Any, expert: Any) -> Any:
+        gate, chosen = lax.top_k(jax.nn.softmax(x @ router), 1)
+        dispatch = jax.nn.one_hot(chosen[:, 0], 4)
+        slots = jnp.einsum("te,td->etd", dispatch, x)
+        return jnp.einsum("te,etd->td", dispatch * gate, jnp.einsum("etd,edf->etf", slots, expert))
+
+    result = evaluate(network, flow(x), weight(router, 0), weight(expert, 1), gates="signal")
+    np.testing.assert_array_equal(counts(result), np.einsum("td,edf->tf", x, expert))
 
 
 def test_writes_without_a_flow_are_free():

@@ -233,3 +233,29 @@ def test_pooling_and_reducing_everything_agree():
     )
     reduced = evaluate(lambda x: jax.numpy.mean(x, (1, 2), keepdims=True), x)
     np.testing.assert_array_equal(counts(pooled), counts(reduced))
+
+
+TRANSFORMS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "fft": (lambda x: jnp.fft.fft(x, axis=-1).real, (-1,)),
+    "along another axis": (lambda x: jnp.abs(jnp.fft.fft(x, axis=0)), (0,)),
+    "of real numbers": (lambda x: jnp.fft.rfft(x).imag, (-1,)),
+    "in two dimensions": (lambda x: jnp.fft.rfft2(x).real, (-2, -1)),
+    "and back": (lambda x: jnp.fft.irfft(jnp.fft.rfft(x) * 0.5, 4), (-1,)),
+}
+
+
+@pytest.mark.parametrize("held", [(2, 3, 4), (1, 3, 1)])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_fourier_transform_is_a_matrix_of_ones(name, held):
+    transform, axes = TRANSFORMS[name]
+    x = flow(draw(0, *held), (2, 3, 4), exponent=2, ancestors=["input"])
+    exact = counts(x)
+    for axis in axes:
+        ones = np.ones((exact.shape[axis],) * 2)
+        exact = np.moveaxis(np.tensordot(exact, ones, [[axis], [0]]), -1, axis)
+    if "back" in name:  # to three frequencies, and from them
+        exact = exact * 3
+    result = evaluate(transform, x)
+    exact = exact[tuple(slice(0, size) for size in result.shape)]
+    np.testing.assert_array_equal(counts(result), exact)
+    assert "input" in result.lineage

@@ -13,20 +13,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import shape_of
+from dpai_jax.paths._jax import dtype_of, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.counting import Counting
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight, WeightSum
 from dpai_jax.tools.sums import product_sum, sum_taps
 
 Bilinear = Callable[[Spread, Spread], Spread]
@@ -70,6 +71,45 @@ def _dot_either(
     return dot(weight, flow) if side == 0 else dot(flow, weight)
 
 
+@rules_for("ragged_dot ragged_dot_general", carries_constants=True)
+def _ragged_dot(
+    interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value, sizes: Value, *offset: Value
+) -> Sequence[Value]:
+    """Rows that are multiplied by the kernel of their group: by all, where groups are unknown."""
+    program = functools.partial(_by_groups, params=eqn.params)
+    avals = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in eqn.invars[:3]]
+    return interpreter.evaluate(jax.make_jaxpr(program)(*avals), lhs, rhs, sizes)
+
+
+def _by_groups(lhs: Array, rhs: Array, sizes: Array, *, params: dict[str, Any]) -> Array:
+    """`lax.ragged_dot_general` by products of all rows with the kernels of all groups."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (contracted, batch), (ragged,) = numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions
+    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+    if ragged in batch[0]:
+        return dot(lhs, rhs, numbers.dot_dimension_numbers)
+    members = _members(sizes, lhs.shape[ragged]).astype(lhs.dtype)
+    # The left side once for each group, (groups, *lhs.shape), with the other rows left out.
+    by_group = dot(members, lhs, (((), ()), ((1,), (ragged,))))
+    by_group = jnp.moveaxis(by_group, 0, ragged + 1)
+    left_contracted, left_batch = ([i + 1 for i in axes] for axes in (contracted[0], batch[0]))
+    if ragged in contracted[0]:
+        products = dot(by_group, rhs, ((left_contracted, contracted[1]), (left_batch, batch[1])))
+        return jnp.moveaxis(products, len(left_batch), 0)
+    (group,) = numbers.rhs_group_dimensions
+    batch_axes = ([0, *left_batch], [group, *batch[1]])
+    return jnp.sum(dot(by_group, rhs, ((left_contracted, contracted[1]), batch_axes)), 0)
+
+
+def _members(sizes: Array, rows: int) -> Array:
+    """Which rows belong to each group, (groups, rows); all, where the rest of a batch differs."""
+    if sizes.ndim > 1:
+        return jnp.ones((sizes.shape[-1], rows), bool)
+    ends = jnp.cumsum(sizes)[:, None]
+    row = jnp.arange(rows)[None]
+    return (row < ends) & (row >= ends - sizes[:, None])
+
+
 @rules_for("conv_general_dilated")
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     params, shape = dict(eqn.params), shape_of(eqn.outvars[0])
@@ -105,7 +145,7 @@ def _batch_groups_as_features(value: Value, dims: Any, groups: int) -> Value:
     n, n_features = value.shape[batch], value.shape[features]
     shape = list(value.shape)
     shape[batch], shape[features] = n // groups, groups * n_features
-    if isinstance(value, Free):
+    if isinstance(value, Free | WeightSum):
         return Free(tuple(shape))
     x = jnp.moveaxis(value.spread.full(batch, features).array, (batch, features), (0, 1))
     x = x.reshape(groups, n // groups, n_features, *x.shape[2:])
@@ -156,7 +196,7 @@ def _contract_flows(interpreter: Interpreter, lhs: Flow, rhs: Flow, bilinear: Bi
 def _spread(value: Value) -> Spread:
     if isinstance(value, Flow | Weight):
         return value.spread
-    present = nonzero(value)
+    present = nonzero(value) if isinstance(value, Free) else None
     return v.ones(value.shape) if present is None else Spread(jnp.asarray(present), value.shape)
 
 

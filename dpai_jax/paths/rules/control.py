@@ -1,24 +1,23 @@
-"""Equations that hold a jaxpr: calls are inlined, scans run their body on each step's masks."""
+"""Equations that hold a jaxpr: calls are inlined, loops run their body on each step's masks."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import CALLS, called_jaxpr, open_jaxpr, scan_arity, shape_of
-from dpai_jax.paths.constants import constant
+from dpai_jax.paths._jax import open_jaxpr, scan_arity, shape_of
+from dpai_jax.paths.constants import constant, unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
+from dpai_jax.paths.rewriting import CALLS, called_jaxpr
 from dpai_jax.paths.rules.elementwise import add, joined_rest
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight, WeightSum
 
 
 @rules_for(" ".join(CALLS), inlined=True)
@@ -50,35 +49,156 @@ def _either(interpreter: Interpreter, *cases: Value) -> Value:
     return Free(cases[0].shape)
 
 
+# Loops carry counts alone: a constant put beside a flow before the loop is not followed in it.
+def _without_constants(args: Sequence[Value]) -> list[Value]:
+    return [v.replace(arg, constants=None) if isinstance(arg, Flow) else arg for arg in args]
+
+
 @rules_for("scan", carries_constants=True)
 def _scan(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
-    # Loops carry counts alone: a constant put beside a flow before the loop is not followed in it.
-    plain = [v.replace(arg, constants=None) if isinstance(arg, Flow) else arg for arg in args]
-    return _Scan(interpreter, eqn, plain).run()
+    n_consts, n_carry = scan_arity(eqn.params)
+    plain = _without_constants(args)
+    consts, start, xs = plain[:n_consts], plain[n_consts:][:n_carry], plain[n_consts + n_carry :]
+    shapes = [shape_of(var) for var in eqn.outvars[n_carry:]]
+    body, length, reverse = (eqn.params[name] for name in ("jaxpr", "length", "reverse"))
+    return _Loop(interpreter, body, consts, start, xs, shapes).run(length, reverse)
 
 
-class _Scan:
-    """One scan in path semantics.
+@rules_for("while", carries_constants=True)
+def _while(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    """The body once per step; where the number of steps is unknown, until a step adds no path."""
+    if not any(isinstance(arg, Flow) for arg in args):
+        return unknown(eqn)
+    params, plain = eqn.params, _without_constants(args)
+    n_test, n_body = params["cond_nconsts"], params["body_nconsts"]
+    tested, consts, start = plain[:n_test], plain[n_test:][:n_body], plain[n_test + n_body :]
+    test, body = params["cond_jaxpr"], params["body_jaxpr"]
+    steps = _number_of_steps(test, body, tested, consts, start)
+    if steps is not None:
+        return _Loop(interpreter, body, consts, start, [], []).run(steps)
+    # A number that the body changes is not known at an unknown step.
+    fixed = _handed_on(body, n_body, len(start))
+    carry: list[Value] = [
+        Free(value.shape) if isinstance(value, Free) and not same else value
+        for value, same in zip(start, fixed, strict=True)
+    ]
+    # A path reaches all carried values that it can reach within as many steps as there are values.
+    for _ in range(len(carry) + 1):
+        after = interpreter.evaluate(body, *consts, *carry)
+        if all(_is_same(a, b) for a, b in zip(carry, after, strict=True)):
+            return after
+        carry = after
+    raise NotImplementedError(
+        "no path semantics for a while loop of which every step adds paths and the number of steps "
+        f"is not computed from constants, used at {interpreter.source_line()}; loop with "
+        "jax.lax.scan or with constant bounds"
+    )
+
+
+def _is_same(a: Value, b: Value) -> bool:
+    """Whether two values stand for the same paths."""
+    if isinstance(a, Flow) and isinstance(b, Flow):
+        return a.unit == b.unit and a.always_alive == b.always_alive
+    if isinstance(a, Free) and isinstance(b, Free):
+        return True
+    return a is b
+
+
+def _number_of_steps(
+    test: Any, body: Any, tested: Sequence[Value], consts: Sequence[Value], start: Sequence[Value]
+) -> int | None:
+    """How often a while loop runs its body, where that is computed from constants alone."""
+    counters = _read_by(test, {0})
+    needed = {i for i in counters if i < len(tested)}
+    carried = {i - len(tested) for i in counters if i >= len(tested)}
+    while True:
+        read = _read_by(body, carried)
+        before, carried = carried, carried | {i - len(consts) for i in read if i >= len(consts)}
+        if carried == before:
+            break
+    sources = [*(tested[i] for i in needed), *(start[i] for i in carried)]
+    sources += [consts[i] for i in read if i < len(consts)]
+    if any(not isinstance(x, Free) or x.known is None or x.known.traced for x in sources):
+        return None
+
+    def number(value: Value) -> Any:
+        if isinstance(value, Free) and value.known is not None and not value.known.traced:
+            return jnp.broadcast_to(value.known.value, value.shape)
+        return None
+
+    def filled(values: Sequence[Any], jaxpr: Any, first: int) -> list[Any]:
+        """The values, with zeros for those that the loop's test does not need."""
+        avals = jaxpr.in_avals[first : first + len(values)]
+        pairs = zip(values, avals, strict=True)
+        return [jnp.zeros(a.shape, a.dtype) if x is None else x for x, a in pairs]
+
+    with jax.ensure_compile_time_eval():
+        fixed_test = filled([number(x) for x in tested], test, 0)
+        fixed_body = filled([number(x) for x in consts], body, 0)
+        values = [number(x) if i in carried else None for i, x in enumerate(start)]
+        values = filled(values, body, len(consts))
+
+        def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            steps, carry = state
+            after = jaxpr_as_fun(body)(*fixed_body, *carry)
+            return steps + 1, [y if i in carried else carry[i] for i, y in enumerate(after)]
+
+        def goes_on(state: tuple[Any, list[Any]]) -> Any:
+            return jaxpr_as_fun(test)(*fixed_test, *state[1])[0]
+
+        steps, _ = jax.jit(lambda state: lax.while_loop(goes_on, step, state))((0, values))
+        return int(steps)
+
+
+def _read_by(jaxpr: Any, results: set[int]) -> set[int]:
+    """The arguments of a jaxpr that some of its results depend on, by their places."""
+    opened, _ = open_jaxpr(jaxpr)
+    needed = {opened.outvars[i] for i in results if not isinstance(opened.outvars[i], Literal)}
+    for eqn in reversed(opened.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            needed.update(var for var in eqn.invars if not isinstance(var, Literal))
+    return {i for i, var in enumerate(opened.invars) if var in needed}
+
+
+def _handed_on(body: Any, n_consts: int, n_carry: int) -> list[bool]:
+    """Which carried values the body of a loop hands on unchanged."""
+    opened, _ = open_jaxpr(body)
+    carried = opened.invars[n_consts : n_consts + n_carry]
+    return [a is b for a, b in zip(carried, opened.outvars[:n_carry], strict=True)]
+
+
+class _Loop:
+    """A loop with a known number of steps in path semantics.
 
     What a step carries to the next may change its kind on the way: the zeros an LSTM starts from
     become a flow, an even count becomes uneven. So the body is first evaluated abstractly until
     what goes in and what comes out have one form.
+
+    Args:
+      interpreter: evaluates the body.
+      body: a jaxpr from constants, a carry and one step of the inputs to a carry and outputs.
+      consts, start, xs: the constants, the first carry, and what the steps see slices of.
+      shapes: the shapes of the outputs of all steps.
     """
 
-    def __init__(self, interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value]):
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        body: Any,
+        consts: Sequence[Value],
+        start: Sequence[Value],
+        xs: Sequence[Value],
+        shapes: Sequence[Shape],
+    ):
         self.interpreter = interpreter
-        self.eqn = eqn
+        self.body = body
+        self.consts, self.start, self.xs, self.shapes = consts, start, xs, shapes
         self.token = object()
-        n_consts, n_carry = scan_arity(eqn.params)
-        self.consts = args[:n_consts]
-        self.start = args[n_consts : n_consts + n_carry]
-        self.xs = args[n_consts + n_carry :]
-        opened, _ = open_jaxpr(eqn.params["jaxpr"])
-        carried = opened.invars[n_consts : n_consts + n_carry]
         # A carry that the body hands on unchanged is a constant of the loop.
-        self.fixed = [a is b for a, b in zip(carried, opened.outvars[:n_carry], strict=True)]
+        self.fixed = _handed_on(body, len(consts), len(start))
 
-    def run(self) -> Sequence[Value]:
+    def run(self, length: int, reverse: bool = False) -> list[Value]:
+        """The last carry, and the outputs of all steps."""
         forms = self._stable_forms()
         ys: list[Value] = []
 
@@ -88,17 +208,9 @@ class _Scan:
             # Sums alone would let counts grow out of float32 over many steps.
             return _arrays(map(self._settled, conformed)), _arrays(ys)
 
-        params = self.eqn.params
-        carry, stacked = lax.scan(
-            body,
-            _arrays(map(_conform, self.start, forms)),
-            self._scanned(),
-            params["length"],
-            params["reverse"],
-            params["unroll"],
-        )
-        shapes = [shape_of(var) for var in self.eqn.outvars[len(self.start) :]]
-        outputs = [self._stacked(*y) for y in zip(ys, stacked, shapes, strict=True)]
+        start = _arrays(map(_conform, self.start, forms))
+        carry, stacked = lax.scan(body, start, self._scanned(), length, reverse)
+        outputs = [self._stacked(*y) for y in zip(ys, stacked, self.shapes, strict=True)]
         return [*self._with_fixed(_filled(forms, carry)), *outputs]
 
     def _step(
@@ -106,11 +218,11 @@ class _Scan:
     ) -> tuple[list[Value], list[Value]]:
         """What the body makes of a carry and of one step of the inputs: carry and outputs."""
         xs = [_slice(x, step, self.token) for x, step in zip(self.xs, steps, strict=True)]
-        jaxpr = self.eqn.params["jaxpr"]
-        results = self.interpreter.evaluate(jaxpr, *self.consts, *self._with_fixed(carry), *xs)
+        results = self.interpreter.evaluate(self.body, *self.consts, *self._with_fixed(carry), *xs)
         # Only counts and counters leave the loop: of all else the shape is enough.
         results = [
-            Free(result.shape) if isinstance(result, Weight) else result for result in results
+            Free(result.shape) if isinstance(result, Weight | WeightSum) else result
+            for result in results
         ]
         return results[: len(carry)], results[len(carry) :]
 
@@ -125,7 +237,9 @@ class _Scan:
     def _stable_forms(self) -> list[Value]:
         """Carries of forms that the body keeps."""
         forms = [
-            Free(start.shape) if fixed or isinstance(start, Weight) else self._one_unit(start, i)
+            Free(start.shape)
+            if fixed or isinstance(start, Weight | WeightSum)
+            else self._one_unit(start, i)
             for i, (fixed, start) in enumerate(zip(self.fixed, self.start, strict=True))
         ]
         while True:
@@ -156,13 +270,13 @@ class _Scan:
             return v.replace(
                 value, unit=(self.token, carry), ancestors=frozenset(), views=frozenset()
             )
-        return value
+        return Free(value.shape) if isinstance(value, Weight | WeightSum) else value
 
     def _merged(self, before: Value, after: Value, carry: int) -> Value:
         """The form of which both values are special cases."""
         if isinstance(before, Free) and isinstance(after, Free):
             return before if before.known and after.known else Free(before.shape)
-        a, b = _as_flow(before), _as_flow(after)
+        a, b = v.as_flow(before), v.as_flow(after)
         shape = jnp.broadcast_shapes(a.mantissa.shape, b.mantissa.shape)
         rest = joined_rest([a.rest, b.rest])
         mantissa = jnp.zeros(shape, jnp.float32)
@@ -190,19 +304,13 @@ def _slice(x: Value, step: Any, token: object) -> Value:
         return Free(x.shape[1:]) if x.known is None else constant(step)
     if isinstance(x, Weight):
         return Weight(step, tuple((leaf, axes[1:]) for leaf, axes in x.sources))
+    if isinstance(x, WeightSum):
+        terms = zip(x.terms, step, strict=True)
+        return WeightSum(tuple(cast(Weight, _slice(*term, token)) for term in terms))
     mantissa = jnp.squeeze(x.mantissa, 0) if x.spread.uniform(0) else step
     return Flow(
         mantissa, x.exponent, x.shape[1:], ("step", token, x.unit), rest=x.rest, filled=x.filled
     )
-
-
-def _as_flow(value: Value) -> Flow:
-    """A value as a flow: no path where it is free, and dead where it is known to be zero."""
-    if isinstance(value, Flow):
-        return value
-    rest = 0.0 if isinstance(value, Free) and value.scalar == 0 else math.inf
-    zeros = jnp.zeros((1,) * len(value.shape), jnp.float32)
-    return Flow(zeros, jnp.int32(0), value.shape, None, rest=rest, filled=np.False_)
 
 
 def _form(value: Value) -> Any:
@@ -215,7 +323,7 @@ def _form(value: Value) -> Any:
 def _conform(value: Value, form: Value) -> Value:
     """A value in the form in which the next step takes it."""
     if isinstance(form, Flow):
-        flow = _as_flow(value)
+        flow = v.as_flow(value)
         return v.replace(flow, mantissa=jnp.broadcast_to(flow.mantissa, form.mantissa.shape))
     return value if _form(form) else Free(value.shape)
 
@@ -234,6 +342,8 @@ def _array(value: Value) -> Any:
         return value.mantissa
     if isinstance(value, Weight):
         return value.array
+    if isinstance(value, WeightSum):
+        return [term.array for term in value.terms]
     return None if value.known is None else jnp.broadcast_to(value.known.value, value.shape)
 
 

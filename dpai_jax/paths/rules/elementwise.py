@@ -24,9 +24,10 @@ from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import dtype_of, is_real, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
-from dpai_jax.paths.values import Flow, Free, Known, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Free, Known, Spread, Value, Weight, WeightSum
 
 _PRODUCTS = "div mul mulhi pow"
+_SUMS = ("add", "add_any", "complex", "sub")
 _SAME = """
     copy copy_p device_put name optimization_barrier pvary reduce_precision reshard
     sharding_constraint stop_gradient
@@ -100,10 +101,16 @@ def _combine(
 
 
 def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
-    """A function of one kernel that keeps its shape is the same kernel; of several, none."""
-    weights = [arg for arg in args if isinstance(arg, Weight)]
-    first, shape = weights[0], shape_of(eqn.outvars[0])
-    if first.shape != shape or any(weight.sources != first.sources for weight in weights):
+    """What a function makes of kernels: of one the same kernel, of a sum the kernels added up."""
+    weights = [arg for arg in args if isinstance(arg, Weight | WeightSum)]
+    # A kernel combined with functions of itself is one term.
+    terms = {id(term.array): term for weight in weights for term in weight.terms}
+    first, *others = terms.values()
+    if any(weight.shape != shape_of(eqn.outvars[0]) for weight in weights):
+        return unknown(eqn)[0]
+    if others and eqn.primitive.name in _SUMS:
+        return WeightSum(tuple(terms.values()))
+    if any(term.sources != first.sources for term in others):
         return unknown(eqn)[0]
     if eqn.primitive.name == "mul":
         # A constant that is zero in places (an autoregressive mask) takes weights away.

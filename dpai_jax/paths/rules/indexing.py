@@ -6,7 +6,9 @@ axis counts as a sum. Token ids start a flow: one path to each unit of the embed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,10 +18,10 @@ from jax.extend.core import JaxprEqn
 from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
-from dpai_jax.paths.interpreter import Interpreter, rules_for
+from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.rules.contraction import pass_kernel
-from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
+from dpai_jax.paths.rules.elementwise import joined_rest, product_terms, rest_of
 from dpai_jax.paths.rules.shape import same_axes, viewed
 from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
 
@@ -37,8 +39,6 @@ def known_indices(*indices: Value) -> list[Array] | None:
 def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
     known = known_indices(indices)
-    if isinstance(operand, Free):
-        return interpreter.source(shape)
     if isinstance(operand, Weight):
         spread = Spread(operand.array, operand.shape)
         if known:
@@ -52,6 +52,8 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Va
             return unknown(eqn)[0]
         # A table of tokens that is a kernel elsewhere too (a tied embedding).
         return pass_kernel(interpreter, _look_up(interpreter, eqn, operand, indices))
+    if not isinstance(operand, Flow):
+        return interpreter.source(shape)
     gather = _gather_anywhere(interpreter, operand.spread, eqn.params, shape)
     if known:
         gather = _gather_at(operand.spread, known[0], eqn.params, shape)
@@ -110,7 +112,30 @@ def _gather_anywhere(
     batched = params["dimension_numbers"].operand_batching_dims
     sizes = enumerate(params["slice_sizes"])
     partial = [i for i, size in sizes if size < x.shape[i] and i not in batched]
-    array = interpreter.counting.sum(x, partial).array
+    return _laid_along(interpreter, x, made_of, partial, shape)
+
+
+def _laid_along(
+    interpreter: Interpreter,
+    x: Spread,
+    made_of: Sequence[int | None],
+    summed: Sequence[int],
+    shape: Shape,
+) -> Spread:
+    """The sums of an array over some axes, the others laid along those of another shape.
+
+    Args:
+      interpreter: whose counting adds up.
+      x: the array.
+      made_of: for each axis of the result, the axis of `x` that it runs along; None if the result
+        is uniform along it.
+      summed: the axes of `x` to add up, all those that are not in `made_of` among them.
+      shape: the shape of the result.
+
+    Returns:
+      The result.
+    """
+    array = interpreter.counting.sum(x, summed).array
     # Axes that are summed and dropped go last, where they are of size one.
     order = [axis for axis in made_of if axis is not None]
     order += [axis for axis in range(len(x.shape)) if axis not in order]
@@ -140,9 +165,9 @@ def _dynamic_slice(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, *starts: Value
 ) -> Value:
     shape = shape_of(eqn.outvars[0])
-    if isinstance(operand, Free):
+    if not isinstance(operand, Flow | Weight):
         return interpreter.source(shape)
-    spread = operand.spread if isinstance(operand, Flow) else Spread(operand.array, operand.shape)
+    spread = operand.spread
     for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
         if size == operand.shape[axis]:
             continue
@@ -162,46 +187,119 @@ def _dynamic_slice(
 def _dynamic_update_slice(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, update: Value, *starts: Value
 ) -> Value:
-    known = _required(interpreter, eqn, operand, update, *starts)
-    if known is None:
+    if not isinstance(operand, Flow) and not isinstance(update, Flow):
         return unknown(eqn)[0]
+    sizes = zip(update.shape, operand.shape, strict=True)
+    partial = [i for i, (size, full) in enumerate(sizes) if size < full]
+    anywhere = [i for i in partial if known_indices(starts[i]) is None]
     (x, y), exponent, ancestors, rest = _written(operand, update)
-    return interpreter.flow(
-        Spread(lax.dynamic_update_slice(x, y, known), operand.shape),
-        exponent,
-        ancestors=ancestors,
-        rest=rest,
-    )
+    if anywhere:
+        y = interpreter.counting.sum(Spread(y, update.shape), anywhere).array
+        sizes = zip(update.shape, operand.shape, strict=True)
+        shape = tuple(full if i in anywhere else size for i, (size, full) in enumerate(sizes))
+        y = jnp.broadcast_to(y, shape)
+    known = [known_indices(start) for start in starts]
+    places = [jnp.int32(0) if place is None else place[0] for place in known]
+    into = jnp.zeros_like(x) if anywhere else x
+    array = lax.dynamic_update_slice(into, y, places)
+    # What is overwritten somewhere is still there elsewhere.
+    spread = Spread(x + array if anywhere else array, operand.shape)
+    return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
 
 
 @rules_for("scatter scatter-add scatter-max scatter-min scatter-sub")
 def _scatter(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Value:
-    known = _required(interpreter, eqn, operand, update, indices)
-    if known is None:
+    if not isinstance(operand, Flow) and not isinstance(update, Flow):
         return unknown(eqn)[0]
     (x, y), exponent, ancestors, rest = _written(operand, update)
-    scatter = lax.scatter if eqn.primitive.name == "scatter" else lax.scatter_add
-    dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
-    array = scatter(x, known[0], y, dims, mode=mode)
-    return interpreter.flow(Spread(array, operand.shape), exponent, ancestors=ancestors, rest=rest)
-
-
-def _required(
-    interpreter: Interpreter, eqn: JaxprEqn, operand: Value, update: Value, *indices: Value
-) -> Sequence[Array] | None:
-    """The indices of a write; nothing where no flow takes part."""
-    if not isinstance(operand, Flow) and not isinstance(update, Flow):
-        return None
-    known = known_indices(*indices)
+    known, params = known_indices(indices), eqn.params
     if known is None:
-        raise NotImplementedError(
-            f"no path semantics for {eqn.primitive.name!r} at positions that are not computed "
-            f"from constants, used at {interpreter.source_line()}; write with constant indices, "
-            "or give the primitive a rule with dpai_jax.paths.register_rule"
+        array = x + _scatter_anywhere(interpreter, Spread(y, update.shape), params, operand.shape)
+    else:
+        scatter = lax.scatter if eqn.primitive.name == "scatter" else lax.scatter_add
+        array = scatter(x, known[0], y, params["dimension_numbers"], mode=params["mode"])
+    spread = Spread(array, operand.shape)
+    return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+
+
+@rules_for("scatter-mul")
+def _scatter_mul(
+    interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
+) -> Value:
+    """The terms of the product's derivative where an update is written, the operand elsewhere."""
+    if not isinstance(update, Flow):
+        if not isinstance(operand, Flow):
+            return unknown(eqn)[0]
+        rest = math.inf if operand.rest else 0.0
+        return derived(interpreter, eqn, operand, operand.spread, rest)
+    a, b = product_terms(interpreter, v.as_flow(operand), update)
+    (x, y), exponent = v.align([a, b])
+    x, y = jnp.broadcast_to(x, a.shape), jnp.broadcast_to(y, b.shape)
+    alive_x, alive_y = (interpreter.counting.alive(flow) for flow in (a, b))
+    known, params = known_indices(indices), eqn.params
+    if known is None:
+        y = _scatter_anywhere(interpreter, Spread(y, b.shape), params, a.shape)
+        array = x + alive_x * y
+    else:
+        place = functools.partial(
+            _place, indices=known[0], dims=params["dimension_numbers"], mode=params["mode"]
         )
-    return known
+        # Several updates of one position are all factors of it.
+        factors = place(lax.scatter_mul, jnp.ones_like(x), jnp.broadcast_to(alive_y, b.shape))
+        array = factors * (x + alive_x * place(lax.scatter_add, jnp.zeros_like(x), y))
+    rest = math.inf if a.rest and b.rest else 0.0
+    return interpreter.flow(Spread(array, a.shape), exponent, rest=rest)
+
+
+def _place(
+    scatter: Callable[..., Array], into: Array, y: Array, *, indices: Array, dims: Any, mode: Any
+) -> Array:
+    return scatter(into, indices, y, dims, mode=mode)
+
+
+def _scatter_anywhere(
+    interpreter: Interpreter, update: Spread, params: dict[str, Any], shape: Shape
+) -> Array:
+    """What may be written at each position where the indices are not known: all of the updates."""
+    dims = params["dimension_numbers"]
+    window = iter(dims.update_window_dims)
+    scattered = [i for i in range(len(update.shape)) if i not in dims.update_window_dims]
+    # For each axis of the operand the axis of the update that runs along the whole of it.
+    made_of: list[int | None] = [None] * len(shape)
+    for i, size in enumerate(shape):
+        if i in dims.operand_batching_dims:
+            place = dims.operand_batching_dims.index(i)
+            made_of[i] = scattered[dims.scatter_indices_batching_dims[place]]
+        elif i not in dims.inserted_window_dims:
+            axis = next(window)
+            made_of[i] = axis if update.shape[axis] == size else None
+    summed = [i for i in range(len(update.shape)) if i not in made_of]
+    return _laid_along(interpreter, update, made_of, summed, shape).full().array
+
+
+@rules_for("approx_top_k top_k")
+def _top_k(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
+    """The chosen values, any of those along the axis; which they are is a switch."""
+    _, indices = unknown(eqn)
+    axis = eqn.params["axis" if "axis" in eqn.params else "reduction_dimension"]
+    return [_any_along(interpreter, eqn, x, axis, 0), indices]
+
+
+@rules_for("sort")
+def _sort(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    """Each position may hold any of the values along the axis."""
+    axis = eqn.params["dimension"]
+    return [_any_along(interpreter, eqn, x, axis, i) for i, x in enumerate(args)]
+
+
+def _any_along(interpreter: Interpreter, eqn: JaxprEqn, x: Value, axis: int, which: int) -> Value:
+    if not isinstance(x, Flow):
+        return unknown(eqn)[which]
+    array = interpreter.counting.sum(x.spread, [axis]).array
+    spread = Spread(array, shape_of(eqn.outvars[which]))
+    return derived(interpreter, eqn, x, spread, x.rest, which)
 
 
 def _written(operand: Value, update: Value) -> tuple[list[Array], Array, frozenset[Any], float]:

@@ -1,4 +1,7 @@
-"""Reductions, windows and cumulative sums: counts add up, and stay a statistic of their input."""
+"""Reductions, windows, cumulative sums and Fourier transforms.
+
+Counts add up, and stay a statistic of their input.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +29,47 @@ _WINDOWS = """
 
 @rules_for(_REDUCTIONS)
 def _reduce(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    return _sum_away(interpreter, eqn, x, eqn.params["axes"])
+
+
+def _sum_away(
+    interpreter: Interpreter, eqn: JaxprEqn, x: Value, axes: Sequence[int], which: int = 0
+) -> Value:
     if not isinstance(x, Flow):
-        return unknown(eqn)[0]
-    spread = interpreter.counting.sum(x.spread, eqn.params["axes"])
-    kept = [i for i in range(len(x.shape)) if i not in eqn.params["axes"]]
-    shape = tuple(x.shape[i] for i in kept)
-    array = spread.array.reshape([spread.array.shape[i] for i in kept])
-    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.rest))
+        return unknown(eqn)[which]
+    array = jnp.squeeze(interpreter.counting.sum(x.spread, axes).array, tuple(axes))
+    shape = tuple(size for i, size in enumerate(x.shape) if i not in axes)
+    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.rest), which)
 
 
 @rules_for("reduce")
 def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     operands = args[: len(args) // 2]
     axes = eqn.params["dimensions"]
-    results: list[Value] = []
-    for x, free in zip(operands, unknown(eqn), strict=True):
-        if not isinstance(x, Flow):
-            results.append(free)
-            continue
-        array = jnp.squeeze(interpreter.counting.sum(x.spread, axes).array, axes)
-        results.append(derived(interpreter, eqn, x, Spread(array, free.shape), _summed(x.rest)))
-    return results
+    return [_sum_away(interpreter, eqn, x, axes, i) for i, x in enumerate(operands)]
+
+
+@rules_for("pmax pmin psum")
+def _reduce_over_devices(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
+    # Within a `shard_map` the devices are an axis of the arrays (see `rewriting`).
+    axes = eqn.params["axes"]
+    if not all(isinstance(axis, int) for axis in axes):
+        raise NotImplementedError(
+            f"no path semantics for {eqn.primitive.name!r} over the mesh axes {axes} outside "
+            f"jax.shard_map, used at {interpreter.source_line()}"
+        )
+    return [_sum_away(interpreter, eqn, x, axes, i) for i, x in enumerate(args)]
+
+
+@rules_for("fft")
+def _fft(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    """Every frequency has the paths of all positions."""
+    shape = shape_of(eqn.outvars[0])
+    if not isinstance(x, Flow):
+        return unknown(eqn)[0]
+    axes = range(len(shape) - len(eqn.params["fft_lengths"]), len(shape))
+    array = interpreter.counting.sum(x.spread, axes).array
+    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.rest))
 
 
 @rules_for("argmax argmin")

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +23,7 @@ from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
 from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
 from dpai_jax.paths.rules.windows import coverage
-from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight
+from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight, WeightSum
 
 # The result, and for each of its axes the axes of the operand it is made of.
 Rearranged = tuple[Spread, Axes]
@@ -247,6 +247,8 @@ def _with_axis(part: Value, axis: int) -> Value:
             (leaf, (*before[:axis], frozenset(), *before[axis:])) for leaf, before in part.sources
         )
         return Weight(jnp.expand_dims(part.array, axis), axes)
+    if isinstance(part, WeightSum):
+        return WeightSum(tuple(cast(Weight, _with_axis(term, axis)) for term in part.terms))
     return v.Free(shape)
 
 
@@ -303,11 +305,21 @@ def _without(shape: Shape, axis: int) -> Shape:
     return (*shape[:axis], 1, *shape[axis + 1 :])
 
 
-def _join_weights(parts: Sequence[Value], axis: int) -> Weight:
+def _join_weights(parts: Sequence[Value], axis: int) -> Weight | WeightSum:
     """Kernels put side by side, as in a fused projection; what nobody prunes counts as ones."""
+    several = [part.terms if isinstance(part, Weight | WeightSum) else (part,) for part in parts]
+    rows = itertools.zip_longest(*several)
+    joined = [_joined_terms(row, [part.shape for part in parts], axis) for row in rows]
+    return joined[0] if len(joined) == 1 else WeightSum(tuple(joined))
+
+
+def _joined_terms(terms: Sequence[Value | None], shapes: Sequence[Shape], axis: int) -> Weight:
+    """One term of each part; zeros where a part has fewer terms than others."""
     arrays = [
-        part.array if isinstance(part, Weight) else jnp.ones(part.shape, jnp.float32)
-        for part in parts
+        term.array
+        if isinstance(term, Weight)
+        else jnp.full(shape, float(term is not None), jnp.float32)
+        for term, shape in zip(terms, shapes, strict=True)
     ]
-    sources = tuple(source for part in parts if isinstance(part, Weight) for source in part.sources)
+    sources = tuple(source for term in terms if isinstance(term, Weight) for source in term.sources)
     return Weight(jnp.concatenate(arrays, axis), sources)

@@ -192,6 +192,84 @@ def soft_mixture() -> Built:
     return fn, params, normal(4, 6)
 
 
+def routed_experts_decoder() -> Built:
+    """A causal decoder of which each token visits two of three experts, by `lax.ragged_dot`.
+
+    Tokens are sorted by expert, multiplied by their experts' kernels, and put back by `at[].add`.
+    """
+    layer = {
+        "qkv": (8, 24),
+        "o": (8, 8),
+        "router": (8, 3),
+        "up": (3, 8, 12),
+        "down": (3, 12, 8),
+        "norm": (8,),
+    }
+    params: dict[str, Any] = {
+        "embedding": parameters(table=(11, 8))["table"],
+        "layers": [parameters(**layer) for _ in range(2)],
+        "unembed": parameters(kernel=(8, 11))["kernel"],
+    }
+
+    def attention(p: Params, x: jax.Array) -> jax.Array:
+        q, k, v = jnp.split((x @ p["qkv"]).reshape(*x.shape[:2], 2, 12), 3, axis=-1)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape) @ p["o"]
+
+    def experts(p: Params, x: jax.Array) -> jax.Array:
+        weights, chosen = lax.top_k(jax.nn.softmax(x @ p["router"]), 2)
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.ravel())
+        token = order // 2
+        sizes = jnp.bincount(chosen.ravel(), length=3)
+        hidden = jax.nn.silu(lax.ragged_dot(x[token], p["up"], sizes))
+        y = lax.ragged_dot(hidden, p["down"], sizes) * weights.ravel()[order][:, None]
+        return jnp.zeros_like(x).at[token].add(y)
+
+    def fn(params: dict[str, Any], ids: jax.Array) -> jax.Array:
+        x = params["embedding"][ids]
+        for p in params["layers"]:
+            x = x + attention(p, rms_norm(x, p["norm"]))
+            x = x + experts(p, rms_norm(x, p["norm"]).reshape(-1, 8)).reshape(x.shape)
+        return x @ params["unembed"]
+
+    return fn, params, tokens(2, 5)
+
+
+def diagonal_state_space() -> Built:
+    """S5 layers: complex kernels from real leaves, a diagonal recurrence as a parallel scan."""
+    layer = {"b": (4, 6, 2), "c": (6, 4, 2), "decay": (4,), "angle": (4,), "skip": (6,)}
+    params: dict[str, Any] = {
+        "encoder": parameters(kernel=(3, 6))["kernel"],
+        "layers": [{**parameters(**layer), "gate": parameters(k=(6, 6))["k"]} for _ in range(2)],
+        "head": parameters(kernel=(6, 5))["kernel"],
+    }
+
+    def combine(
+        before: tuple[jax.Array, jax.Array], after: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return after[0] * before[0], after[0] * before[1] + after[1]
+
+    def states(p: Params, u_TxH: jax.Array) -> jax.Array:
+        eigenvalue = lax.complex(-jnp.exp(p["decay"]), p["angle"])
+        kept = jnp.exp(0.1 * eigenvalue)
+        b_PxH = ((kept - 1.0) / eigenvalue)[:, None] * lax.complex(p["b"][..., 0], p["b"][..., 1])
+        drive_TxP = u_TxH.astype(jnp.complex64) @ b_PxH.T
+        _, states_TxP = lax.associative_scan(
+            combine, (jnp.broadcast_to(kept, drive_TxP.shape), drive_TxP)
+        )
+        c_HxP = p["c"][..., 0] + 1j * p["c"][..., 1]
+        return 2.0 * (states_TxP @ c_HxP.T).real + p["skip"] * u_TxH
+
+    def fn(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        x = x @ params["encoder"]
+        for p in params["layers"]:
+            y = jax.nn.gelu(jax.vmap(states, in_axes=(None, 0))(p, layer_norm(x)))
+            x = x + y * jax.nn.sigmoid(y @ p["gate"])
+        return jnp.mean(x, axis=1) @ params["head"]
+
+    return fn, params, normal(2, 6, 3)
+
+
 CASES = (
     Case("plain/einsum_attention", einsum_attention, expand("{q,k,v,o}"), free=expand("q_bias")),
     Case("plain/library_attention", library_attention, expand("{q,k,v,o}")),
@@ -221,4 +299,15 @@ CASES = (
         free=expand("embedding"),
     ),
     Case("plain/soft_mixture", soft_mixture, expand("{router,up,down}"), free=expand("up_bias")),
+    Case(
+        "plain/routed_experts_decoder",
+        routed_experts_decoder,
+        expand("unembed", "layers/{0,1}/{qkv,o,router,up,down}"),
+        free=expand("embedding"),
+    ),
+    Case(
+        "plain/diagonal_state_space",
+        diagonal_state_space,
+        expand("{encoder,head}", "layers/{0,1}/{b,c,gate}"),
+    ),
 )
