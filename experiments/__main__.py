@@ -33,11 +33,14 @@ def train(
     with Board(console, [config]) as board:
         record = jobs.run(config, folder, again=again, report=board.report(config))
     metrics = record["metrics"]
-    console.print(report.table([record], f"{config.model} on {config.dataset}"))
-    closing = f"""\
+    console.print(report.table([record], f"{config.model} on {config.dataset}").rich())
+    if metrics["diverged"] is None:
+        best = f"""\
 Best epoch by validation: {metrics["best_epoch"]} of {config.epochs}, \
-test accuracy {metrics["best_test_accuracy"]:.1%}.
-Took {record["seconds"]:.0f} s. Result: {folder / jobs.RESULTS}"""
+test accuracy {metrics["best_test_accuracy"]:.1%}."""
+    else:
+        best = f"The loss diverged in epoch {metrics['diverged']} of {config.epochs}."
+    closing = f"{best}\nTook {metrics['seconds']:.0f} s. Result: {folder / jobs.RESULTS}"
     console.print(closing, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -79,14 +82,14 @@ def compare(
 
     names = [name for given in methods for name in (METHODS if given == "all" else (given,))]
     base = dataclasses.replace(comparison.BASE, epochs=epochs)
-    if seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {seeds}.")
     todo = comparison.configs(names, sparsities, seeds, base)
     console = _console()
     records = comparison.run(todo, folder, again, console)
     console.print()
     console.print(
-        report.table(records, f"{base.model} on {base.dataset}, {seeds} seed{'s'[: seeds > 1]}")
+        report.table(
+            records, f"{base.model} on {base.dataset}, {seeds} seed{'s'[: seeds > 1]}"
+        ).rich()
     )
     console.print(
         f"Results:  {folder / jobs.RESULTS}", soft_wrap=True, highlight=False, markup=False
@@ -139,6 +142,23 @@ def bench(
     show.run(tables, seeds, None if torch is None else str(torch), folder, _console())
 
 
+def documents(
+    files: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (
+        pathlib.Path("docs/performance.md"),
+        pathlib.Path("docs/experiments.md"),
+    ),
+) -> None:
+    """Write the tables in documents anew, from the records that each of them names.
+
+    Args:
+        files: The documents.
+    """
+    from experiments import documents as writer
+
+    for file in files:
+        writer.update(file)
+
+
 def _console() -> Any:
     """Returns where commands show what they do; in files, tables have room."""
     import rich.console
@@ -155,12 +175,18 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "compare": compare, "demo": demo, "bench": bench},
+            {
+                "train": train,
+                "compare": compare,
+                "demo": demo,
+                "bench": bench,
+                "documents": documents,
+            },
             prog="python -m experiments",
             description="Prune networks at initialization, train them, compare them.",
             args=args,
         )
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # what can't be run; a folder, a full disk
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)

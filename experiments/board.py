@@ -83,8 +83,11 @@ def _note(stage: str, done: int, total: int, metrics: Metrics) -> str:
     if stage in _STAGES:
         return f"{_STAGES[stage]}, step {done}/{total}" if done else _STAGES[stage]
     if stage == "known":
-        return f"finished before, test {metrics['test_accuracy']:.1%}"
+        accuracy = metrics["test_accuracy"]
+        return f"finished before, {'diverged' if accuracy is None else f'test {accuracy:.1%}'}"
     note = f"epoch {done}/{total}"
+    if done and "validation_accuracy" not in metrics:
+        return f"{note}, the loss diverged"
     if done:
         note += f", validation {metrics['validation_accuracy']:.1%}"
     return f"{note}, test {metrics['test_accuracy']:.1%}" if done == total else note

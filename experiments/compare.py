@@ -8,8 +8,8 @@ import rich.console
 
 from experiments import jobs, methods
 from experiments.board import Board
-from experiments.config import DENSE, Config
-from experiments.results import Record
+from experiments.config import DENSE, Config, ConfigError
+from experiments.store import Record
 
 BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
 """What all jobs have in common, but for the epochs."""
@@ -18,7 +18,16 @@ BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
 def configs(
     names: Sequence[str], sparsities: Sequence[float], seeds: int, base: Config = BASE
 ) -> list[Config]:
-    """Returns the jobs, seed by seed: the dense network, then each method at each sparsity."""
+    """Returns the jobs, seed by seed: the dense network, then each method at each sparsity.
+
+    Raises:
+        ConfigError: There would be none but the dense network.
+    """
+    for argument, values in (("methods", names), ("sparsities", sparsities)):
+        if not values:
+            raise ConfigError(f"{argument} must name at least one; got none.")
+    if seeds < 1:
+        raise ConfigError(f"seeds must be at least 1; got {seeds}.")
     pruned = [(name, sparsity) for sparsity in sparsities for name in names if name != DENSE]
     return [
         dataclasses.replace(base, method=method, sparsity=sparsity, seed=seed)

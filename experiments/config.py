@@ -62,6 +62,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; got {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in [0, 2**32); got {self.seed}.")
         if not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(f"sparsity must lie in [0, 1); got {self.sparsity}.")
         if not self.learning_rate > 0.0:
@@ -88,7 +90,7 @@ class Config:
         return "-".join([*parts, digest[:8]])
 
     def as_dict(self) -> dict[str, str | int | float | None]:
-        """The fields by name, as they are written to results files."""
+        """The fields by name, as they are written to stores."""
         return dataclasses.asdict(self)
 
 

@@ -35,7 +35,7 @@ def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Con
     picture = folder / "demo.png"
     report.draw(records, picture, title)
     console.print()
-    console.print(report.table(records, title))
+    console.print(report.table(records, title).rich())
     closing = f"""\
 Finished in {time.monotonic() - begin:.0f} s.
 Picture:  {picture}

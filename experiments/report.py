@@ -8,11 +8,10 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
-import rich.box
-import rich.table
 
 from experiments.config import DENSE, percent
-from experiments.results import Record
+from experiments.grid import Grid
+from experiments.store import Record
 
 COLORS = {DENSE: "#9a9a9a", "dpai": "#2166ac", "random": "#e08214"}
 """One colour a method, the same in every picture."""
@@ -45,41 +44,46 @@ def group(records: Sequence[Record]) -> list[Group]:
     return [Group(method, sparsity, tuple(groups[sparsity, method])) for sparsity, method in keys]
 
 
-def table(records: Sequence[Record], title: str) -> rich.table.Table:
+def table(records: Sequence[Record], title: str) -> Grid:
     """Makes a table with one row for each method and sparsity: means over the seeds.
 
     Accuracies are those of the test split after the last epoch, with the sample deviation where
     there are several seeds.
     """
-    grid = rich.table.Table(
-        title=title,
-        title_style="bold",
-        title_justify="left",
-        caption="nodes, kernels: those on a path from input to output; test: last epoch",
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    grid.add_column("sparsity", justify="right", no_wrap=True)
-    grid.add_column("method", no_wrap=True)
-    for heading in ("test %", "weights", "nodes", "kernels", "log-paths", "prune s"):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    rows: list[tuple[str, ...] | None] = []
     last = None
     for row in group(records):
         if last is not None and row.sparsity != last:
-            grid.add_section()
+            rows.append(None)
         last = row.sparsity
-        grid.add_row(
+        cells = (
             percent(row.sparsity),
             row.method,
-            _accuracy(row.values(lambda metrics: metrics["test_accuracy"])),
+            _accuracy(row),
             _whole(row, "weights"),
             _whole(row, "nodes"),
             _whole(row, "kernels"),
             _log_paths(row),
             _prune_seconds(row),
         )
-    return grid
+        rows.append(cells)
+    headings = (
+        "sparsity",
+        "method",
+        "test %",
+        "weights",
+        "nodes",
+        "kernels",
+        "log-paths",
+        "prune s",
+    )
+    return Grid(
+        title,
+        headings,
+        tuple(rows),
+        left=("method",),
+        caption="nodes, kernels: those on a path from input to output; test: last epoch",
+    )
 
 
 def draw(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
@@ -115,6 +119,9 @@ def _draw_accuracy(axes: Any, groups: Sequence[Group]) -> None:
         for index, row in enumerate(rows):
             x = place + (index - (len(rows) - 1) / 2) * width
             seeds = row.values(lambda metrics: metrics["test_accuracy"])
+            if np.isnan(seeds).any():
+                axes.text(x, 0.015, "diverged", rotation=90, ha="center", fontsize=8.5)
+                continue
             color = _color(row.method, groups)
             axes.bar(x, seeds.mean(), 0.92 * width, color=color, label=row.method)
             axes.text(x, seeds.max() + 0.015, f"{seeds.mean():.1%}", ha="center", fontsize=8.5)
@@ -163,7 +170,12 @@ def _color(method: str, groups: Sequence[Group]) -> str:
     return _OTHER_COLORS[others.index(method) % len(_OTHER_COLORS)]
 
 
-def _accuracy(values: np.ndarray) -> str:
+def _accuracy(row: Group) -> str:
+    """The mean and the deviation; of runs that diverged only how many they are."""
+    values = row.values(lambda metrics: metrics["test_accuracy"])
+    lost = int(np.isnan(values).sum())
+    if lost:
+        return f"{lost} of {len(values)} diverged"
     mean = f"{values.mean() * 100:.1f}"
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1) * 100:.1f}"
 

@@ -12,21 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import dpai_jax as dpai
-
-
-def compiler_options() -> dict[str, str]:
-    """Returns XLA's options for a training step on this machine's devices.
-
-    On CPUs XLA takes barriers away before it fuses, unless it is told to skip that pass. Of its two
-    libraries of convolutions there YNNPACK, the faster one, runs a convolution on a single core; so
-    a lone device takes Eigen, which is left where nothing is to go to YNNPACK.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-    if jax.local_device_count() == 1:
-        options["xla_cpu_experimental_ynn_fusion_type"] = ""
-    return options
+from experiments import cpu
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -99,7 +85,7 @@ def train_step(
 # The platform is asked for at the first step, not at import, which would start JAX's backend.
 @functools.cache
 def _jitted_step() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    options = compiler_options()
+    options = cpu.compiler_options()
     return jax.jit(_step, static_argnames=("model", "recipe"), compiler_options=options)
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 import dpai_jax as dpai
-from experiments import datasets, devices, methods, models, steps
+from experiments import cpu, datasets, devices, methods, models, steps
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, ConfigError
 from experiments.steps import Recipe, TrainState
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
 Report = Callable[[str, int, int, Metrics], None]
 """Told a stage, how much of it is done, how much there is in all, and the newest metrics.
 
@@ -55,17 +55,20 @@ def train_and_evaluate(
     config: Config,
     workdir: str | os.PathLike[str],
     *,
+    job: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     report: Report | None = None,
     checkpoint_seconds: float = 15.0,
 ) -> dict[str, Any]:
     """Prunes and trains one network; an interrupted call resumes where its checkpoint stands.
 
-    A resumed job ends with bitwise the weights of one that was never interrupted.
+    A resumed job ends with bitwise the weights of one that was never interrupted. A job whose loss
+    is no longer finite ends there.
 
     Args:
         config: The job.
         workdir: Folder of the job's checkpoints; the trained weights stay there.
+        job: What made a checkpoint to go on from (see `jobs.description`); others are dropped.
         mesh: The devices to train on, with an axis "data" over which batches are split; by default
             all of them.
         report: Told how the job goes.
@@ -74,30 +77,42 @@ def train_and_evaluate(
 
     Returns:
         Metrics by name: accuracies between 0 and 1 after the last epoch and at the epoch of best
-        validation accuracy, the topology, seconds, and the history, one dict per epoch.
+        validation accuracy, the topology, the history, one dict per epoch, the epoch in which the
+        loss diverged, if it did, and seconds, those of all calls that the job took.
 
     Raises:
         ConfigError: A value in `config` makes no sense, or `workdir` belongs to another job.
     """
+    clock = time.monotonic()
     say = report or (lambda *_: None)
     say("start", 0, config.epochs, {})
-    job = resolve(config, mesh)
-    with Checkpoints(pathlib.Path(workdir), config) as checkpoints:
-        state, progress = _begin(job, checkpoints, say)
+    resolved = resolve(config, mesh)
+    with Checkpoints(pathlib.Path(workdir), config, job) as checkpoints:
+        state, progress = _begin(resolved, checkpoints, say)
         history = progress["history"]
         say("train", len(history), config.epochs, history[-1] if history else {})
-        clock = saved = time.monotonic()
-        while len(history) < config.epochs:
-            state, metrics = train_epoch(job, state, len(history))
-            history.append(metrics | evaluate(job, state, history))
+        begin = saved = time.monotonic()
+        if not _ended(progress, config):
+            progress["seconds"] += begin - clock
+        while not _ended(progress, config):
+            state, metrics = train_epoch(resolved, state, len(history))
+            finite = math.isfinite(metrics["train_loss"])
+            history.append(metrics | (evaluate(resolved, state, history) if finite else {}))
             now = time.monotonic()
-            progress["train_seconds"] += now - clock
-            clock = now
-            if now - saved >= checkpoint_seconds or len(history) == config.epochs:
+            progress["train_seconds"] += now - begin
+            progress["seconds"] += now - begin
+            begin = now
+            if not finite:
+                progress["diverged"] = len(history)
+            elif now - saved >= checkpoint_seconds or len(history) == config.epochs:
                 _save(config, checkpoints, state, progress)
                 saved = time.monotonic()
             say("train", len(history), config.epochs, history[-1])
     return {**summarize(history), **progress}
+
+
+def _ended(progress: Mapping[str, Any], config: Config) -> bool:
+    return len(progress["history"]) == config.epochs or progress["diverged"] is not None
 
 
 def resolve(config: Config, mesh: Mesh | None = None) -> Job:
@@ -110,7 +125,7 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
     pruning = methods.recipe(config.method)
     data = datasets.load(config.dataset)
     if mesh is None:
-        devices.use_all_cores(config.batch_size, data.image_shape)
+        cpu.use_all_cores(config.batch_size, data.image_shape)
         mesh = devices.data_mesh()
     devices.check_batch_size(mesh, config.batch_size)
     model = models.create(config.model, data.num_classes, config.width, _dtype(config))
@@ -143,21 +158,27 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     def images(number: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((number, *job.data.image_shape), jnp.float32)
 
-    result = dpai.prune(
-        # On images of its own making a method would meet running statistics of nothing.
-        steps.in_training(job.model) if pruning.images > 1 else apply,
-        variables,
-        images(pruning.images),
-        sparsity=job.config.sparsity,
-        method=pruning.make(functools.partial(train_variables, job)),
-        key=key,
-        loss_fn=steps.pruning_loss(job.model, pruning.temperature),
-        batches=datasets.samples(
+    data: dict[str, Any] = {}
+    if pruning.batches:
+        data["loss_fn"] = steps.pruning_loss(job.model, pruning.temperature)
+        data["batches"] = datasets.samples(
             job.data.train, job.data.num_classes, pruning.batches, seed=job.config.seed
-        ),
-        repair=pruning.afterwards == "repair",
-        progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
-    )
+        )
+    try:
+        result = dpai.prune(
+            # On images of its own making a method would meet running statistics of nothing.
+            steps.in_training(job.model) if pruning.images > 1 else apply,
+            variables,
+            images(pruning.images),
+            sparsity=job.config.sparsity,
+            method=pruning.make(functools.partial(train_variables, job)),
+            key=key,
+            repair=pruning.afterwards == "repair",
+            progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
+            **data,
+        )
+    except ValueError as error:  # the network is too small for the sparsity
+        raise ConfigError(f"{job.config.model} can't be pruned: {error}") from error
     masks = result.masks
     if pruning.afterwards == "shuffled":
         masks = dpai.shuffled(masks, key)
@@ -222,7 +243,14 @@ def accuracy(
 
 
 def summarize(history: list[Metrics]) -> Metrics:
-    """Picks the numbers to report: the last epoch's, and the best one's by validation."""
+    """Picks the numbers to report: the last epoch's, and the best one's by validation.
+
+    Of a run that diverged there is no accuracy to report: both are NaN.
+    """
+    if "validation_accuracy" not in history[-1]:
+        names = ("test_accuracy", "validation_accuracy", "train_loss")
+        best_names = ("best_validation_accuracy", "best_test_accuracy")
+        return dict.fromkeys((*names, *best_names), math.nan) | {"best_epoch": 0}
     # The first of several equal epochs wins: that is where the test split was measured.
     best = max(range(len(history)), key=lambda epoch: history[epoch]["validation_accuracy"])
     return {
@@ -281,6 +309,8 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
     progress = {
         "prune_seconds": result.seconds,
         "train_seconds": 0.0,
+        "seconds": 0.0,
+        "diverged": None,
         "topology": describe(result),
         "history": [],
     }

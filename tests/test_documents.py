@@ -10,6 +10,8 @@ import nbclient
 import nbformat
 import pytest
 
+from experiments import documents
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -43,6 +45,12 @@ def headings_of(document: str) -> set[str]:
 
 SCRIPTS = {path: python_of(path.read_text()) for path in DOCUMENTS}
 SHOWING_CODE = [path for path, script in SCRIPTS.items() if script.strip()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_the_tables_of_a_document_are_those_of_its_records(path: Path) -> None:
+    """What `python -m experiments documents` writes is what stands there."""
+    assert documents.updated(path) == path.read_text()
 
 
 def test_the_readme_shows_code_in_six_kilobytes() -> None:

@@ -157,7 +157,8 @@ def test_every_name_of_a_rule_is_of_a_primitive():
         "call", "checkpoint", "closed_call", "custom_lin", "eq_to", "le_to", "lt_to", "log2",
         "one_minus_square", "polynomial", "pvary", "reshard", "sharding_constraint", "device_put",
         "copy_p", "name", "unstack", "stack", "tile", "optimization_barrier", "mulhi", "remat2",
-        "custom_jvp_call", "custom_vjp_call", "jit",
+        "custom_jvp_call", "custom_vjp_call", "jit", "eval_jaxpr", "shard_map",
+        "ragged_dot_general",
     }  # fmt: skip
     added = {name for name in _RULES if name.startswith(("my_", "scale_of", "a_test"))}
     assert set(_RULES) - known - of_other_releases - added == set()

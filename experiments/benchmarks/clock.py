@@ -11,13 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import results
-
-
-def hardware() -> dict[str, Any]:
-    """Returns what a table of times must name: the processor, JAX's devices and all versions."""
-    return results.hardware() | {"versions": results.versions()}
-
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
     """Returns the median, the least and the most of some times."""

@@ -1,18 +1,21 @@
-"""Runs benchmarks and prints their tables."""
+"""Runs benchmarks and prints their measured."""
 
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import rich.box
 import rich.console
-import rich.table
 
-from experiments.benchmarks import tables
-from experiments.benchmarks.tables import Row
+from experiments.benchmarks import rows as measured
+from experiments.benchmarks.rows import Row
+from experiments.grid import Grid
+from experiments.store import Store
 
 Columns = Mapping[str, Callable[[Row], str]]
+
+ROWS = "rows.jsonl"
+"""Name of the store in a folder of benchmarks."""
 
 
 def run(
@@ -25,37 +28,37 @@ def run(
     """Measures what is not measured yet, and prints a table for each name.
 
     Args:
-        names: Names of tables.
+        names: Names of measured.
         seeds: Repetitions where masks are compared.
         python: A Python that has PyTorch, or None to leave that out.
         folder: Where the file of rows is.
         console: Where to print.
     """
     jobs = {
-        "step": lambda: tables.step(python),
-        "training": lambda: tables.training(python),
-        "large": tables.large,
-        "settings": lambda: tables.settings(seeds),
-        "quality": lambda: tables.quality(seeds),
+        "step": lambda: measured.step(python),
+        "training": lambda: measured.training(python),
+        "large": measured.large,
+        "settings": lambda: measured.settings(seeds),
+        "quality": lambda: measured.quality(seeds),
     }
     for name in names:
         rows = []
-        for row in tables.measure(name, jobs[name](), folder / "rows.jsonl"):
+        for row in measured.measure(name, jobs[name](), Store(folder / ROWS)):
             console.print(f"{name}: {row['title']}", highlight=False, markup=False, soft_wrap=True)
             rows.append(row)
-        console.print(_TABLES[name](rows))
+        console.print(grid(name, rows).rich())
 
 
-def _grid(title: str, columns: Columns, rows: Sequence[Row]) -> rich.table.Table:
-    grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
-    for heading in columns:
-        grid.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*(cell(row) for cell in columns.values()))
-    return grid
+def grid(name: str, rows: Sequence[Row]) -> Grid:
+    """Returns the table of a name from its rows."""
+    return _TABLES[name](rows)
 
 
-def _step(rows: Sequence[Row]) -> rich.table.Table:
+def _grid(title: str, columns: Columns, rows: Sequence[Row]) -> Grid:
+    return Grid.of(title, columns, rows, left=("network", "settings"))
+
+
+def _step(rows: Sequence[Row]) -> Grid:
     def ratio(to: str) -> Callable[[Row], str]:
         return lambda r: f"{r[to] / r['seconds']['median']:.0f}" if r.get(to) else ""
 
@@ -81,7 +84,7 @@ def _steps(row: Row) -> list[Row]:
     """The steps on one network: those of the library, and PyTorch's where it was there."""
     shared = {"network": row["title"], "weights": row["default"]["weights"]}
     seconds = {"published": _published(row), "peer": row.get("peer", {}).get("median")}
-    steps = [shared | seconds | {"step": name} | row[name] for name in tables.TIMED]
+    steps = [shared | seconds | {"step": name} | row[name] for name in measured.TIMED]
     if "peer" in row:
         steps.append(shared | {"step": "PyTorch", "seconds": row["peer"]})
     return steps
@@ -93,10 +96,10 @@ def _range(seconds: Mapping[str, float], unit: float, digits: int) -> str:
 
 
 def _published(row: Row) -> float:
-    return next(s for name, s in tables.PUBLISHED.items() if row["title"].startswith(name))
+    return next(s for name, s in measured.PUBLISHED.items() if row["title"].startswith(name))
 
 
-def _training(rows: Sequence[Row]) -> rich.table.Table:
+def _training(rows: Sequence[Row]) -> Grid:
     def peer(layout: str) -> Callable[[Row], str]:
         key = f"peer {layout}"
         return lambda r: _range(r[key], 1, 2) if key in r else "–"
@@ -110,7 +113,7 @@ def _training(rows: Sequence[Row]) -> rich.table.Table:
     return _grid("One step of training, batch 128: seconds (least–most)", columns, rows)
 
 
-def _large(rows: Sequence[Row]) -> rich.table.Table:
+def _large(rows: Sequence[Row]) -> Grid:
     columns: Columns = {
         "network": lambda r: r["title"],
         "weights": lambda r: f"{r['weights']:,}",
@@ -125,7 +128,7 @@ def _large(rows: Sequence[Row]) -> rich.table.Table:
     return _grid("dpai.prune with the defaults, 90 %", columns, rows)
 
 
-def _settings(rows: Sequence[Row]) -> rich.table.Table:
+def _settings(rows: Sequence[Row]) -> Grid:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["network"], row["sparsity"], row["method"]), []).append(row)
@@ -155,7 +158,7 @@ def _objective(row: Row, alpha: float = 0.99, beta: float = 0.5) -> float:
     return float((1 - alpha) * row["log_paths"] + alpha * balance)
 
 
-def _quality(rows: Sequence[Row]) -> rich.table.Table:
+def _quality(rows: Sequence[Row]) -> Grid:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["network"], row["sparsity"]), []).append(row)
@@ -197,7 +200,7 @@ def _number(value: float | None) -> str:
     return "no path" if value is None or value != value else f"{value:.2f}"
 
 
-_TABLES: Mapping[str, Callable[[Sequence[Row]], rich.table.Table]] = {
+_TABLES: Mapping[str, Callable[[Sequence[Row]], Grid]] = {
     "step": _step,
     "training": _training,
     "large": _large,

@@ -96,14 +96,14 @@ def _prepared(
     builder_class: type[tfds.core.GeneratorBasedBuilder], folder: pathlib.Path
 ) -> tfds.core.DatasetBuilder:
     """Returns a builder whose files are on disk."""
-    target = pathlib.Path(builder_class(data_dir=folder, file_format="array_record").data_dir)
+    target = folder / builder_class.name / str(builder_class.VERSION)
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         # Written beside its place and moved there in one step, so that of several processes one
         # wins and none sees half a data set.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            draft = builder_class(data_dir=scratch, file_format="array_record")
-            with _silenced():
+            with _silenced(), _temporary_files_in(scratch):
+                draft = builder_class(data_dir=scratch, file_format="array_record")
                 draft.download_and_prepare()
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -112,6 +112,16 @@ def _prepared(
                 if not target.is_dir():
                     raise
     return builder_class(data_dir=folder, file_format="array_record")
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Gathers temporary files in a folder: TFDS leaves one behind for each data set it prepares."""
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextlib.contextmanager

@@ -1,15 +1,16 @@
 """Benchmarks on tiny networks: what they measure, that they resume, and that their tables print."""
 
 import io
-import json
 import math
 
 import numpy as np
 import pytest
 import rich.console
 
-from experiments.benchmarks import clock, networks, show, tables
+import dpai_jax as dpai
+from experiments.benchmarks import clock, networks, rows, show
 from experiments.benchmarks.networks import Network
+from experiments.store import Store
 
 TINY = Network("lenet", 10, (6, 6, 1), 8)
 
@@ -19,10 +20,10 @@ def _tiny(monkeypatch):
     for name in ("STEP", "LARGE", "QUALITY", "SETTINGS"):
         monkeypatch.setattr(networks, name, (TINY,))
     monkeypatch.setattr(networks, "SPARSITIES", (0.5,))
-    few = dict(list(tables.METHODS.items())[1:3])
-    monkeypatch.setattr(tables, "METHODS", few)
+    few = dict(list(rows.METHODS.items())[1:3])
+    monkeypatch.setattr(rows, "METHODS", few)
     # A process of its own would know nothing of all this.
-    monkeypatch.setattr(tables, "_isolated", lambda function, *args: function(*args))
+    monkeypatch.setattr(rows, "_isolated", lambda function, *args: function(*args))
 
 
 def _printed(names, folder):
@@ -35,22 +36,21 @@ def _printed(names, folder):
 @pytest.mark.standard_promotion
 def test_tables_print_and_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     first = _printed(("large", "quality", "settings"), tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["table"] for row in rows] == ["large", "quality", "settings", "settings"]
-    for method in tables.METHODS:
+    measured = Store(tmp_path / "rows.jsonl").read()
+    assert [row["table"] for row in measured] == ["large", "quality", "settings", "settings"]
+    for method in rows.METHODS:
         assert method in first
 
     def fail(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(tables, "_objective", fail)
-    monkeypatch.setattr(tables, "_large", fail)
+    monkeypatch.setattr(dpai, "prune", fail)
     assert _printed(("large", "quality", "settings"), tmp_path) == first
 
 
 @pytest.mark.standard_promotion
 def test_in_a_dense_network_exact_and_mean_field_counts_optimise_the_same():
-    row = tables._quality(TINY, 0.5, 0)
+    row = rows._quality(TINY, 0.5, 0)
     exact, mean_field = (
         {name: row[counting][name] for name in ("nodes", "kernels", "effective")}
         for counting in ("exact", "mean_field")

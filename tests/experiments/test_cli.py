@@ -4,10 +4,11 @@ import sys
 import matplotlib.image
 import pytest
 
-from experiments import demo, jobs, results, train
+from experiments import demo, jobs, train
 from experiments.__main__ import main
-from experiments.config import Config
+from experiments.config import Config, ConfigError
 from experiments.methods import METHODS
+from experiments.store import Store
 
 # Optax's schedules promote their integer step count.
 pytestmark = pytest.mark.standard_promotion
@@ -46,14 +47,14 @@ def test_train_prints_a_table_and_appends_one_line(tmp_path, capsys):
     command += ["--folder", str(tmp_path)]
     main(command)
     shown = capsys.readouterr().out
-    (record,) = results.read(tmp_path / "results.jsonl")
+    (record,) = Store(tmp_path / "results.jsonl").read()
     assert record["config"]["sparsity"] == 0.5
     assert f"{record['metrics']['test_accuracy'] * 100:.1f}" in shown
     assert "results.jsonl" in shown
 
     main(command)
     assert "finished before" in capsys.readouterr().out
-    assert results.read(tmp_path / "results.jsonl") == [record]
+    assert Store(tmp_path / "results.jsonl").read() == [record]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,61 @@ def test_train_prints_a_table_and_appends_one_line(tmp_path, capsys):
     [
         (["--dataset", "mnits"], "error: dataset must be one of ['digits']; got 'mnits'."),
         (["--sparsity", "2"], "error: sparsity must lie in [0, 1); got 2.0."),
+        (["--seed", "-1"], "error: seed must lie in [0, 2**32); got -1."),
+        (
+            [*TINY, "--sparsity", "0.99999"],
+            "error: tiny can't be pruned: sparsity 0.99999 keeps 0 of 250 weights",
+        ),
     ],
 )
 def test_a_bad_value_ends_with_one_line(tmp_path, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(["train", *arguments, "--folder", str(tmp_path)])
+    assert caught.value.code.startswith(message)
+    assert "\n" not in caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--seeds", "0"], "error: seeds must be at least 1; got 0."),
+        (["compare", "--seeds", "-2"], "error: seeds must be at least 1; got -2."),
+        (["compare", "--sparsities"], "error: sparsities must name at least one; got none."),
+        (["compare", "--methods"], "error: methods must name at least one; got none."),
+    ],
+)
+def test_a_comparison_of_nothing_is_refused(tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--folder", str(tmp_path)])
     assert caught.value.code == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_ends_with_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *TINY, "--folder", str(tmp_path / "file" / "runs")])
+    assert caught.value.code.startswith("error: ")
+    assert "Not a directory" in caught.value.code
+    assert "\n" not in caught.value.code
+
+
+def test_a_damaged_results_file_ends_with_one_line(tmp_path):
+    (tmp_path / "results.jsonl").write_text("{}\nnonsense\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *TINY, "--folder", str(tmp_path)])
+    assert "results.jsonl, line 2 is damaged" in caught.value.code
+
+
+def test_a_job_that_another_process_runs_is_refused(monkeypatch, tmp_path):
+    def start_it_again(config, *_, **__):
+        with pytest.raises(ConfigError, match=r"another process is running dpai 99%, seed 3, in "):
+            jobs.run(config, tmp_path)
+        return {"test_accuracy": 0.5}
+
+    monkeypatch.setattr(train, "train_and_evaluate", start_it_again)
+    jobs.run(Config(seed=3), tmp_path)
+    jobs.run(Config(seed=3), tmp_path)
 
 
 def _instead_of_training(monkeypatch, calls):
@@ -76,7 +126,8 @@ def _instead_of_training(monkeypatch, calls):
         calls.append(config)
         layers = [{"name": "head/kernel", "nodes": 5, "outputs": 10}]
         topology = {"log_paths": 9.0, "nodes": 5, "kernels": 7, "weights": 11, "layers": layers}
-        return {"test_accuracy": 0.5, "prune_seconds": 0.1, "topology": topology}
+        metrics = {"test_accuracy": 0.5, "prune_seconds": 0.1, "seconds": 1.0, "diverged": None}
+        return metrics | {"topology": topology}
 
     monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
 
@@ -93,7 +144,7 @@ def test_a_job_run_again_forgets_its_checkpoint(monkeypatch, tmp_path):
     jobs.run(config, tmp_path, again=True)
     assert len(calls) == 2
     assert not checkpoint.exists()
-    assert len(results.read(tmp_path / "results.jsonl")) == 2
+    assert len(Store(tmp_path / "results.jsonl").read()) == 2
 
 
 def test_the_demo_compares_dense_random_and_dpai_at_two_sparsities():
@@ -115,7 +166,7 @@ def test_an_interrupted_demo_goes_on_with_the_jobs_that_are_left(monkeypatch, tm
     assert shown.count("finished before") == 2
     assert "-m experiments train --dataset digits" in shown
     assert matplotlib.image.imread(tmp_path / "demo.png").shape[2] == 4
-    assert len(results.read(tmp_path / "results.jsonl")) == 5
+    assert len(Store(tmp_path / "results.jsonl").read()) == 5
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, capsys):
@@ -127,7 +178,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, capsys):
         main(["train", "--folder", str(tmp_path)])
     assert caught.value.code == 130
     assert "goes on from here" in capsys.readouterr().err
-    assert results.find(tmp_path / "results.jsonl", Config()) is None
+    assert Store(tmp_path / "results.jsonl").read() == []
 
 
 def test_compare_runs_every_method_at_every_sparsity_for_every_seed(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import multiprocessing
+import tempfile
 
 import numpy as np
 import pytest
@@ -58,6 +59,15 @@ def test_a_fresh_preparation_gives_the_same_arrays(digits, tmp_path):
     for name in ("train", "validation", "test"):
         np.testing.assert_array_equal(getattr(again, name).images, getattr(digits, name).images)
         np.testing.assert_array_equal(getattr(again, name).labels, getattr(digits, name).labels)
+
+
+def test_a_preparation_leaves_no_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for _ in range(2):
+        datasets.load("digits", tmp_path / "data")
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["digits"]
 
 
 def _load_when_all_are_ready(folder, barrier, sizes):

@@ -146,9 +146,9 @@ def test_all_devices_share_batches_by_default(monkeypatch):
 def test_each_core_becomes_a_device(before, image_shape, alone):
     code = f"""
 import jax
-from experiments import devices
+from experiments import cpu
 {before}
-devices.use_all_cores(12, {image_shape})
+cpu.use_all_cores(12, {image_shape})
 print(jax.device_count())
 """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

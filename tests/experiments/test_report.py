@@ -4,9 +4,10 @@ import struct
 import pytest
 import rich.console
 
-from experiments import report
+from experiments import documents, report
 from experiments.board import Board
-from experiments.config import Config
+from experiments.config import Config, ConfigError
+from experiments.store import Store
 
 
 def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5):
@@ -27,7 +28,7 @@ def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5):
 
 def _show(table, width):
     console = rich.console.Console(file=io.StringIO(), width=width)
-    console.print(table)
+    console.print(table.rich())
     return console.file.getvalue()
 
 
@@ -66,6 +67,46 @@ def test_rows_are_sorted_by_sparsity_and_keep_the_order_of_methods():
 
 def test_a_network_without_a_path_says_so():
     assert "no path" in _show(report.table([_record("random", 0.99, log_paths=None)], ""), 80)
+
+
+def test_runs_that_diverged_are_counted_and_not_averaged():
+    records = [_record("dpai", 0.9, 0, 0.8), _record("dpai", 0.9, 1, None)]
+    (line,) = [line for line in _show(report.table(records, ""), 90).splitlines() if "dpai" in line]
+    assert "1 of 2 diverged" in line
+
+
+def test_the_table_of_a_document_is_that_of_the_terminal():
+    records = [_record("dense", 0.0), _record("dpai", 0.9)]
+    lines = report.table(records, "ResNet-20").markdown().splitlines()
+    assert lines[0] == "*ResNet-20*"
+    assert lines[2].startswith("| sparsity | method | test % |")
+    assert lines[3].startswith("| ---: | --- | ---: |")
+    assert lines[5].startswith("| 90% | dpai | 90.0 | 270,608 | 1,234 | 56,789 | 30.5 | 12.3 |")
+    assert lines[-1].startswith("nodes, kernels:")
+
+
+def test_the_tables_of_a_document_are_written_from_its_records(tmp_path):
+    origin = {"commit": "0123456789", "versions": {"jax": "1", "python": "3"}}
+    origin["hardware"] = {"cpu": "a chip", "cpu_count": 2}
+    store = Store(tmp_path / "results" / "jobs.jsonl")
+    store.append(_record("dpai", 0.9) | origin)
+    document = tmp_path / "page.md"
+    before, after = "# Page\n\nText.\n\n", "\n\nMore text.\n"
+    begin = "<!-- table jobs of results/jobs.jsonl ResNet-20, one seed -->\n"
+    end = "<!-- end of table -->"
+    document.write_text(before + begin + "old\n" + end + after)
+    documents.update(document)
+    text = document.read_text()
+    assert text.startswith(before + begin)
+    assert text.endswith(end + after)
+    assert "old" not in text
+    assert "*ResNet-20, one seed*" in text
+    assert "| 90% | dpai | 90.0 |" in text
+    assert "Measured at `0123456` on a chip, 2 cores, jax 1, Python 3." in text
+    assert documents.updated(document) == text
+    document.write_text("<!-- table step of results/jobs.jsonl -->\n<!-- end of table -->\n")
+    with pytest.raises(ConfigError, match="no records for the table step in"):
+        documents.update(document)
 
 
 def test_the_picture_is_written_as_png(tmp_path):

@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+import time
 
 import flax.linen as nn
 import jax
@@ -98,6 +100,72 @@ def test_a_resumed_run_ends_with_bitwise_the_same_state(whole_run, tmp_path):
     assert jax.tree.structure(expected.state) == jax.tree.structure(found.state)
     jax.tree.map(np.testing.assert_array_equal, expected.state, found.state)
     jax.tree.map(np.testing.assert_array_equal, expected.masks, found.masks)
+
+
+def test_the_seconds_of_a_job_are_those_of_all_its_processes(tmp_path):
+    def slow(stage, done, *_):
+        time.sleep(0.5)
+        if stage == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(TINY, tmp_path, report=slow, checkpoint_seconds=0.0)
+    first = time.monotonic() - begin
+    metrics = train.train_and_evaluate(TINY, tmp_path)
+    both = time.monotonic() - begin
+    # From its start to the last checkpoint, which is 0.5 s before the end of the first.
+    assert first - 1.0 < metrics["seconds"] <= both
+    assert metrics["seconds"] > metrics["train_seconds"] + metrics["prune_seconds"]
+
+
+def test_a_run_that_diverges_ends_there_and_reports_no_accuracy(tmp_path):
+    config = dataclasses.replace(TINY, learning_rate=1e30, epochs=3)
+    metrics = train.train_and_evaluate(config, tmp_path)
+    assert metrics["diverged"] == len(metrics["history"])
+    assert metrics["diverged"] < 3
+    assert np.isnan(metrics["test_accuracy"])
+    assert np.isnan(metrics["best_test_accuracy"])
+
+
+@pytest.mark.parametrize("place", ["state", "masks", "document"])
+def test_a_damaged_checkpoint_is_not_resumed(whole_run, tmp_path, place):
+    """One bit at a time, in each file of the state, of the masks, and of the progress."""
+    folder = tmp_path / "run"
+    damaged = 0
+    for file in sorted(whole_run[1].rglob("*")):
+        inside = file.relative_to(whole_run[1])
+        if not file.is_file() or place not in inside.parts or file.stat().st_size < 100:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole_run[1], folder)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / inside).write_bytes(content)
+        refused = None
+        try:
+            metrics = train.train_and_evaluate(TINY, folder)
+        except ConfigError as error:
+            refused = str(error)
+            damaged += 1
+        # There are bytes that nothing reads.
+        assert metrics == whole_run[0] if refused is None else "is damaged" in refused
+    assert damaged
+
+
+def test_a_checkpoint_of_other_code_is_dropped(tmp_path):
+    first = train.train_and_evaluate(TINY, tmp_path, job={"code": "one"})
+    stages = []
+    again = train.train_and_evaluate(
+        TINY, tmp_path, job={"code": "two"}, report=lambda stage, *_: stages.append(stage)
+    )
+    assert "prune" in stages
+    assert again["history"] == first["history"]
+    stages.clear()
+    train.train_and_evaluate(
+        TINY, tmp_path, job={"code": "two"}, report=lambda stage, *_: stages.append(stage)
+    )
+    assert "prune" not in stages
 
 
 def test_a_finished_run_is_not_trained_again(whole_run):

@@ -71,7 +71,7 @@ def _dot_either(
     return dot(weight, flow) if side == 0 else dot(flow, weight)
 
 
-@rules_for("ragged_dot ragged_dot_general", carries_constants=True)
+@rules_for("ragged_dot_general", carries_constants=True)
 def _ragged_dot(
     interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value, sizes: Value, *offset: Value
 ) -> Sequence[Value]:

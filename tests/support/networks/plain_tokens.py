@@ -251,14 +251,14 @@ def diagonal_state_space() -> Built:
 
     def states(p: Params, u_TxH: jax.Array) -> jax.Array:
         eigenvalue = lax.complex(-jnp.exp(p["decay"]), p["angle"])
-        kept = jnp.exp(0.1 * eigenvalue)
-        b_PxH = ((kept - 1.0) / eigenvalue)[:, None] * lax.complex(p["b"][..., 0], p["b"][..., 1])
+        kept = jnp.exp(eigenvalue / 10)
+        b_PxH = ((kept - 1) / eigenvalue)[:, None] * lax.complex(p["b"][..., 0], p["b"][..., 1])
         drive_TxP = u_TxH.astype(jnp.complex64) @ b_PxH.T
         _, states_TxP = lax.associative_scan(
             combine, (jnp.broadcast_to(kept, drive_TxP.shape), drive_TxP)
         )
-        c_HxP = p["c"][..., 0] + 1j * p["c"][..., 1]
-        return 2.0 * (states_TxP @ c_HxP.T).real + p["skip"] * u_TxH
+        c_HxP = lax.complex(p["c"][..., 0], p["c"][..., 1])
+        return 2 * (states_TxP @ c_HxP.T).real + p["skip"][None] * u_TxH
 
     def fn(params: dict[str, Any], x: jax.Array) -> jax.Array:
         x = x @ params["encoder"]

@@ -1,7 +1,7 @@
-"""The benchmarks' tables: each a function that measures its rows one by one.
+"""The rows of the benchmarks' tables: each table is a function that measures them one by one.
 
-A row is what one process measured, a dict of plain numbers. It is appended to a file as soon as it
-is there, and not measured again while it is.
+A row is what one process measured, a dict of plain numbers. It is appended to a store as soon as it
+is there, and not measured again unless the code or the call has changed.
 """
 
 import concurrent.futures
@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import multiprocessing
-import pathlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,10 @@ import numpy as np
 import optax
 
 import dpai_jax as dpai
+from experiments import provenance
 from experiments.benchmarks import clock, networks
 from experiments.benchmarks.networks import Network
+from experiments.store import Store
 
 Row = dict[str, Any]
 Jobs = Iterator[tuple[str, Callable[[], Row]]]
@@ -81,19 +82,43 @@ def _ascent(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
     return dpai.DPaI(optimizer=optax.sgd(rate))
 
 
-METHODS: Mapping[str, dpai.DPaI] = {
-    "Adam .005, 3000 steps (published)": dpai.DPaI.published(),
-    "Adam .005, 300 steps": _unstopped(ADAM, 300),
-    "Adam .05, 300 steps": _unstopped(_adam(0.05), 300),
-    "Adam .1 to 0, 300 steps": _unstopped(_adam(optax.cosine_decay_schedule(0.1, 300)), 300),
-    "normalised .003, 100 steps": _unstopped(_ascent(0.003), 100),
-    "normalised .01, 100 steps": _unstopped(dpai.DPaI(), 100),
-    "normalised .03, 100 steps": _unstopped(_ascent(0.03), 100),
-    "normalised .02 to 0, 100 steps": _unstopped(
-        _ascent(optax.linear_schedule(0.02, 0.0, 100)), 100
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A setting of DPaI that is compared.
+
+    Attributes:
+        method: The method.
+        uniform_start: Whether it starts from scores of U(-1, 1) in place of its own.
+    """
+
+    method: dpai.DPaI
+    uniform_start: bool = False
+
+    def make(self, network: Network, seed: int) -> dpai.DPaI:
+        """Returns the method for a network and a seed."""
+        if not self.uniform_start:
+            return self.method
+        rng = np.random.default_rng(seed)
+        _, params, _ = network.problem()
+        scores = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape).astype(np.float32), params)
+        return dataclasses.replace(self.method, scores=scores)
+
+
+METHODS: Mapping[str, Setting] = {
+    "Adam .005, 3000 steps (published)": Setting(dpai.DPaI.published()),
+    "Adam .005, 300 steps": Setting(_unstopped(ADAM, 300)),
+    "Adam .05, 300 steps": Setting(_unstopped(_adam(0.05), 300)),
+    "Adam .1 to 0, 300 steps": Setting(
+        _unstopped(_adam(optax.cosine_decay_schedule(0.1, 300)), 300)
     ),
-    "default, from scores of U(-1, 1)": dpai.DPaI(),
-    "default": dpai.DPaI(),
+    "normalised .003, 100 steps": Setting(_unstopped(_ascent(0.003), 100)),
+    "normalised .01, 100 steps": Setting(_unstopped(dpai.DPaI(), 100)),
+    "normalised .03, 100 steps": Setting(_unstopped(_ascent(0.03), 100)),
+    "normalised .02 to 0, 100 steps": Setting(
+        _unstopped(_ascent(optax.linear_schedule(0.02, 0.0, 100)), 100)
+    ),
+    "default, from scores of U(-1, 1)": Setting(dpai.DPaI(), uniform_start=True),
+    "default": Setting(dpai.DPaI()),
 }
 """Settings of DPaI that are compared; the first is the published one."""
 
@@ -102,26 +127,26 @@ def settings(seeds: int) -> Jobs:
     """What other settings than the published ones reach, in a tenth of the steps."""
     for network in networks.SETTINGS:
         for sparsity in networks.SPARSITIES:
-            for name in METHODS:
+            for name, setting in METHODS.items():
                 for seed in range(seeds):
                     title = f"{network.title}, {sparsity:.2%}, {name}, seed {seed}"
-                    yield title, functools.partial(_settings, network, sparsity, name, seed)
+                    yield (
+                        title,
+                        functools.partial(_settings, network, sparsity, name, setting, seed),
+                    )
 
 
-def measure(table: str, rows: Jobs, path: pathlib.Path) -> Iterator[Row]:
-    """Yields a table's rows, each measured if it isn't in the file, to which it is then added."""
-    known = {}
-    if path.exists():
-        lines = path.read_text().splitlines()
-        known = {(row["table"], row["title"]): row for row in map(json.loads, lines)}
-    path.parent.mkdir(parents=True, exist_ok=True)
+def measure(table: str, rows: Jobs, store: Store) -> Iterator[Row]:
+    """Yields a table's rows, each measured if it isn't in the store, to which it is then added."""
     for title, run in rows:
-        row = known.get((table, title))
-        if row is None:
-            row = {"table": table, "title": title} | run() | {"hardware": clock.hardware()}
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        yield row
+        # A row is found by what is called with what, and by the code that it calls.
+        what = {
+            "table": table,
+            "title": title,
+            "call": provenance.described(run),
+            "code": provenance.code(),
+        }
+        yield store.find(what) or store.append(what | run() | provenance.origin())
 
 
 def _isolated(function: Callable[..., Row], *args: Any) -> Row:
@@ -198,9 +223,9 @@ def _trainings(network: Network, python: str | None) -> Row:
 
 
 def _training(network: Network, batch: int = 128) -> Row:
-    from experiments import devices, models, steps
+    from experiments import cpu, devices, models, steps
 
-    devices.use_all_cores(batch, network.shape)
+    cpu.use_all_cores(batch, network.shape)
     mesh = devices.data_mesh()
     model = models.create(network.model, network.classes, network.width)
     variables = steps.initialize(model, 0, network.shape)
@@ -219,17 +244,9 @@ def _training(network: Network, batch: int = 128) -> Row:
     return {"seconds": clock.call_seconds(run)}
 
 
-def _settings(network: Network, sparsity: float, name: str, seed: int) -> Row:
-    method = METHODS[name]
-    if "U(-1, 1)" in name:
-        method = dataclasses.replace(method, scores=_uniform(network, seed))
+def _settings(network: Network, sparsity: float, name: str, setting: Setting, seed: int) -> Row:
+    method = setting.make(network, seed)
     return {"network": network.title, "method": name} | _objective(network, sparsity, method, seed)
-
-
-def _uniform(network: Network, seed: int) -> Any:
-    rng = np.random.default_rng(seed)
-    _, params, _ = network.problem()
-    return jax.tree.map(lambda leaf: rng.uniform(-1, 1, leaf.shape).astype(np.float32), params)
 
 
 def _quality(network: Network, sparsity: float, seed: int) -> Row:

@@ -1,0 +1,68 @@
+"""Tables in documents, written by this command from records that are committed beside them.
+
+A table stands between two comments, of which the first names it, its records and, where it needs
+one, its heading:
+
+    <!-- table step of results/bench.jsonl -->
+    <!-- end of table -->
+"""
+
+import pathlib
+import re
+
+from experiments import report
+from experiments.benchmarks import show
+from experiments.config import ConfigError
+from experiments.grid import Grid
+from experiments.store import Record, Store
+
+_TABLE = re.compile(
+    r"(?P<begin><!-- table (?P<name>\w+) of (?P<file>\S+)(?: (?P<title>.+?))? -->\n)"
+    r".*?(?P<end><!-- end of table -->)",
+    re.DOTALL,
+)
+
+
+def update(path: pathlib.Path) -> None:
+    """Writes the tables of a document anew.
+
+    Args:
+        path: The document, in Markdown.
+
+    Raises:
+        ConfigError: A table has no records.
+    """
+    path.write_text(updated(path))
+
+
+def updated(path: pathlib.Path) -> str:
+    """Returns a document with its tables as their records have them; see `update`."""
+
+    def table(match: re.Match[str]) -> str:
+        store = Store(path.parent / match["file"])
+        records = store.read()
+        if match["name"] != "jobs":
+            records = [record for record in records if record.get("table") == match["name"]]
+        if not records:
+            raise ConfigError(f"{path}: no records for the table {match['name']} in {store.path}.")
+        grid = _grid(match["name"], records, match["title"] or "")
+        return f"{match['begin']}\n{grid.markdown()}\n\n{_origin(records)}\n\n{match['end']}"
+
+    return _TABLE.sub(table, path.read_text())
+
+
+def _grid(name: str, records: list[Record], title: str) -> Grid:
+    return report.table(records, title) if name == "jobs" else show.grid(name, records)
+
+
+def _origin(records: list[Record]) -> str:
+    """On what the records were measured, and by which commits."""
+    commits = ", ".join(dict.fromkeys(f"`{record['commit'][:7]}`" for record in records))
+    machines = ", ".join(
+        dict.fromkeys(
+            f"{record['hardware']['cpu']}, {record['hardware']['cpu_count']} cores, "
+            f"jax {record['versions']['jax']}, Python {record['versions']['python']}"
+            for record in records
+        )
+    )
+    return f"Measured at {commits} on {machines}."
