@@ -13,6 +13,7 @@ import numpy as np
 
 from dpai_jax import checks, counts
 from dpai_jax.paths import Layer, Network
+from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import check_structure, shown
 
 PyTree = Any
@@ -134,6 +135,7 @@ def checked_count(keep: Any, size: int, name: str = "all layers", argument: str 
     return numbers
 
 
+@usual_switches()
 def er(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer by the Erdős-Rényi rule.
 
@@ -156,6 +158,7 @@ def er(net: Network, sparsity: float) -> PyTree:
     return _allocate(net, sparsity, lambda c: (c.inputs + c.outputs) * math.prod(c.taps))
 
 
+@usual_switches()
 def erk(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer by the Erdős-Rényi-kernel rule.
 
@@ -182,6 +185,7 @@ def erk(net: Network, sparsity: float) -> PyTree:
     return _allocate(net, sparsity, lambda c: c.inputs + c.outputs + sum(c.taps))
 
 
+@usual_switches()
 def uniform(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer at one density for all layers.
 

@@ -22,11 +22,13 @@ from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import AtKernel
 from dpai_jax.paths.values import Spread
 from dpai_jax.tools import meshes
+from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
 T = TypeVar("T")
 
 
+@usual_switches()
 def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
     """The logarithm of the number of effective paths, log R_P.
 

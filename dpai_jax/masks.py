@@ -17,11 +17,13 @@ from jax import Array
 from dpai_jax import checks, selection
 from dpai_jax.allocation import Keep, checked_count, is_total
 from dpai_jax.tools import meshes
+from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import check_structure, named_leaves
 
 PyTree = Any
 
 
+@usual_switches()
 def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     """The masks that keep the weights of the highest scores, in each layer or over all layers.
 
@@ -73,6 +75,7 @@ def _select(_: None, scores: list[Array], keep: list[Array] | Array) -> list[Arr
     return selection.select(scores, keep)[0]
 
 
+@usual_switches()
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """The parameters with pruned weights at zero.
 
@@ -105,6 +108,7 @@ def masked(array: Any, mask: Any) -> Any:
     return jnp.where(mask, array, jnp.zeros((), jnp.result_type(array)))
 
 
+@usual_switches()
 def shuffled(masks: PyTree, key: Array) -> PyTree:
     """The masks with the entries of each leaf in random order: the same densities, by chance.
 

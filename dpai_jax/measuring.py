@@ -14,6 +14,7 @@ from dpai_jax import checks
 from dpai_jax.counts import log_count, reached
 from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
+from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
 
@@ -96,6 +97,7 @@ class Topology:
         return "\n".join([head, *rows, total, f"log-paths {self.log_paths:.2f}"])
 
 
+@usual_switches()
 def topology(net: Network, masks: PyTree) -> Topology:
     """Counts the effective paths, nodes, kernels and weights of a masked network, exactly.
 
@@ -132,6 +134,7 @@ def measure(net: Network, kept: list[Array]) -> Topology:
     return Topology(float(np.float32(log_paths)), tuple(layers))
 
 
+@usual_switches()
 def effective_weights(net: Network, masks: PyTree) -> PyTree:
     """Which kept weights a path passes, as masks.
 

@@ -24,6 +24,7 @@ from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.tools.meshes import device_put_like
+from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
 
 PyTree = Any
@@ -70,6 +71,7 @@ class Result:
         return Result(**fields)
 
 
+@usual_switches()
 def prune(
     fn: Callable[[PyTree, PyTree], PyTree],
     params: PyTree,
@@ -86,6 +88,8 @@ def prune(
     progress: bool | Report | None = None,
 ) -> Result:
     """Prunes a network before it is trained.
+
+    JAX's switches `disable_jit`, `transfer_guard` and `debug_infs` do not hold inside.
 
     Example:
       >>> import jax, jax.numpy as jnp, dpai_jax as dpai
@@ -135,7 +139,7 @@ def prune(
     report = progress if callable(progress) else line or _silent
     pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, data))
     if data.is_given and not data.is_used:
-        warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=2)
+        warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=3)
     _refuse_nan("scores", net, pruned.scores)
     masks = pruned.masks
     if repair:
@@ -149,7 +153,7 @@ def prune(
         raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
     if topo.collapsed:
         warnings.warn(
-            f"no path passes {', '.join(topo.collapsed)} any more (layer collapse)", stacklevel=2
+            f"no path passes {', '.join(topo.collapsed)} any more (layer collapse)", stacklevel=3
         )
     result = Result(
         masks=net.tree(masks, lambda: jnp.ones((), bool)),

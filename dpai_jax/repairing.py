@@ -17,6 +17,7 @@ from dpai_jax.counts import reached
 from dpai_jax.paths import Network
 from dpai_jax.tools.meshes import device_put_like, on_host
 from dpai_jax.tools.random import numpy_generator
+from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
 
@@ -24,6 +25,7 @@ PyTree = Any
 _TRIES = 32
 
 
+@usual_switches()
 def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None = None) -> PyTree:
     """Moves the kept weights that no path passes, within their layers, to where one does.
 

@@ -22,6 +22,7 @@ from dpai_jax.selection import Cut, as_count
 from dpai_jax.tools import meshes
 from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import count_true, materialize, sum_over, sum_taps
+from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
 
@@ -31,6 +32,7 @@ _ASCENT = optax.sgd(0.01)
 _READ_EVERY = 10
 
 
+@usual_switches()
 def ascent(
     net: Network,
     scores: PyTree,

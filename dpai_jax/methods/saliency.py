@@ -109,7 +109,7 @@ def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> No
         warnings.warn(
             f"all saliencies are 0 in {', '.join(silent)}, as next to kernels that are zero at "
             "initialisation: which of their weights stay is arbitrary",
-            stacklevel=5,  # the call of prune
+            stacklevel=6,  # the call of prune
         )
 
 

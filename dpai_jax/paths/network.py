@@ -22,6 +22,7 @@ from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
 from dpai_jax.paths.rewriting import unrolled
 from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
+from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
 
 PyTree = Any
@@ -226,6 +227,7 @@ def _copies_first(layer: Layer) -> tuple[int, ...]:
     return (*layer.stack, *(i for i in range(len(layer.shape)) if i not in layer.stack))
 
 
+@usual_switches()
 def trace(
     fn: Callable[[PyTree, PyTree], PyTree],
     params: PyTree,
