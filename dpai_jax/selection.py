@@ -1,10 +1,11 @@
 """Exact selection of the highest scores: by counting, without a sort.
 
-The lowest score to keep is found by counting how many scores reach each of some probes, between
-two of which the search goes on: a few passes over the scores, fewer from where the threshold stood
-before. The search runs over the floats by their *rank*, an integer: their bits, those of negative
-ones turned over, are in the order of the floats. Of equal scores those of lower index are kept, up
-to one that is searched for alike. Of scores that are sharded nothing but counts leaves a device.
+The threshold is found by a search with several probes at a time: each pass counts how many scores
+reach each probe, and the search goes on between two of them. It takes a few passes, and fewer if it
+starts at the threshold of the step before. It runs over the *ranks* of the floats, integers in the
+same order: the bits of a float, inverted if it is negative. Of equal scores those of lower index
+are kept; the last of them is found by the same search. If the scores are sharded, only counts leave
+a device.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from jax import Array, lax
 
 from dpai_jax.tools.sums import totals
 
-# Probes counted in one pass over the scores: those that part the room evenly, and those around the
-# rank to expect, in standard deviations of it.
+# The probes of one pass over the scores: some divide the interval evenly, others lie around the
+# expected rank, in standard deviations from it.
 _PARTS = 4
 _DEVIATIONS = (-1.5, -0.4, 0.4, 1.5)
 
 # How far from the threshold before the first probes lie, on both sides, in units of the last place.
 _FAN = (2**9, 2**11, 2**15)
 
-# The ranks of −∞, of zero, and of no number, which nothing reaches.
+# The ranks of −∞, of zero, and one above all numbers, which nothing reaches.
 _LEAST = np.uint32(0x007F_FFFF)
 _ZERO = np.uint32(0x8000_0000)
 _BEYOND = np.uint32(0xFF80_0001)
@@ -135,13 +136,13 @@ def _search(
     sizes: Array,
     near: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """The highest ranks that enough of what is searched through reaches.
+    """The highest ranks that are reached by at least `numbers` scores.
 
-    A search ends before at a lower rank, where just as many as asked reach that.
+    Stops early at any rank that is reached by exactly `numbers` scores.
 
     Args:
-      count: how many reach probes, `count(probes, wanted)`, both (probe, search); no less than
-        asked of a search that is not wanted, (1, search).
+      count: how many reach probes, `count(probes, wanted)`, both (probe, search); `wanted`,
+        (1, search), tells which searches still run: the others take any number not below `numbers`.
       numbers: how many are asked for, uint32 (1, search).
       bottom: ranks that all reach.
       top: ranks, the highest that may be found.

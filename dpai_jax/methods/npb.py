@@ -18,10 +18,10 @@ from dpai_jax.paths.channels import numbered_weights
 from dpai_jax.tools.meshes import on_host
 from dpai_jax.tools.random import numpy_generator
 
-# Of more pairs of an input and an output feature, a layer is solved in chunks.
+# A layer with more pairs of an input and an output feature is solved in chunks.
 _LARGE = 64 * 32
 
-# Fewer paths than this fraction of a layer's largest number are the rounding of a convolution.
+# Numbers of paths below this fraction of a layer's largest are a convolution's rounding errors.
 _ROUNDING = 1e-7
 
 
@@ -41,22 +41,22 @@ class NPB:
 
     Each maximum is over all masks of the layer, whatever their number of weights: the number of
     its features, the paths with all weights kept, the number of its kernels. The weights of a
-    kernel are then placed in it at random, where they read something. At last the kept weights
-    that no path passes are moved, within their layer, to places where a path passes them: into the
-    kernels of most effective weights first, and of the input features of most effective weights.
+    kernel are then placed in it at random, where they read something. Last, kept weights that no
+    path passes are moved within their layer to where one does: first into the kernels, and of the
+    input features, that have the most effective weights.
 
-    What the paper leaves open is decided so: P_i sums over the positions at which the layer reads
-    feature i, and is the mean over its taps. One path is the unit of the node count, so P_i enters
-    it as 1 wherever it is not zero. Groups share nothing but k. Among solutions of one value the
-    key chooses, and the weights of a feature are spread evenly over the output features. Copies of
-    layers that are stacked in one kernel are layers of their own, in the order of the stack.
+    The paper leaves some points open. Here P_i is summed over the positions at which the layer
+    reads feature i, and averaged over the taps. In the node count P_i is 1 wherever it is not zero.
+    Groups share only k. The key chooses among solutions of equal value. The weights of a feature
+    are spread evenly over the output features. Copies of a layer that are stacked in one kernel are
+    layers of their own, in the order of the stack.
 
     Attributes:
       alpha: weight of nodes against paths, in [0, 1]. At the published .01 a layer leaves features
-        of fewer paths out; at .1 it hardly does.
+        with few paths out; at .1 it rarely does.
       beta: weight of the kernels, not negative.
-      chunk: a layer of more than 2048 pairs of features is solved in parts of so many output
-        features, each with its share of k.
+      chunk: the number of output features solved together in a layer of more than 2048 pairs of
+        features; each chunk has its share of k.
       allocation: weights to keep per layer, `allocation(net, sparsity)`: `dpai_jax.erk`, or another
         function that says it for each layer.
 
@@ -97,7 +97,7 @@ class NPB:
             raise ValueError(f"allocation must give a number for each layer, got {keep} for all")
         masks = _Choice(self, net, keep, rng, problem.report).masks()
         scores = _moved(net, masks, rng)
-        # Where something is to choose further, as in a repair, chance alone is left.
+        # A repair has only chance to choose by.
         noise = [rng.random(score.shape, np.float32) for score in scores]
         arrays = [jnp.asarray(score) for score in scores]
         rank = [jnp.asarray(score + n) for score, n in zip(scores, noise, strict=True)]
@@ -149,8 +149,8 @@ def _by_outputs(array: np.ndarray) -> np.ndarray:
 class _Choice:
     """The layers' masks, each chosen where an evaluation of the network first meets its kernel.
 
-    What arrives there has passed the masks chosen before, so one evaluation serves all layers. It
-    runs operation by operation, not compiled, as each choice is made on the host.
+    The paths that arrive there have passed the masks chosen before, so one evaluation serves all
+    layers. It runs operation by operation, not compiled, because each choice is made on the host.
     """
 
     def __init__(
@@ -235,14 +235,14 @@ def balanced(
 ) -> np.ndarray:
     """How many weights each input feature keeps at the optimum of NPB's integer program.
 
-    The objective does not tell the output features of a group apart. So of an input feature only
-    the number of its weights matters: the first is worth a node, each of the first `width`, which
-    begin kernels of their own, is worth a kernel, and each its paths. Output features are worth a
-    node each up to the number of such kernels of living input features, as these can always be
-    chosen so that none is missed. This program has three variables for each input feature in place
-    of one for each kernel, and the same optimum. Its constraints are sums over nested sets, so all
-    vertices of its linear relaxation are integers, and the simplex method, which ends at a vertex,
-    needs no branching.
+    All output features of a group are alike to the objective. So only the number of weights of each
+    input feature matters. The first weight is worth a node; each of the first `width` weights
+    starts a kernel and is worth one; and each weight is worth its paths. Output features are worth
+    a node each, up to the number of kernels of living input features, since those can always be
+    placed so that no output is missed. This program has three variables for each input feature in
+    place of one for each kernel, and the same optimum. Its constraints are sums over nested sets,
+    so all vertices of its linear relaxation are integral, and the simplex method, which ends at a
+    vertex, needs no branching.
 
     Args:
       paths: (groups, inputs) numbers of paths into the input features of each group.
@@ -260,8 +260,8 @@ def balanced(
 
     groups, inputs = paths.shape
     kernels = inputs * widths.sum()
-    # Each term over its maximum, and all of them times the number of weights, so that the
-    # solver's tolerances are small beside what one weight is worth.
+    # Each term is divided by its maximum, and all are multiplied by the number of weights, so that
+    # the solver's tolerances are small compared with the value of one weight.
     size = kernels * taps
     node = alpha * size / (paths.size + widths.sum())
     path = (1 - alpha) * size / (taps * np.sum(paths * widths[:, None]) or 1.0)
@@ -270,8 +270,8 @@ def balanced(
     width = np.broadcast_to(widths[:, None], paths.shape).ravel()
     alive, gain = (paths > 0).ravel(), path * paths.ravel()
 
-    # For each input feature its first weight, the others that begin a kernel, and the rest; for
-    # each group the output features that are reached.
+    # Variables: for each input feature its first weight, the others that start a kernel, and all
+    # further ones; for each group the output features that are reached.
     worth = [node * alive + beta * taps + gain, beta * taps + gain, gain, np.full(groups, node)]
     upper = [np.ones(width.size), width - 1, (taps - 1) * width, widths]
     members = sparse.kron(sparse.eye_array(groups), np.ones((1, inputs))).multiply(alive)
@@ -315,7 +315,7 @@ def _spread_over(
 
 def _placed(counts: np.ndarray, incoming: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A mask (inputs, outputs, taps) of so many weights in each kernel, at random."""
-    # A tap that only ever reads padding comes last.
+    # Taps that read nothing but padding come last.
     order = np.argsort(rng.random(incoming.shape) + (incoming <= 0), axis=2)
     mask = np.zeros(incoming.shape, np.float32)
     np.put_along_axis(mask, order, np.arange(incoming.shape[2]) < counts[..., None], 2)
@@ -328,7 +328,7 @@ def _moved(net: Network, masks: list[np.ndarray], rng: np.random.Generator) -> l
     while moves:
         moves = 0
         effective = [m.astype(bool) & r for m, r in zip(masks, _reached(net, masks), strict=True)]
-        # A place must not count on a weight that is to leave.
+        # A place must not depend on a weight that is to be moved.
         places = _reached(net, effective)
         for i, layer in enumerate(net.layers):
             kept = np.array(layer.by_features(masks[i]))

@@ -21,16 +21,16 @@ from dpai_jax.tools.random import numpy_generator
 # Walks drawn at once, half of them in each direction.
 _WALKS = 4096
 
-# Where so many walks in a row find fewer weights, walking ends.
+# Walking ends when this many walks in a row find less than one weight in a hundred walks.
 _TOO_FEW = _WALKS // 100
 
-# How often what turned out to lie on no path is taken back.
+# How often weights that lie on no path are dropped.
 _ROUNDS = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class PHEW:
-    """Paths with higher edge weights: keeps what biased random walks through the network pass.
+    """Paths with higher edge weights: keeps the weights on biased random walks.
 
     Walks go in turn forward, from an input feature to an output, and backward, from an output
     feature to an input; the features they start from take turns. Where a kernel reads a feature,
@@ -43,14 +43,14 @@ class PHEW:
     first of them or goes on past it with even chances, as at a shortcut; layers side by side, none
     of which leads to another, share the chance evenly.
 
-    Positions on a map and the other factors of products (gates, attention) have no part in a walk.
-    So some of what is passed may lie on no path: where a map is smaller than its kernels, or the
-    other factor is dead. That is taken back, and walking goes on, until nothing of the kind is
-    left or 50 times. Where walks hardly find weights any more (fewer than one in a hundred walks),
-    as at low sparsities, the largest |θ| fill the rest, those on a path first.
+    Walks ignore positions on a map and the other factors of products (gates, attention). So a
+    weight that was walked over may lie on no path: where a map is smaller than its kernel, or the
+    other factor is dead. Such weights are dropped and walking goes on, at most 50 times. Where
+    walks find hardly any new weights (fewer than one in a hundred walks), as at low sparsities,
+    the largest |θ| are added, those on a path first.
 
-    The scores are how often walks passed each weight, and ½ for one that filled the rest: what is
-    kept has a positive score.
+    The score of a weight is the number of walks that passed it, and ½ if it was added for its
+    magnitude; so all kept weights have positive scores.
 
     References:
       Patil and Dovrolis, PHEW: Constructing Sparse Networks that Learn Fast and Generalize Well
@@ -113,7 +113,7 @@ def _effective(net: Network, kept: np.ndarray) -> np.ndarray:
 
 
 def _batches(graph: Channels, strength: np.ndarray, key: jax.Array) -> Iterator[np.ndarray]:
-    """Walks in turn forward and backward, arrays (walks, steps) filled up with −1; without end."""
+    """Endless batches of walks, forward and backward in turn: (walks, steps), padded with −1."""
     if not np.any(graph.entered):
         return
     forward, backward = Walker(graph, strength), Walker(graph.reversed(), strength)
@@ -130,7 +130,7 @@ def _walk(
     history: list[int],
     report: Report,
 ) -> bool:
-    """Walks until enough weights are passed, or hardly any new ones are found.
+    """Walks until enough weights are passed, or hardly any new ones turn up.
 
     Args:
       walks: batches of walks.
@@ -162,7 +162,7 @@ def _walk(
 
 
 def _interleaved(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """Walks in turn from two arrays (walks, steps), filled up with −1."""
+    """The walks of two arrays (walks, steps) in turn, padded with −1."""
     steps = max(forward.shape[1], backward.shape[1])
     padded = [
         np.pad(walks, ((0, 0), (0, steps - walks.shape[1])), constant_values=-1)
@@ -208,8 +208,7 @@ class Walker:
           rng: the generator.
 
         Returns:
-          The numbers of the weights passed, as an array (walks, steps), filled up with −1 where a
-          walk has ended.
+          The numbers of the weights passed, (walks, steps), padded with −1 after a walk's end.
         """
         use = rng.choice(len(self.use_chances), len(turns), p=self.use_chances)
         first, number = _starts(self.entered_of_use)[use], self.entered_of_use[use]
@@ -245,7 +244,7 @@ def _or_even(chances: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Uses:
-    """Which use of a kernel features belong to, and from which uses paths lead to which.
+    """The use of a kernel that each feature belongs to, and which uses lead to which.
 
     Attributes:
       read, written: the use of each feature.
@@ -270,10 +269,10 @@ class _Uses:
         return cls(read, written, leads)
 
     def turns(self, readers: np.ndarray, ends: bool) -> tuple[np.ndarray, float]:
-        """The chances to enter each of the uses that read a feature, and to go past them all.
+        """The probabilities of entering each use that reads a feature, and of passing them all.
 
-        Uses none of which leads to another lie side by side. Each such set is entered or passed
-        with even chances; the last one is entered unless the output lies behind.
+        Uses are side by side if none of them leads to another. Each such set is entered or passed
+        with even chances; the last one is entered, unless the output comes after it.
         """
         sets: list[list[int]] = []
         for use in readers:
@@ -290,7 +289,7 @@ class _Uses:
 
 
 class _Forks:
-    """Where walks go from the features that they come to.
+    """Where walks go from each feature.
 
     Args:
       graph: the graph.

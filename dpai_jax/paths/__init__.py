@@ -9,7 +9,7 @@ from dpai_jax.paths.counting import EXACT, MEAN_FIELD, REACH, Counting
 from dpai_jax.paths.interpreter import Interpreter, register_rule
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import Layer, Network, trace
-from dpai_jax.paths.values import Flow, Free, Spread, Weight
+from dpai_jax.paths.values import Flow, Independent, Spread, Weight
 
 __all__ = [
     "EXACT",
@@ -17,7 +17,7 @@ __all__ = [
     "REACH",
     "Counting",
     "Flow",
-    "Free",
+    "Independent",
     "Interpreter",
     "KernelUse",
     "Layer",

@@ -54,7 +54,7 @@ class Channels:
     left: np.ndarray
 
     def reversed(self) -> Channels:
-        """The graph with all its edges turned round; all numbers run from the last to the first."""
+        """The graph with all edges reversed, and all numbers counted from the last."""
         read, written = len(self.left) - 1 - self.written, len(self.entered) - 1 - self.read
         order = np.lexsort((read, written))
         kernels = tuple(k[::-1, ::-1, ::-1].swapaxes(1, 2) for k in reversed(self.kernels))

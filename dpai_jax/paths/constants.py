@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths._jax import shape_of
-from dpai_jax.paths.values import Free, Known, Value
+from dpai_jax.paths.values import Independent, Known, Value
 
 _LOOPS = frozenset(("scan", "while", "cond"))
 _BROADCAST = "broadcast_in_dim"
@@ -25,19 +25,19 @@ _ENTRYWISE = """
     """.split()
 
 
-def constant(value: Any) -> Free:
+def constant(value: Any) -> Independent:
     """A constant of the program."""
-    return Free(np.shape(value), Known.of(value))
+    return Independent(np.shape(value), Known.of(value))
 
 
 def unknown(eqn: JaxprEqn) -> list[Value]:
-    """Free results of which only the shapes are known."""
-    return [Free(shape_of(var)) for var in eqn.outvars]
+    """Independent results of which only the shapes are known."""
+    return [Independent(shape_of(var)) for var in eqn.outvars]
 
 
 def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
     """The results of an equation without flows or weights: constants where all operands are."""
-    known = [arg.known for arg in args if isinstance(arg, Free) and arg.known is not None]
+    known = [arg.known for arg in args if isinstance(arg, Independent) and arg.known is not None]
     if len(known) < len(args) or eqn.primitive.name in _LOOPS:
         return unknown(eqn)
     single = bool(known) and all(item.shape == (1,) * len(item.shape) for item in known)
@@ -55,12 +55,12 @@ def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
 
     def result(i: int) -> Value:
         shape = shape_of(eqn.outvars[i])
-        return Free(shape, Known(lambda: compute()[i], shape, traced=False))
+        return Independent(shape, Known(lambda: compute()[i], shape, traced=False))
 
     return [result(i) for i in range(len(eqn.outvars))]
 
 
-def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Free:
+def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Independent:
     """One number that stands for every entry of the result."""
     shape = shape_of(eqn.outvars[0])
     single = (1,) * len(shape)
@@ -75,8 +75,8 @@ def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Free:
         return _bind(eqn, operands, params)[0]
 
     if any(item.traced for item in known):
-        return Free(shape, Known.of(compute()))
-    return Free(shape, Known(compute, single, traced=False))
+        return Independent(shape, Known.of(compute()))
+    return Independent(shape, Known(compute, single, traced=False))
 
 
 def _bind(eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:

@@ -22,7 +22,7 @@ from dpai_jax.paths._jax import open_jaxpr, source_line
 from dpai_jax.paths.constants import constant, fold, unknown
 from dpai_jax.paths.counting import EXACT, Counting
 from dpai_jax.paths.kernels import KernelUse
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
 
 GATES = ("balanced", "jacobian", "signal")
 
@@ -64,7 +64,7 @@ class Interpreter:
         *,
         unit: Any = None,
         ancestors: frozenset[Any] = frozenset(),
-        rest: float = 0.0,
+        at_zero: float = 0.0,
         filled: Any = None,
     ) -> Flow:
         """A flow of these counts, in normal form; a new unit unless one is given.
@@ -74,7 +74,7 @@ class Interpreter:
           exponent: int32 scalar, the power of two that they are multiples of.
           unit: which unit it is, for a result that is one of the operands (an activation).
           ancestors: the units that it is a statistic or a view of.
-          rest: what it gives where no path reaches it (see `Flow.rest`).
+          at_zero: what it gives where no path reaches it (see `Flow.at_zero`).
           filled: whether any count is not zero, if that is known and the counts are near their
             normal form; spares the pass that finds the largest.
 
@@ -83,7 +83,7 @@ class Interpreter:
         """
         mantissa, exponent, filled = self.counting.normalize(spread.array, exponent, filled)
         unit = object() if unit is None else unit
-        return Flow(mantissa, exponent, spread.shape, unit, ancestors, rest, filled)
+        return Flow(mantissa, exponent, spread.shape, unit, ancestors, at_zero, filled)
 
     def source(self, shape: Shape) -> Flow:
         """A flow that starts here: one path to every unit, or none (see `start`)."""
@@ -119,7 +119,7 @@ class Interpreter:
         if not eqn.outvars:  # printing, checking
             return []
         name = eqn.primitive.name
-        if all(isinstance(arg, Free) for arg in args) and name not in _INLINED:
+        if all(isinstance(arg, Independent) for arg in args) and name not in _INLINED:
             return fold(eqn, *args)
         rule = _RULES.get(name)
         if rule is None:
@@ -152,7 +152,7 @@ class Interpreter:
             return terms[0]
         arrays, exponent = v.align(flows)
         array = functools.reduce(jnp.add, arrays)
-        return self.flow(Spread(array, flows[0].shape), exponent, rest=flows[0].rest)
+        return self.flow(Spread(array, flows[0].shape), exponent, at_zero=flows[0].at_zero)
 
     def _beside(
         self, rule: Rule, eqn: JaxprEqn, args: Sequence[Value], results: Sequence[Value]
@@ -188,11 +188,11 @@ def _only_constants(value: Value) -> Value:
 
 
 def derived(
-    interpreter: Interpreter, eqn: JaxprEqn, x: Flow, spread: Spread, rest: float, which: int = 0
+    interpreter: Interpreter, eqn: JaxprEqn, x: Flow, spread: Spread, at_zero: float, which: int = 0
 ) -> Flow:
     """What an operation without a kernel makes of one flow: a view or a statistic of it."""
     unit = derived_unit(interpreter, eqn, x, which)
-    return interpreter.flow(spread, x.exponent, unit=unit, ancestors=x.lineage, rest=rest)
+    return interpreter.flow(spread, x.exponent, unit=unit, ancestors=x.lineage, at_zero=at_zero)
 
 
 def derived_unit(interpreter: Interpreter, eqn: JaxprEqn, x: Flow, which: int = 0) -> object:
@@ -214,7 +214,7 @@ def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
 
     What a rule owes to the flows that it makes: an activation returns its operand (the same
     `unit`); anything else calls `interpreter.flow`, with `ancestors=x.lineage` if no kernel was
-    passed, so that x minus its mean is known as normalisation, and with `rest` set to what the
+    passed, so that x minus its mean is known as normalisation, and with `at_zero` set to what the
     operation gives where all its operands give zero.
 
     Example:

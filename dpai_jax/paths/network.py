@@ -21,7 +21,7 @@ from dpai_jax.paths.counting import EXACT, REACH, Counting
 from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
 from dpai_jax.paths.rewriting import unrolled
-from dpai_jax.paths.values import Flow, Free, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
 
@@ -87,11 +87,11 @@ class Layer:
         if own is not None:
             outputs = (own, *(i for i in outputs if i != own))
         order = tuple(dict.fromkeys((*self.stack, *self.inputs, *outputs, *range(len(self.shape)))))
-        rest = [i for i in order if i not in (*self.stack, *self.inputs, *self.outputs)]
+        others = [i for i in order if i not in (*self.stack, *self.inputs, *self.outputs)]
         n_outputs = self.size_of([i for i in outputs if i not in self.inputs])
         groups = self.groups if n_outputs % self.groups == 0 else 1
         inputs = self.size_of(self.inputs)
-        return order, (self.copies, inputs, groups, n_outputs // groups, self.size_of(rest))
+        return order, (self.copies, inputs, groups, n_outputs // groups, self.size_of(others))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -213,7 +213,7 @@ class Network:
         """The flows at the network's outputs."""
         by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
         params = [
-            _weight(i, by_index[i]) if i in by_index else Free(shape)
+            _weight(i, by_index[i]) if i in by_index else Independent(shape)
             for i, shape in enumerate(self._shapes)
         ]
         return _evaluate(self._jaxpr, params, interpreter)
@@ -380,7 +380,8 @@ def _uses(
 
     def discover(masks: dict[int, Array]) -> list[Array]:
         params = [
-            _weight(i, masks[i]) if i in masks else Free(shape) for i, shape in enumerate(shapes)
+            _weight(i, masks[i]) if i in masks else Independent(shape)
+            for i, shape in enumerate(shapes)
         ]
         interpreter = Interpreter(gates, at_kernel=record)
         return [flow.mantissa for flow in _evaluate(jaxpr, params, interpreter)]
@@ -415,5 +416,5 @@ def _evaluate(jaxpr: Any, params: Sequence[Value], interpreter: Interpreter) -> 
 def _input(aval: Any, interpreter: Interpreter) -> Value:
     """What an input stands for: one path to each of its entries, none to a random key."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
-        return Free(aval.shape)
+        return Independent(aval.shape)
     return interpreter.source(aval.shape)

@@ -2,7 +2,7 @@
 
 A variable is one of these kinds:
 
-* `Free`: does not depend on the network's input; only its shape matters.
+* `Independent`: does not depend on the network's input; only its shape matters.
 * `Weight`: the mask of a prunable kernel, seen through reshapes, transposes, casts and scalings;
   `WeightSum`: several of them, added up.
 * `Flow`: the number of paths from the input to each unit.
@@ -63,10 +63,10 @@ def ones(shape: Shape) -> Spread:
 
 
 class Known:
-    """A value computed from constants alone, worked out when a rule first asks for it.
+    """A value computed from constants alone, when a rule first asks for it.
 
     Like the array of a flow it may have size one along axes that are uniform.
-    A value that hangs on the counter of a loop is a traced array, and is there from the start.
+    A value that depends on the counter of a loop is a traced array, known from the start.
     """
 
     def __init__(self, compute: Callable[[], Array | np.ndarray], shape: Shape, traced: bool):
@@ -98,18 +98,18 @@ class Known:
 
 
 @dataclasses.dataclass(frozen=True)
-class Free:
+class Independent:
     """A value that does not depend on the network's input.
 
     Attributes:
       shape: its shape.
       known: its value, where it is computed from constants alone.
-      rest: of a comparison of flows, which picks between cases, the outcome where they are at rest.
+      at_zero: for a boolean from comparing flows, its value when all flows are zero.
     """
 
     shape: Shape
     known: Known | None = None
-    rest: float | None = None
+    at_zero: float | None = None
 
     @property
     def scalar(self) -> float | None:
@@ -175,8 +175,8 @@ class Flow:
       shape: the logical shape.
       unit: which unit it is. Elementwise functions of one unit keep it.
       ancestors: the units that it was derived from without passing a kernel.
-      rest: what the unit gives where no path reaches it, φ(0) of the activation functions since the
-        last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
+      at_zero: what the unit gives where no path reaches it, φ(0) of the activation functions since
+        the last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
       filled: boolean scalar, false only if the mantissa is zero.
       constants: where constants were put beside it (a learned class token), the paths from those:
         a unit that such a path reaches is alive, though no path from the input does.
@@ -188,7 +188,7 @@ class Flow:
     shape: Shape
     unit: Hashable
     ancestors: frozenset[Hashable] = frozenset()
-    rest: float = 0.0
+    at_zero: float = 0.0
     filled: Array | np.bool = np.True_
     views: frozenset[Hashable] = frozenset()
     constants: Flow | None = None
@@ -206,7 +206,7 @@ class Flow:
     @property
     def always_alive(self) -> bool:
         """Whether the unit gives something even where no path reaches it."""
-        return self.rest != 0.0
+        return self.at_zero != 0.0
 
     def alive(self) -> Array:
         """One where the unit gives something, zero where it is dead; a constant to gradients."""
@@ -218,12 +218,12 @@ class Flow:
         return lax.stop_gradient(alive.astype(jnp.float32))
 
 
-Value = Free | Weight | WeightSum | Flow
+Value = Independent | Weight | WeightSum | Flow
 
 jax.tree_util.register_dataclass(
     Flow,
     ["mantissa", "exponent", "filled", "constants"],
-    ["shape", "unit", "ancestors", "views", "rest"],
+    ["shape", "unit", "ancestors", "views", "at_zero"],
 )
 jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
 
@@ -251,15 +251,15 @@ def as_flow(value: Value) -> Flow:
     """A value as a flow: no path where it is free, and dead where it is known to be zero."""
     if isinstance(value, Flow):
         return value
-    rest = 0.0 if isinstance(value, Free) and value.scalar == 0 else math.inf
+    at_zero = 0.0 if isinstance(value, Independent) and value.scalar == 0 else math.inf
     zeros = jnp.zeros((1,) * len(value.shape), jnp.float32)
-    return Flow(zeros, jnp.int32(0), value.shape, None, rest=rest, filled=np.False_)
+    return Flow(zeros, jnp.int32(0), value.shape, None, at_zero=at_zero, filled=np.False_)
 
 
 def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
     """The mantissas of several flows under one exponent."""
-    # A flow that is empty has no say, or it might push the others out of float32's range; its
-    # gradient, the paths that it would bring, is held within that range.
+    # Ignore empty flows when choosing the common exponent: one might push the others out of
+    # float32's range. The gradient of an empty flow, the paths that it would bring, is clipped.
     exponent = jnp.int32(_LOWEST)
     for flow in flows:
         exponent = jnp.maximum(exponent, jnp.where(flow.filled, flow.exponent, _LOWEST))

@@ -124,7 +124,7 @@ def _sharded_layers(shardings: tuple[Sharding | None, ...]) -> Iterator[None]:
 def layer_shardings(arrays: Sequence[Any]) -> tuple[Sharding | None, ...]:
     """How the layers' arrays are sharded; None for those on one device.
 
-    While a program is traced, its arrays may not tell; then what the program was called with does.
+    While a program is traced, its arrays may not say; then the arguments of the call do.
     """
     return _LAYERS.get() or tuple(map(_sharding, arrays))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dpai_jax.paths import Flow, Free
+from dpai_jax.paths import Flow, Independent
 from tests.support.flows import counts, draw, evaluate, flow
 
 CHAINS = {
@@ -36,7 +36,7 @@ CHAINS = {
 def test_what_is_computed_from_constants_alone_keeps_its_value(name):
     exact = CHAINS[name]()
     result = evaluate(CHAINS[name])
-    assert isinstance(result, Free)
+    assert isinstance(result, Independent)
     assert result.known is not None
     value = jnp.broadcast_to(result.known.value, result.shape)
     np.testing.assert_array_equal(np.asarray(value), np.asarray(exact))
@@ -101,14 +101,14 @@ def test_nothing_is_computed_before_it_is_asked_for():
     ],
 )
 def test_what_an_unknown_value_takes_part_in_is_unknown(fn):
-    result = evaluate(fn, Free((3,)))
-    assert isinstance(result, Free)
+    result = evaluate(fn, Independent((3,)))
+    assert isinstance(result, Independent)
     assert result.known is None
 
 
 def test_loops_over_constants_are_not_unrolled():
     result = evaluate(lambda: lax.fori_loop(0, 10**9, lambda _, c: c + 1, 0))
-    assert isinstance(result, Free)
+    assert isinstance(result, Independent)
     assert result.known is None
 
 
@@ -117,8 +117,8 @@ def test_what_all_branches_hand_on_stays_known():
         known = jnp.arange(3)
         return lax.cond(c > 0, lambda: known, lambda: known)
 
-    result = evaluate(fn, Free(()))
-    assert isinstance(result, Free)
+    result = evaluate(fn, Independent(()))
+    assert isinstance(result, Independent)
     np.testing.assert_array_equal(result.known.value, [0, 1, 2])
 
 

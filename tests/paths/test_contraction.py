@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import dpai_jax as dpai
-from dpai_jax.paths import Flow, Free
+from dpai_jax.paths import Flow, Independent
 from dpai_jax.paths import values as v
 from dpai_jax.paths.rules import contraction
 from tests.support.flows import (
@@ -200,7 +200,7 @@ def test_of_a_kernel_and_a_flow_is_the_same(contraction):
 def test_values_that_no_path_passes_count_as_ones(contraction, flow_first):
     side = 0 if flow_first else 1
     value, x = held_flow(contraction, side)
-    free = Free(contraction.shapes[1 - side])
+    free = Independent(contraction.shapes[1 - side])
     ones = np.ones(contraction.shapes[1 - side])
     pair, arrays = ((value, free), (x, ones)) if flow_first else ((free, value), (ones, x))
     result = evaluate(contraction.apply, *pair)
@@ -211,7 +211,7 @@ def test_values_that_no_path_passes_count_as_ones(contraction, flow_first):
 @given(contractions, st.sampled_from(["jacobian", "balanced", "signal"]), st.booleans())
 def test_of_two_flows_sums_the_terms_of_the_product(contraction, gates, alive):
     a, _ = held_flow(contraction, 0)
-    b, _ = held_flow(contraction, 1, exponent=3, rest=0.5 if alive else 0.0)
+    b, _ = held_flow(contraction, 1, exponent=3, at_zero=0.5 if alive else 0.0)
     result = evaluate(contraction.apply, a, b, gates=gates)
     x, y = factors(a, b, gates)
     alive_a, alive_b = (counts(a) > 0).astype(float), (counts(b) > 0) | alive
@@ -229,12 +229,12 @@ def test_a_gradient_reaches_a_dead_factor_of_a_contraction():
 
 @pytest.mark.parametrize("rests", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)])
 def test_of_two_flows_is_alive_at_rest_where_both_are(rests):
-    a, b = flow(draw(0, 2, 3), rest=rests[0]), flow(draw(1, 3, 2), rest=rests[1])
+    a, b = flow(draw(0, 2, 3), at_zero=rests[0]), flow(draw(1, 3, 2), at_zero=rests[1])
     assert evaluate(jnp.matmul, a, b).always_alive == all(rests)
 
 
 def test_a_kernel_ends_what_a_unit_gives_at_rest_and_its_ancestry():
-    x = flow(draw(0, 2, 3), unit="x", ancestors=["input"], rest=0.5)
+    x = flow(draw(0, 2, 3), unit="x", ancestors=["input"], at_zero=0.5)
     result = evaluate(jnp.matmul, x, weight(draw(1, 3, 2)))
     assert not result.always_alive
     assert not result.ancestors
@@ -247,7 +247,7 @@ def test_what_a_matrix_of_known_numbers_gives_is_a_statistic():
     result = evaluate(lambda x: x - x @ jnp.full((3, 3), 1 / 3), x)
     assert result.unit == "x"
     np.testing.assert_array_equal(counts(result), counts(x))
-    rotated = evaluate(lambda x, free: x + x @ free, x, Free((3, 3)))
+    rotated = evaluate(lambda x, free: x + x @ free, x, Independent((3, 3)))
     exact = counts(x) + counts(x) @ np.ones((3, 3))
     np.testing.assert_array_equal(counts(rotated), exact)
 
@@ -277,10 +277,12 @@ def test_of_a_flow_with_itself_is_a_product_of_two_units():
 
 
 def test_without_a_flow_only_the_shape_is_left():
-    result = evaluate(jnp.matmul, weight(draw(0, 2, 3)), Free((3, 4)))
-    assert isinstance(result, Free)
+    result = evaluate(jnp.matmul, weight(draw(0, 2, 3)), Independent((3, 4)))
+    assert isinstance(result, Independent)
     assert result.known is None
-    assert isinstance(evaluate(jnp.matmul, weight(draw(0, 2, 3)), weight(draw(1, 3, 4))), Free)
+    assert isinstance(
+        evaluate(jnp.matmul, weight(draw(0, 2, 3)), weight(draw(1, 3, 4))), Independent
+    )
 
 
 @fewer
@@ -354,13 +356,13 @@ def test_rows_are_multiplied_by_the_kernel_of_their_group(sizes, held):
 def test_rows_of_unknown_groups_may_be_in_any(held):
     x, kernels = flow(draw(0, *held), (5, 3)), draw(1, 2, 3, 4)
     dtypes = [jnp.float32, jnp.float32, jnp.int32]
-    result = evaluate(lax.ragged_dot, x, weight(kernels), Free((2,)), dtypes=dtypes)
+    result = evaluate(lax.ragged_dot, x, weight(kernels), Independent((2,)), dtypes=dtypes)
     np.testing.assert_array_equal(counts(result), np.einsum("nd,edf->nf", counts(x), kernels))
     batched = evaluate(
         jax.vmap(lax.ragged_dot),
         flow(np.stack([counts(x), 2 * counts(x)])),
         weight(np.stack([kernels, kernels])),
-        Free((2, 2)),
+        Independent((2, 2)),
         dtypes=dtypes,
     )
     np.testing.assert_array_equal(counts(batched), np.stack([counts(result), 2 * counts(result)]))

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import Primitive
 
 import dpai_jax as dpai
-from dpai_jax.paths import Flow, Free, Interpreter, Spread, Weight, register_rule
+from dpai_jax.paths import Flow, Independent, Interpreter, Spread, Weight, register_rule
 from tests.support.flows import (
     binary,
     counts,
@@ -298,7 +298,7 @@ def test_a_learned_start_adds_no_path():
 
     x, u = flow(draw(0, 3, 2, 2)), weight(draw(1, 2, 2))
     ours, exact = (
-        evaluate(functools.partial(network, scan), x, u, Free((2, 2)))
+        evaluate(functools.partial(network, scan), x, u, Independent((2, 2)))
         for scan in (lax.scan, unrolled)
     )
     np.testing.assert_array_equal(counts(ours), counts(exact))
@@ -494,7 +494,7 @@ def test_branches_with_an_unknown_index_add_up():
 
     x, w, u = flow(draw(0, 2, 2)), draw(1, 2, 2), draw(2, 2, 2)
     types = [jnp.float32] * 3 + [jnp.int32]
-    result = evaluate(network, x, weight(w), weight(u, 1), Free(()), dtypes=types)
+    result = evaluate(network, x, weight(w), weight(u, 1), Independent(()), dtypes=types)
     np.testing.assert_array_equal(counts(result), counts(x) @ w + counts(x) @ u)
 
     def routed(x: Any, w: Any, u: Any) -> Any:
@@ -518,7 +518,7 @@ def test_of_one_computation_for_several_platforms_one_counts():
 def test_branches_that_keep_the_unit_are_the_unit():
     x = flow(draw(0, 2, 2), unit="x")
     result = evaluate(
-        lambda x, p: lax.cond(p[0, 0] > 0, jnp.tanh, lambda x: 2 * x, x), x, Free((2, 2))
+        lambda x, p: lax.cond(p[0, 0] > 0, jnp.tanh, lambda x: 2 * x, x), x, Independent((2, 2))
     )
     assert result.unit == "x"
     np.testing.assert_array_equal(counts(result), counts(x))
@@ -534,7 +534,7 @@ def test_branches_that_keep_the_unit_are_the_unit():
 )
 def test_a_branch_is_alive_at_rest_where_all_are(branches, alive):
     result = evaluate(
-        lambda x, p: lax.cond(p[0, 0] > 0, *branches, x), flow(draw(0, 2, 2)), Free((2, 2))
+        lambda x, p: lax.cond(p[0, 0] > 0, *branches, x), flow(draw(0, 2, 2)), Independent((2, 2))
     )
     assert result.always_alive == alive
 
@@ -546,9 +546,9 @@ def test_branches_hand_on_kernels_and_free_values():
         return same, either
 
     w, u = weight(draw(0, 2, 2)), weight(draw(1, 2, 2), 1)
-    same, either = evaluate(network, Free(()), w, u)
+    same, either = evaluate(network, Independent(()), w, u)
     assert isinstance(same, Weight)
-    assert isinstance(either, Free)
+    assert isinstance(either, Independent)
 
 
 @jax.custom_jvp
@@ -701,7 +701,7 @@ def test_a_while_loop_without_a_flow_is_free():
         return x @ w + steps
 
     x, w = flow(draw(0, 2, 2)), draw(1, 2, 2)
-    result = evaluate(network, x, weight(w), Free(()))
+    result = evaluate(network, x, weight(w), Independent(()))
     np.testing.assert_array_equal(counts(result), counts(x) @ w)
 
 
@@ -754,25 +754,27 @@ def test_a_registered_rule_gives_a_primitive_its_semantics():
 def test_a_rule_registered_later_takes_the_place_of_the_one_before():
     primitive = make_primitive(next(names))
     register_rule(primitive)(lambda interpreter, eqn, x: x)
-    register_rule(primitive)(lambda interpreter, eqn, x: Free(x.shape))
-    assert isinstance(evaluate(primitive.bind, flow(draw(0, 2, 3))), Free)
+    register_rule(primitive)(lambda interpreter, eqn, x: Independent(x.shape))
+    assert isinstance(evaluate(primitive.bind, flow(draw(0, 2, 3))), Independent)
 
 
 def test_a_rule_may_return_several_results_and_is_spared_free_values():
     primitive = Primitive(next(names))
     primitive.multiple_results = True
     primitive.def_abstract_eval(lambda x: [x, x])
-    register_rule(primitive)(lambda interpreter, eqn, x: [x, Free(x.shape)])
+    register_rule(primitive)(lambda interpreter, eqn, x: [x, Independent(x.shape)])
     x = flow(draw(0, 2, 3))
     first, second = evaluate(primitive.bind, x)
     np.testing.assert_array_equal(counts(first), counts(x))
-    assert isinstance(second, Free)
-    assert all(isinstance(end, Free) for end in evaluate(primitive.bind, Free((2, 3))))
+    assert isinstance(second, Independent)
+    assert all(
+        isinstance(end, Independent) for end in evaluate(primitive.bind, Independent((2, 3)))
+    )
 
 
 def test_a_primitive_without_a_rule_makes_a_kernel_free():
     primitive = make_primitive(next(names))
-    assert isinstance(evaluate(primitive.bind, weight(draw(0, 2, 2))), Free)
+    assert isinstance(evaluate(primitive.bind, weight(draw(0, 2, 2))), Independent)
 
 
 @pytest.mark.parametrize("primitive", ["exp", jnp.exp, None])

@@ -14,7 +14,7 @@ from jax import ad_checkpoint, lax
 from jax.extend.core import primitives
 
 import dpai_jax as dpai
-from dpai_jax.paths import Flow, Free
+from dpai_jax.paths import Flow, Independent
 from dpai_jax.paths import values as v
 from tests.support.flows import (
     assert_normal,
@@ -142,7 +142,7 @@ def test_an_elementwise_function_keeps_unit_and_counts(name):
     fn = REAL.get(name) or WITH_FREE.get(name) or WHOLE[name]
     dtype = jnp.int32 if name in WHOLE else jnp.float32
     x = flow(draw(0, 2, 1), (2, 3), exponent=5, unit="x", ancestors=["input"])
-    operands = [x] if name in REAL else [x, Free((2, 3))]
+    operands = [x] if name in REAL else [x, Independent((2, 3))]
     structs = [jax.ShapeDtypeStruct((2, 3), dtype) for _ in operands]
     assert name in primitives_of(jax.make_jaxpr(fn)(*structs))
 
@@ -160,7 +160,7 @@ def test_where_only_a_later_operand_flows_its_paths_pass(name):
         "complex": lambda c, x: lax.imag(lax.complex(c, x)),
     }
     x = flow(draw(0, 2, 3), unit="x")
-    result = evaluate(fns[name], Free((2, 3)), x)
+    result = evaluate(fns[name], Independent((2, 3)), x)
     assert result.unit == "x"
     np.testing.assert_array_equal(counts(result), counts(x))
 
@@ -177,7 +177,7 @@ def test_where_only_a_later_operand_flows_its_paths_pass(name):
 )
 def test_no_path_passes_a_switch_or_a_code_made_of_real_numbers(fn):
     result = evaluate(fn, flow(draw(0, 2, 3)))
-    assert isinstance(result, Free)
+    assert isinstance(result, Independent)
     assert result.known is None
 
 
@@ -245,7 +245,7 @@ def test_an_activation_passes_paths_once_and_gives_at_rest_what_it_gives_at_zero
     result = evaluate(phi, z)
     assert result.unit == "z"
     np.testing.assert_array_equal(counts(result), counts(z))
-    assert result.rest == pytest.approx(float(phi(jnp.zeros(()))), abs=1e-7)
+    assert result.at_zero == pytest.approx(float(phi(jnp.zeros(()))), abs=1e-7)
     assert result.always_alive == (float(phi(jnp.zeros(()))) != 0)
 
 
@@ -271,13 +271,13 @@ def test_what_an_activation_gives_at_rest_is_found_in_any_precision(name, dtype)
     ],
 )
 def test_constants_of_unknown_value_change_nothing_at_rest(fn, alive):
-    assert evaluate(fn, flow(draw(0, 2, 3)), Free((2, 3))).always_alive == alive
+    assert evaluate(fn, flow(draw(0, 2, 3)), Independent((2, 3))).always_alive == alive
 
 
 def test_known_constants_count_at_rest():
     z = flow(draw(0, 2, 3))
-    assert evaluate(lambda z: z + jnp.full((2, 3), 2.0), z).rest == 2.0
-    assert evaluate(lambda z: (z + 3.0) * jnp.ones((2, 3)) / 6, z).rest == 0.5
+    assert evaluate(lambda z: z + jnp.full((2, 3), 2.0), z).at_zero == 2.0
+    assert evaluate(lambda z: (z + 3.0) * jnp.ones((2, 3)) / 6, z).at_zero == 0.5
     assert not evaluate(lambda z: (z + 3.0) - jnp.full((3,), 3.0)[None], z).always_alive
 
 
@@ -285,7 +285,7 @@ def test_known_constants_count_at_rest():
 def test_a_product_with_zero_is_a_constant_that_no_path_passes(dtype):
     x = flow(draw(0, 2, 3))
     nothing = evaluate(lambda x: x * 0 + 1, x, dtypes=[dtype])
-    assert isinstance(nothing, Free)
+    assert isinstance(nothing, Independent)
     assert nothing.shape == (2, 3)
     assert nothing.scalar == 1
     assert nothing.known.value.dtype == dtype
@@ -391,7 +391,7 @@ LAYERS: dict[str, Function] = {
 def test_normalisation_leaves_counts_as_they_are(name, held):
     x = flow(draw(0, *held), (4, 6), unit="x")
     if name in LAYERS:
-        result = evaluate(LAYERS[name], x, Free((6,)), Free((6,)))
+        result = evaluate(LAYERS[name], x, Independent((6,)), Independent((6,)))
     else:
         result = evaluate(NORMALISATIONS[name], x)
     np.testing.assert_array_equal(counts(result), counts(x))
@@ -401,7 +401,7 @@ def test_normalisation_leaves_counts_as_they_are(name, held):
 @pytest.mark.parametrize("fn", [layer_norm, rms_norm, group_norm])
 def test_normalisation_is_no_gate(fn, gates):
     x = flow(draw(0, 4, 6), unit="x")
-    result = evaluate(fn, x, Free((6,)), Free((6,)), gates=gates)
+    result = evaluate(fn, x, Independent((6,)), Independent((6,)), gates=gates)
     assert result.unit == "x"
     np.testing.assert_array_equal(counts(result), counts(x))
 
@@ -521,10 +521,10 @@ PRODUCTS: dict[str, Function] = {"mul": operator.mul, "div": operator.truediv, "
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("rests", [(0.0, 0.0), (0.5, 0.0), (0.0, math.inf), (1.0, 2.0)])
 def test_a_product_has_the_paths_of_each_factor_where_the_other_is_alive(name, rests, gates):
-    a = flow(draw(0, 2, 3), exponent=3, rest=rests[0])
-    b = flow(draw(1, 1, 3) * 3, (2, 3), rest=rests[1])
+    a = flow(draw(0, 2, 3), exponent=3, at_zero=rests[0])
+    b = flow(draw(1, 1, 3) * 3, (2, 3), at_zero=rests[1])
     # A quotient multiplies by a reciprocal, which is never zero.
-    second = flow(draw(1, 1, 3) * 3, (2, 3), rest=math.inf) if name == "div" else b
+    second = flow(draw(1, 1, 3) * 3, (2, 3), at_zero=math.inf) if name == "div" else b
     result = evaluate(PRODUCTS[name], a, b, gates=gates)
     np.testing.assert_allclose(counts(result), expected_product(a, second, gates), rtol=1e-6)
     assert_normal(result)
@@ -534,7 +534,7 @@ def test_a_product_has_the_paths_of_each_factor_where_the_other_is_alive(name, r
 @pytest.mark.parametrize("rest", [0.0, 0.5])
 def test_a_dead_factor_is_dead_unless_it_is_alive_at_rest(rest, gates):
     """A gated unit whose gate no path reaches: a SwiGLU branch, against a sigmoid of zeros."""
-    signal, gate = flow(draw(0, 2, 3)), flow(np.zeros((2, 3)), rest=rest)
+    signal, gate = flow(draw(0, 2, 3)), flow(np.zeros((2, 3)), at_zero=rest)
     result = evaluate(operator.mul, signal, gate, gates=gates)
     exact = counts(signal) if rest else np.zeros((2, 3))
     np.testing.assert_array_equal(counts(result), exact)
@@ -556,7 +556,7 @@ def test_a_gate_passes_its_gradient_and_its_scale_is_a_constant(gates):
     scale = signal.max() / gate.max() if gates == "balanced" else 1.0
 
     def product(x: Any, y: Any) -> Flow:
-        return evaluate(operator.mul, flow(x), flow(y, rest=0.5), gates=gates)
+        return evaluate(operator.mul, flow(x), flow(y, at_zero=0.5), gates=gates)
 
     of_signal, of_gate = gradients(product, np.ones((2, 3)), signal, gate)
     np.testing.assert_allclose(of_signal, np.ones((2, 3)), rtol=1e-6)
@@ -565,7 +565,7 @@ def test_a_gate_passes_its_gradient_and_its_scale_is_a_constant(gates):
 
 def test_a_gate_that_is_left_out_gets_no_gradient():
     def product(y: Any) -> Flow:
-        return evaluate(operator.mul, flow(draw(0, 2, 3)), flow(y, rest=0.5), gates="signal")
+        return evaluate(operator.mul, flow(draw(0, 2, 3)), flow(y, at_zero=0.5), gates="signal")
 
     (slope,) = gradients(product, np.ones((2, 3)), draw(1, 2, 3))
     assert not slope.any()
@@ -576,9 +576,9 @@ def test_saturating_products_are_reached_where_a_factor_is_and_the_other_is_aliv
     a, b = np.asarray([[1.0, 0.0, 1.0, 0.0]]), np.asarray([[1.0, 1.0, 0.0, 0.0]])
     multiply = functools.partial(evaluate, operator.mul, gates=gates, saturating=True)
     np.testing.assert_array_equal(multiply(binary(a), binary(b)).mantissa, a * b)
-    alive = v.replace(binary(b), rest=0.5)
+    alive = v.replace(binary(b), at_zero=0.5)
     np.testing.assert_array_equal(multiply(binary(a), alive).mantissa, a)
-    both = multiply(v.replace(binary(a), rest=0.5), alive)
+    both = multiply(v.replace(binary(a), at_zero=0.5), alive)
     np.testing.assert_array_equal(both.mantissa, np.maximum(a, b))
 
 
@@ -618,8 +618,8 @@ def test_a_function_of_a_kernel_that_keeps_its_shape_is_that_kernel(fn):
 
 def test_a_product_of_two_kernels_is_none():
     a, b = weight(draw(0, 3, 2), 0), weight(draw(1, 3, 2), 1)
-    assert isinstance(evaluate(operator.mul, a, b), Free)
-    assert isinstance(evaluate(lambda a: a * a.T, weight(draw(0, 3, 3))), Free)
+    assert isinstance(evaluate(operator.mul, a, b), Independent)
+    assert isinstance(evaluate(lambda a: a * a.T, weight(draw(0, 3, 3))), Independent)
 
 
 # Kernels (3, 4) made of leaves a (3, 4, 2) and b (3, 4), and the sum of masks that each stands for.
@@ -702,7 +702,9 @@ def test_a_sum_of_kernels_may_be_scanned_over():
 
 def test_a_kernel_scaled_by_unknown_constants_is_that_kernel():
     mask = weight(draw(0, 3, 2))
-    np.testing.assert_array_equal(evaluate(operator.mul, mask, Free((3, 2))).array, mask.array)
+    np.testing.assert_array_equal(
+        evaluate(operator.mul, mask, Independent((3, 2))).array, mask.array
+    )
 
 
 def test_known_zeros_take_weights_away():
@@ -710,4 +712,4 @@ def test_known_zeros_take_weights_away():
     mask, lower = draw(0, 3, 3), np.tril(np.ones((3, 3), np.float32))
     result = evaluate(lambda w: w * (2 * lower), weight(mask))
     np.testing.assert_array_equal(result.array, mask * lower)
-    assert isinstance(evaluate(lambda w: w * 0.0, weight(mask)), Free)
+    assert isinstance(evaluate(lambda w: w * 0.0, weight(mask)), Independent)

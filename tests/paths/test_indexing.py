@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import dpai_jax as dpai
-from dpai_jax.paths import Flow, Free, Weight
+from dpai_jax.paths import Flow, Independent, Weight
 from tests.support.flows import (
     binary,
     counts,
@@ -55,11 +55,11 @@ INDEXING: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("name", INDEXING)
 def test_known_indices_move_counts_as_numpy_moves_numbers(name):
     for held in [(4, 3, 2), (1, 3, 1)]:
-        x = flow(draw(0, *held), (4, 3, 2), unit="x", ancestors=["input"], exponent=3, rest=0.5)
+        x = flow(draw(0, *held), (4, 3, 2), unit="x", ancestors=["input"], exponent=3, at_zero=0.5)
         result = evaluate(lambda x: INDEXING[name](jnp, x), x)
         np.testing.assert_array_equal(counts(result), INDEXING[name](np, counts(x)))
         assert result.lineage >= {"x", "input"}
-        assert result.rest == 0.5
+        assert result.at_zero == 0.5
 
 
 @pytest.mark.parametrize(("mode", "exact"), [("clip", [4.0, 1.0, 2.0]), ("fill", [0.0, 1.0, 2.0])])
@@ -173,12 +173,12 @@ def embed(table: Any, tokens: Any) -> Any:
 
 def test_token_ids_start_a_flow_of_ones():
     tokens = flow(np.ones((1, 1)), (2, 5))
-    result = evaluate(embed, Free((7, 3)), tokens, dtypes=[jnp.float32, jnp.int32])
+    result = evaluate(embed, Independent((7, 3)), tokens, dtypes=[jnp.float32, jnp.int32])
     np.testing.assert_array_equal(counts(result), np.ones((2, 5, 3)))
     assert result.mantissa.size == 1
     result = evaluate(
         lambda table, i: lax.dynamic_slice(table, (i, 0), (1, 3)),
-        Free((7, 3)),
+        Independent((7, 3)),
         flow(np.ones(())),
         dtypes=[jnp.float32, jnp.int32],
     )
@@ -220,16 +220,18 @@ def test_a_kernel_is_seen_through_indices_that_are_known(fn, exact):
 
 
 def test_a_kernel_gathered_at_unknown_positions_is_none():
-    indices = Free((2,))
+    indices = Independent((2,))
     view = evaluate(embed, weight(draw(0, 3, 4)), indices, dtypes=[jnp.float32, jnp.int32])
-    assert isinstance(view, Free)
+    assert isinstance(view, Independent)
 
 
 def test_a_layer_chosen_at_an_unknown_position_counts_as_all_of_them():
     def chosen(w: Any, i: Any) -> Any:
         return lax.dynamic_index_in_dim(w, i, keepdims=False)
 
-    view = evaluate(chosen, weight(draw(0, 3, 4, 2)), Free(()), dtypes=[jnp.float32, jnp.int32])
+    view = evaluate(
+        chosen, weight(draw(0, 3, 4, 2)), Independent(()), dtypes=[jnp.float32, jnp.int32]
+    )
     assert isinstance(view, Weight)
     np.testing.assert_array_equal(view.array, draw(0, 3, 4, 2).sum(0))
 
@@ -291,14 +293,14 @@ def test_writes_at_known_positions_replace_or_add_counts(name):
     y = flow(draw(1, 2, 1) + 1, (2, 3), exponent=-1)
     both = evaluate(WRITES[name][0], x, y)
     np.testing.assert_array_equal(counts(both), written(name, counts(x), counts(y)))
-    onto = evaluate(WRITES[name][0], x, Free((2, 3)))
+    onto = evaluate(WRITES[name][0], x, Independent((2, 3)))
     np.testing.assert_array_equal(counts(onto), written(name, counts(x), np.zeros((2, 3))))
-    into = evaluate(WRITES[name][0], Free((4, 3)), y)
+    into = evaluate(WRITES[name][0], Independent((4, 3)), y)
     np.testing.assert_array_equal(counts(into), written(name, np.zeros((4, 3)), counts(y)))
 
 
 def test_a_write_is_alive_at_rest_where_both_its_parts_are():
-    x, y = flow(draw(0, 4, 3), rest=0.5), flow(draw(1, 2, 3), rest=1.0)
+    x, y = flow(draw(0, 4, 3), at_zero=0.5), flow(draw(1, 2, 3), at_zero=1.0)
     dead = flow(draw(1, 2, 3))
     write = WRITES["scatter"][0]
     assert evaluate(write, x, y).always_alive
@@ -361,7 +363,7 @@ SOMEWHERE: dict[str, tuple[Any, Any]] = {
 def test_what_is_written_at_unknown_positions_may_be_at_any(name, held):
     write, exact = SOMEWHERE[name]
     x, y = flow(draw(0, *held[0]), (4, 3), exponent=2), flow(draw(1, *held[1]), (2, 3))
-    result = evaluate(write, x, y, Free((2,)), dtypes=[jnp.float32, jnp.float32, jnp.int32])
+    result = evaluate(write, x, y, Independent((2,)), dtypes=[jnp.float32, jnp.float32, jnp.int32])
     np.testing.assert_array_equal(counts(result), exact(counts(x), counts(y)))
 
 
@@ -377,7 +379,7 @@ def test_factors_written_give_the_terms_of_the_derivative(seed, unknown):
     def write(x: Any, y: Any, i: Any) -> Any:
         return x.at[i].multiply(y)
 
-    place = Free(index.shape)
+    place = Independent(index.shape)
     if unknown:
         result = evaluate(write, flow(x), flow(y), place, dtypes=[jnp.float32] * 2 + [jnp.int32])
     else:
@@ -412,7 +414,7 @@ ROWS_2x3 = draw(7, 2, 3)
 @pytest.mark.parametrize("held", [(4, 3), (1, 3), (4, 1)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_what_is_sorted_or_chosen_may_be_any_along_the_axis(axis, held):
-    x = flow(draw(0, *held), (4, 3), exponent=1, rest=0.5, unit="x")
+    x = flow(draw(0, *held), (4, 3), exponent=1, at_zero=0.5, unit="x")
     total = counts(x).sum(axis, keepdims=True)
     operations: dict[str, Any] = {
         "sort": (lambda x: jnp.sort(x, axis=axis), np.broadcast_to(total, (4, 3))),
@@ -439,7 +441,7 @@ def test_what_is_sorted_or_chosen_may_be_any_along_the_axis(axis, held):
 def test_which_entries_are_chosen_carries_no_path():
     x = flow(draw(0, 4, 3))
     for which in (lambda x: lax.top_k(x, 2)[1], lambda x: jnp.argsort(x, axis=0)):
-        assert isinstance(evaluate(which, x), Free)
+        assert isinstance(evaluate(which, x), Independent)
 
 
 def test_a_token_s_place_in_its_expert_s_batch_is_unknown():
@@ -460,10 +462,10 @@ def test_writes_without_a_flow_are_free():
     result = evaluate(
         lambda w, i: w.at[i].set(0.0),
         weight(draw(0, 4, 3)),
-        Free(()),
+        Independent(()),
         dtypes=[jnp.float32, jnp.int32],
     )
-    assert isinstance(result, Free)
+    assert isinstance(result, Independent)
 
 
 def test_saturating_gathers_and_writes_stay_zeros_and_ones():

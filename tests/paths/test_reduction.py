@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from dpai_jax.paths import Flow, Free
+from dpai_jax.paths import Flow, Independent
 from tests.support.flows import (
     Window,
     assert_normal,
@@ -72,21 +72,21 @@ def test_a_reduction_over_several_operands_gives_the_sum_of_each():
         )
 
     x = flow(draw(0, 2, 3))
-    first, second = evaluate(both, x, Free((2, 3)))
+    first, second = evaluate(both, x, Independent((2, 3)))
     np.testing.assert_array_equal(counts(first), counts(x).sum(1))
-    assert isinstance(second, Free)
+    assert isinstance(second, Independent)
 
 
 @pytest.mark.parametrize("fn", [jnp.sum, jnp.max, jnp.mean, jnp.cumsum])
 def test_a_reduction_is_alive_at_rest_where_its_input_is(fn):
-    assert evaluate(fn, flow(draw(0, 3), rest=0.5)).always_alive
+    assert evaluate(fn, flow(draw(0, 3), at_zero=0.5)).always_alive
     assert not evaluate(fn, flow(draw(0, 3))).always_alive
 
 
 @pytest.mark.parametrize("fn", [jnp.argmax, jnp.argmin])
 def test_a_position_carries_no_path(fn):
     result = evaluate(fn, flow(draw(0, 2, 3)))
-    assert isinstance(result, Free)
+    assert isinstance(result, Independent)
     assert result.known is None
 
 
@@ -101,7 +101,7 @@ def test_a_position_carries_no_path(fn):
     ],
 )
 def test_a_statistic_of_a_kernel_is_free(fn):
-    assert isinstance(evaluate(fn, weight(draw(0, 2, 3))), Free)
+    assert isinstance(evaluate(fn, weight(draw(0, 2, 3))), Independent)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import dpai_jax as dpai
-from dpai_jax.paths import Flow, Free
+from dpai_jax.paths import Flow, Independent
 from dpai_jax.paths import values as v
 from tests.support.flows import (
     binary,
@@ -183,7 +183,7 @@ def check(seed: int, operations: list[Callable[..., Pair]]) -> None:
     array = draw(seed, *held)
 
     def network(array: Any) -> Flow:
-        return evaluate(apply, flow(array, shape, unit="x", exponent=-3, rest=0.5))
+        return evaluate(apply, flow(array, shape, unit="x", exponent=-3, at_zero=0.5))
 
     result = network(array)
     exact = reference(np.broadcast_to(array, shape))
@@ -273,7 +273,7 @@ def test_a_gated_linear_unit_multiplies_the_halves_of_one_value():
 def test_concatenation_puts_counts_under_one_scale_and_zeros_where_nothing_flows(axis):
     a = flow(draw(0, 2, 1), (2, 3), exponent=4, ancestors=["input", "a's own"])
     b = flow(draw(1, 1, 3), (2, 3), exponent=-2, ancestors=["input"])
-    result = evaluate(lambda a, b, c: jnp.concatenate([a, c, b], axis), a, b, Free((2, 3)))
+    result = evaluate(lambda a, b, c: jnp.concatenate([a, c, b], axis), a, b, Independent((2, 3)))
     exact = np.concatenate([counts(a), np.zeros((2, 3)), counts(b)], axis)
     np.testing.assert_array_equal(counts(result), exact)
     assert result.ancestors == {"input"}
@@ -282,7 +282,7 @@ def test_concatenation_puts_counts_under_one_scale_and_zeros_where_nothing_flows
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_stacking_does_the_same_along_a_new_axis(axis):
     a, b = flow(draw(0, 1, 3), (2, 3), exponent=4), flow(draw(1, 2, 3), exponent=-2)
-    result = evaluate(lambda a, b, c: jnp.stack([a, c, b], axis), a, b, Free((2, 3)))
+    result = evaluate(lambda a, b, c: jnp.stack([a, c, b], axis), a, b, Independent((2, 3)))
     exact = np.stack([counts(a), np.zeros((2, 3)), counts(b)], axis)
     np.testing.assert_array_equal(counts(result), exact)
 
@@ -295,12 +295,12 @@ def test_an_empty_part_does_not_push_the_others_out_of_range():
 
 @pytest.mark.parametrize("rests", [(0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 2.0)])
 def test_a_concatenation_is_alive_at_rest_where_every_part_is(rests):
-    a, b = (flow(draw(i, 2, 3), rest=rest) for i, rest in enumerate(rests))
+    a, b = (flow(draw(i, 2, 3), at_zero=rest) for i, rest in enumerate(rests))
     assert evaluate(lambda a, b: jnp.concatenate([a, b]), a, b).always_alive == all(rests)
 
 
 def test_what_is_put_beside_a_unit_may_be_dead_at_rest():
-    x = flow(draw(0, 2, 3), rest=0.5)
+    x = flow(draw(0, 2, 3), at_zero=0.5)
     for fn, alive in [
         (lambda x: jnp.concatenate([x, jnp.zeros((1, 3))]), False),
         (lambda x: jnp.concatenate([x, jnp.ones((1, 3))]), True),
@@ -323,9 +323,9 @@ def test_what_is_cropped_away_leaves_no_trace_in_the_scale():
 
 
 def test_views_keep_what_a_unit_gives_at_rest():
-    x = flow(draw(0, 2, 4), rest=0.5)
+    x = flow(draw(0, 2, 4), at_zero=0.5)
     for fn in (jnp.transpose, jnp.ravel, lambda x: x[:, 1:3], lambda x: jnp.split(x, 2, 1)[0]):
-        assert evaluate(fn, x).rest == 0.5
+        assert evaluate(fn, x).at_zero == 0.5
 
 
 def test_saturating_views_stay_zeros_and_ones():
@@ -354,11 +354,11 @@ def test_an_array_without_entries_flows_nowhere():
 
 def test_kernels_side_by_side_keep_their_names_and_count_ones_where_nobody_prunes():
     a, b = weight(draw(0, 2, 3), leaf=1), weight(draw(1, 2, 1), leaf=4)
-    fused = evaluate(lambda a, b, c: jnp.concatenate([a, c, b], 1), a, b, Free((2, 2)))
+    fused = evaluate(lambda a, b, c: jnp.concatenate([a, c, b], 1), a, b, Independent((2, 2)))
     exact = np.concatenate([draw(0, 2, 3), np.ones((2, 2)), draw(1, 2, 1)], 1)
     np.testing.assert_array_equal(fused.array, exact)
     assert {leaf for leaf, _ in fused.sources} == {1, 4}
-    stacked = evaluate(lambda a, c: jnp.stack([a, c], 1), a, Free((2, 3)))
+    stacked = evaluate(lambda a, c: jnp.stack([a, c], 1), a, Independent((2, 3)))
     np.testing.assert_array_equal(stacked.array, np.stack([draw(0, 2, 3), np.ones((2, 3))], 1))
 
 

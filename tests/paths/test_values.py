@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpai_jax.paths import Flow, Free, Spread
+from dpai_jax.paths import Flow, Independent, Spread
 from dpai_jax.paths import values as v
 from dpai_jax.tools import powers
 from tests.support.flows import counts, flow, gradients, weight
@@ -142,8 +142,8 @@ def test_a_unit_is_alive_where_its_count_or_its_rest_is_not_zero():
     assert not dead.always_alive
     np.testing.assert_array_equal(dead.alive(), [0, 1])
     for rest in (0.5, -1.0, math.inf):
-        assert v.replace(dead, rest=rest).always_alive
-        np.testing.assert_array_equal(v.replace(dead, rest=rest).alive(), [1])
+        assert v.replace(dead, at_zero=rest).always_alive
+        np.testing.assert_array_equal(v.replace(dead, at_zero=rest).alive(), [1])
 
 
 def test_being_alive_is_a_constant_to_gradients():
@@ -156,10 +156,10 @@ def test_the_lineage_of_a_unit_is_itself_and_its_ancestors():
 
 
 def test_flows_and_weights_are_pytrees_of_their_arrays():
-    value = flow([1.0, 2.0], unit="x", ancestors=["y"], rest=1.0)
+    value = flow([1.0, 2.0], unit="x", ancestors=["y"], at_zero=1.0)
     copy = jax.tree.map(jnp.copy, value)
     np.testing.assert_array_equal(counts(copy), counts(value))
-    assert (copy.shape, copy.unit, copy.lineage, copy.rest) == ((2,), "x", {"x", "y"}, 1.0)
+    assert (copy.shape, copy.unit, copy.lineage, copy.at_zero) == ((2,), "x", {"x", "y"}, 1.0)
     (mask,) = jax.tree.leaves(weight(np.ones((2, 3))))
     assert mask.shape == (2, 3)
     assert weight(np.ones((2, 3))).shape == (2, 3)
@@ -183,14 +183,14 @@ def test_known_values_are_computed_when_first_asked_for_and_once():
     [(2, 2.0), (np.full((1, 1), -0.5), -0.5), (np.ones((2,)), None), (1j, None), (True, 1.0)],
 )
 def test_a_known_value_is_a_scalar_where_it_holds_one_real_number(value, number):
-    assert Free(np.shape(value), v.Known.of(value)).scalar == number
+    assert Independent(np.shape(value), v.Known.of(value)).scalar == number
 
 
 def test_an_unknown_value_is_no_scalar():
-    assert Free(()).scalar is None
+    assert Independent(()).scalar is None
 
 
 def test_a_traced_value_is_no_scalar():
     seen = []
-    jax.jit(lambda i: seen.append(Free((), v.Known.of(i)).scalar))(jnp.int32(3))
+    jax.jit(lambda i: seen.append(Independent((), v.Known.of(i)).scalar))(jnp.int32(3))
     assert seen == [None]

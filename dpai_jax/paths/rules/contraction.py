@@ -27,7 +27,7 @@ from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
 from dpai_jax.tools.sums import product_sum, sum_taps
 
 Bilinear = Callable[[Spread, Spread], Spread]
@@ -102,7 +102,7 @@ def _by_groups(lhs: Array, rhs: Array, sizes: Array, *, params: dict[str, Any]) 
 
 
 def _members(sizes: Array, rows: int) -> Array:
-    """Which rows belong to each group, (groups, rows); all, where the rest of a batch differs."""
+    """Which rows belong to each group, (groups, rows); all, where a batch differs."""
     if sizes.ndim > 1:
         return jnp.ones((sizes.shape[-1], rows), bool)
     ends = jnp.cumsum(sizes)[:, None]
@@ -145,8 +145,8 @@ def _batch_groups_as_features(value: Value, dims: Any, groups: int) -> Value:
     n, n_features = value.shape[batch], value.shape[features]
     shape = list(value.shape)
     shape[batch], shape[features] = n // groups, groups * n_features
-    if isinstance(value, Free | WeightSum):
-        return Free(tuple(shape))
+    if isinstance(value, Independent | WeightSum):
+        return Independent(tuple(shape))
     x = jnp.moveaxis(value.spread.full(batch, features).array, (batch, features), (0, 1))
     x = x.reshape(groups, n // groups, n_features, *x.shape[2:])
     x = jnp.moveaxis(x, 0, 1).reshape(n // groups, groups * n_features, *x.shape[3:])
@@ -171,12 +171,12 @@ def _contract(
     if not isinstance(flow, Flow):
         return unknown(eqn)[0]
     # A matrix of known numbers (a mean, a rotation) is no kernel: its result is a statistic.
-    known = isinstance(other, Free) and other.known is not None
+    known = isinstance(other, Independent) and other.known is not None
     return interpreter.flow(
         bilinear(_spread(lhs), _spread(rhs)),
         flow.exponent,
         ancestors=flow.lineage if known else frozenset(),
-        rest=math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0,
+        at_zero=math.inf if flow.always_alive and not isinstance(other, Weight) else 0.0,
     )
 
 
@@ -188,15 +188,15 @@ def _contract_flows(interpreter: Interpreter, lhs: Flow, rhs: Flow, bilinear: Bi
     second = bilinear(Spread(alive(lhs), a.shape), Spread(y, b.shape))
     # The two terms may be uniform along different axes.
     array = first.array + second.array
-    rest = math.inf if lhs.always_alive and rhs.always_alive else 0.0
+    at_zero = math.inf if lhs.always_alive and rhs.always_alive else 0.0
     spread = Spread(array, first.shape)
-    return interpreter.flow(spread, exponent, ancestors=lhs.lineage & rhs.lineage, rest=rest)
+    return interpreter.flow(spread, exponent, ancestors=lhs.lineage & rhs.lineage, at_zero=at_zero)
 
 
 def _spread(value: Value) -> Spread:
     if isinstance(value, Flow | Weight):
         return value.spread
-    present = nonzero(value) if isinstance(value, Free) else None
+    present = nonzero(value) if isinstance(value, Independent) else None
     return v.ones(value.shape) if present is None else Spread(jnp.asarray(present), value.shape)
 
 

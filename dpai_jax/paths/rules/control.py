@@ -16,8 +16,8 @@ from dpai_jax.paths._jax import open_jaxpr, scan_arity, shape_of
 from dpai_jax.paths.constants import constant, unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
-from dpai_jax.paths.rules.elementwise import add, joined_rest
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.paths.rules.elementwise import add, joined_at_zero
+from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
 
 
 @rules_for(" ".join(CALLS), inlined=True)
@@ -32,7 +32,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, index: Value, *args: Value) -
     if eqn.params.get("branches_platforms") is not None:
         # One computation, written once for each platform.
         return interpreter.evaluate(branches[-1], *args)
-    if isinstance(index, Free) and index.scalar is not None:
+    if isinstance(index, Independent) and index.scalar is not None:
         taken = min(max(int(index.scalar), 0), len(branches) - 1)
         return interpreter.evaluate(branches[taken], *args)
     outcomes = [interpreter.evaluate(branch, *args) for branch in branches]
@@ -43,10 +43,10 @@ def _either(interpreter: Interpreter, *cases: Value) -> Value:
     flows = [case for case in cases if isinstance(case, Flow)]
     if flows:
         total = functools.reduce(functools.partial(add, interpreter), flows)
-        return v.replace(total, rest=joined_rest([flow.rest for flow in flows]))
+        return v.replace(total, at_zero=joined_at_zero([flow.at_zero for flow in flows]))
     if all(case is cases[0] for case in cases):
         return cases[0]
-    return Free(cases[0].shape)
+    return Independent(cases[0].shape)
 
 
 # Loops carry counts alone: a constant put beside a flow before the loop is not followed in it.
@@ -79,7 +79,7 @@ def _while(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Va
     # A number that the body changes is not known at an unknown step.
     fixed = _handed_on(body, n_body, len(start))
     carry: list[Value] = [
-        Free(value.shape) if isinstance(value, Free) and not same else value
+        Independent(value.shape) if isinstance(value, Independent) and not same else value
         for value, same in zip(start, fixed, strict=True)
     ]
     # A path reaches all carried values that it can reach within as many steps as there are values.
@@ -99,7 +99,7 @@ def _is_same(a: Value, b: Value) -> bool:
     """Whether two values stand for the same paths."""
     if isinstance(a, Flow) and isinstance(b, Flow):
         return a.unit == b.unit and a.always_alive == b.always_alive
-    if isinstance(a, Free) and isinstance(b, Free):
+    if isinstance(a, Independent) and isinstance(b, Independent):
         return True
     return a is b
 
@@ -118,11 +118,11 @@ def _number_of_steps(
             break
     sources = [*(tested[i] for i in needed), *(start[i] for i in carried)]
     sources += [consts[i] for i in read if i < len(consts)]
-    if any(not isinstance(x, Free) or x.known is None or x.known.traced for x in sources):
+    if any(not isinstance(x, Independent) or x.known is None or x.known.traced for x in sources):
         return None
 
     def number(value: Value) -> Any:
-        if isinstance(value, Free) and value.known is not None and not value.known.traced:
+        if isinstance(value, Independent) and value.known is not None and not value.known.traced:
             return jnp.broadcast_to(value.known.value, value.shape)
         return None
 
@@ -221,7 +221,7 @@ class _Loop:
         results = self.interpreter.evaluate(self.body, *self.consts, *self._with_fixed(carry), *xs)
         # Only counts and counters leave the loop: of all else the shape is enough.
         results = [
-            Free(result.shape) if isinstance(result, Weight | WeightSum) else result
+            Independent(result.shape) if isinstance(result, Weight | WeightSum) else result
             for result in results
         ]
         return results[: len(carry)], results[len(carry) :]
@@ -237,7 +237,7 @@ class _Loop:
     def _stable_forms(self) -> list[Value]:
         """Carries of forms that the body keeps."""
         forms = [
-            Free(start.shape)
+            Independent(start.shape)
             if fixed or isinstance(start, Weight | WeightSum)
             else self._one_unit(start, i)
             for i, (fixed, start) in enumerate(zip(self.fixed, self.start, strict=True))
@@ -253,7 +253,7 @@ class _Loop:
             forms = merged
 
     def _abstract_step(self, forms: Sequence[Value]) -> list[Value]:
-        """What the body makes of a carry, of which only the forms can be used."""
+        """The form of the carry after one step of the body; its numbers mean nothing."""
         after: list[Value] = []
 
         def body(arrays: list[Any], steps: list[Any]) -> None:
@@ -270,38 +270,38 @@ class _Loop:
             return v.replace(
                 value, unit=(self.token, carry), ancestors=frozenset(), views=frozenset()
             )
-        return Free(value.shape) if isinstance(value, Weight | WeightSum) else value
+        return Independent(value.shape) if isinstance(value, Weight | WeightSum) else value
 
     def _merged(self, before: Value, after: Value, carry: int) -> Value:
         """The form of which both values are special cases."""
-        if isinstance(before, Free) and isinstance(after, Free):
-            return before if before.known and after.known else Free(before.shape)
+        if isinstance(before, Independent) and isinstance(after, Independent):
+            return before if before.known and after.known else Independent(before.shape)
         a, b = v.as_flow(before), v.as_flow(after)
         shape = jnp.broadcast_shapes(a.mantissa.shape, b.mantissa.shape)
-        rest = joined_rest([a.rest, b.rest])
+        at_zero = joined_at_zero([a.at_zero, b.at_zero])
         mantissa = jnp.zeros(shape, jnp.float32)
-        return Flow(mantissa, jnp.int32(0), before.shape, (self.token, carry), rest=rest)
+        return Flow(mantissa, jnp.int32(0), before.shape, (self.token, carry), at_zero=at_zero)
 
     def _settled(self, value: Value) -> Value:
         if not isinstance(value, Flow):
             return value
         settled = self.interpreter.flow(value.spread, value.exponent)
-        return v.replace(settled, unit=value.unit, rest=value.rest)
+        return v.replace(settled, unit=value.unit, at_zero=value.at_zero)
 
     def _stacked(self, y: Value, arrays: Any, shape: Shape) -> Value:
         """One value of the results of all steps, each of which has an exponent of its own."""
         if not isinstance(y, Flow):
-            return Free(shape)
+            return Independent(shape)
         mantissa, exponents, filled = arrays
         largest = v.largest_exponent(exponents, filled)
         scale = v.power_of_two(exponents - largest).reshape((-1,) + (1,) * (mantissa.ndim - 1))
-        return self.interpreter.flow(Spread(mantissa * scale, shape), largest, rest=y.rest)
+        return self.interpreter.flow(Spread(mantissa * scale, shape), largest, at_zero=y.at_zero)
 
 
 def _slice(x: Value, step: Any, token: object) -> Value:
     """What one step sees of a value that is scanned over."""
-    if isinstance(x, Free):
-        return Free(x.shape[1:]) if x.known is None else constant(step)
+    if isinstance(x, Independent):
+        return Independent(x.shape[1:]) if x.known is None else constant(step)
     if isinstance(x, Weight):
         return Weight(step, tuple((leaf, axes[1:]) for leaf, axes in x.sources))
     if isinstance(x, WeightSum):
@@ -309,15 +309,20 @@ def _slice(x: Value, step: Any, token: object) -> Value:
         return WeightSum(tuple(cast(Weight, _slice(*term, token)) for term in terms))
     mantissa = jnp.squeeze(x.mantissa, 0) if x.spread.uniform(0) else step
     return Flow(
-        mantissa, x.exponent, x.shape[1:], ("step", token, x.unit), rest=x.rest, filled=x.filled
+        mantissa,
+        x.exponent,
+        x.shape[1:],
+        ("step", token, x.unit),
+        at_zero=x.at_zero,
+        filled=x.filled,
     )
 
 
 def _form(value: Value) -> Any:
     """What has to stay the same from step to step."""
     if isinstance(value, Flow):
-        return value.mantissa.shape, value.rest
-    return isinstance(value, Free) and value.known is not None
+        return value.mantissa.shape, value.at_zero
+    return isinstance(value, Independent) and value.known is not None
 
 
 def _conform(value: Value, form: Value) -> Value:
@@ -325,7 +330,7 @@ def _conform(value: Value, form: Value) -> Value:
     if isinstance(form, Flow):
         flow = v.as_flow(value)
         return v.replace(flow, mantissa=jnp.broadcast_to(flow.mantissa, form.mantissa.shape))
-    return value if _form(form) else Free(value.shape)
+    return value if _form(form) else Independent(value.shape)
 
 
 def _arrays(values: Iterable[Value]) -> list[Any]:
@@ -356,4 +361,4 @@ def _holding(form: Value, array: Any) -> Value:
     if isinstance(form, Flow):
         mantissa, exponent, filled = array
         return v.replace(form, mantissa=mantissa, exponent=exponent, filled=filled)
-    return Free(form.shape) if array is None else constant(array)
+    return Independent(form.shape) if array is None else constant(array)

@@ -24,7 +24,7 @@ from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import dtype_of, is_real, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
-from dpai_jax.paths.values import Flow, Free, Known, Spread, Value, Weight, WeightSum
+from dpai_jax.paths.values import Flow, Independent, Known, Spread, Value, Weight, WeightSum
 
 _PRODUCTS = "div mul mulhi pow"
 _SUMS = ("add", "add_any", "complex", "sub")
@@ -59,7 +59,7 @@ def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
 def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     # A comparison of token ids is how a one-hot code is made; any other is a switch.
     if is_real(eqn.invars[0]):
-        return Free(shape_of(eqn.outvars[0]), rest=_rest(eqn, args))
+        return Independent(shape_of(eqn.outvars[0]), at_zero=_at_zero(eqn, args))
     return _elementwise(interpreter, eqn, *args)
 
 
@@ -71,18 +71,20 @@ def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
 def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """An elementwise function; the paths of different units add up."""
     cases = args[1:] if eqn.primitive.name == "select_n" and _any_flow(args[1:]) else args
-    return _combine(interpreter, eqn, cases, _rest(eqn, args), add)
+    return _combine(interpreter, eqn, cases, _at_zero(eqn, args), add)
 
 
 @rules_for(_PRODUCTS)
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """A product of each entry; a quotient is the product with a reciprocal."""
-    if eqn.primitive.name == "mul" and any(isinstance(a, Free) and a.scalar == 0 for a in args):
+    if eqn.primitive.name == "mul" and any(
+        isinstance(a, Independent) and a.scalar == 0 for a in args
+    ):
         shape = shape_of(eqn.outvars[0])
-        return Free(shape, Known.of(np.zeros((1,) * len(shape), dtype_of(eqn.outvars[0]))))
-    rest = _rest(eqn, args)
+        return Independent(shape, Known.of(np.zeros((1,) * len(shape), dtype_of(eqn.outvars[0]))))
+    at_zero = _at_zero(eqn, args)
     divides = eqn.primitive.name == "div"
-    return _combine(interpreter, eqn, args, rest, functools.partial(multiply, divides=divides))
+    return _combine(interpreter, eqn, args, at_zero, functools.partial(multiply, divides=divides))
 
 
 def _any_flow(args: Sequence[Value]) -> bool:
@@ -90,14 +92,14 @@ def _any_flow(args: Sequence[Value]) -> bool:
 
 
 def _combine(
-    interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value], rest: float, join: Any
+    interpreter: Interpreter, eqn: JaxprEqn, args: Sequence[Value], at_zero: float, join: Any
 ) -> Value:
     shape = shape_of(eqn.outvars[0])
     flows = [_reshaped(arg, shape) for arg in args if isinstance(arg, Flow)]
     if not flows:
         return _combine_weights(eqn, args)
     result = functools.reduce(functools.partial(join, interpreter), flows)
-    return v.replace(result, rest=rest)
+    return v.replace(result, at_zero=at_zero)
 
 
 def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
@@ -115,12 +117,12 @@ def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     if eqn.primitive.name == "mul":
         # A constant that is zero in places (an autoregressive mask) takes weights away.
         for arg in args:
-            if isinstance(arg, Free) and (present := nonzero(arg)) is not None:
+            if isinstance(arg, Independent) and (present := nonzero(arg)) is not None:
                 return Weight(first.array * present, first.sources)
     return first
 
 
-def nonzero(value: Free) -> np.ndarray | None:
+def nonzero(value: Independent) -> np.ndarray | None:
     """One where a known constant is not zero, zero where it is; nothing where it never is."""
     if value.known is None or value.known.traced:
         return None
@@ -174,7 +176,7 @@ def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = Fals
     base = related(a, b)
     if base is not None:
         return base
-    terms = product_terms(interpreter, a, v.replace(b, rest=math.inf) if divides else b)
+    terms = product_terms(interpreter, a, v.replace(b, at_zero=math.inf) if divides else b)
     (x, y), exponent = v.align(terms)
     alive = interpreter.counting.alive
     alive_a, alive_b = alive(a), jnp.ones(()) if divides else alive(b)
@@ -203,46 +205,52 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
     return a, v.replace(b, mantissa=b.mantissa * ratio, exponent=a.exponent)
 
 
-def joined_rest(rests: Sequence[float]) -> float:
-    """What a unit gives at rest that is one of several: zero unless each of them is alive."""
-    if all(rest == rests[0] for rest in rests):
-        return rests[0]
-    return math.inf if all(rests) else 0.0
+def joined_at_zero(numbers: Sequence[float]) -> float:
+    """What a unit that is one of several gives at zero: zero unless each of them is alive."""
+    if all(number == numbers[0] for number in numbers):
+        return numbers[0]
+    return math.inf if all(numbers) else 0.0
 
 
-def _rest(eqn: JaxprEqn, args: Sequence[Value]) -> float:
-    """The value of the function where every flow is at rest."""
-    flows = [arg.rest for arg in args if isinstance(arg, Flow)]
+def _at_zero(eqn: JaxprEqn, args: Sequence[Value]) -> float:
+    """The value of the function where every flow is zero."""
+    flows = [arg.at_zero for arg in args if isinstance(arg, Flow)]
     if not flows:
         return 0.0
     if eqn.primitive.name == "select_n":
-        return _selected_rest(args[0], args[1:])
-    rests = [arg.rest if isinstance(arg, Flow) else getattr(arg, "scalar", None) for arg in args]
+        return _selected_at_zero(args[0], args[1:])
+    numbers = [
+        arg.at_zero if isinstance(arg, Flow) else getattr(arg, "scalar", None) for arg in args
+    ]
     name = eqn.primitive.name
-    if (name in ("mul", "div") and rests[0] == 0) or (name == "mul" and rests[1] == 0):
+    if (name in ("mul", "div") and numbers[0] == 0) or (name == "mul" and numbers[1] == 0):
         return 0.0
-    if None in rests:
-        # An unknown constant (a bias, a scale, a statistic) changes nothing at rest, but under
-        # one that divides it a resting unit is a pole.
-        return math.inf if name == "div" and rests[0] is None else joined_rest(flows)
-    if any(math.isinf(rest) for rest in flows):
+    if None in numbers:
+        # An unknown constant (a bias, a scale, a statistic) changes nothing at zero, but under
+        # one that divides it a unit at zero is a pole.
+        return math.inf if name == "div" and numbers[0] is None else joined_at_zero(flows)
+    if any(math.isinf(number) for number in flows):
         return math.inf
-    return _evaluate(eqn, rests)
+    return _evaluate(eqn, numbers)
 
 
-def _selected_rest(which: Value, cases: Sequence[Value]) -> float:
-    """What a choice between cases gives at rest."""
-    if isinstance(which, Free) and which.rest is not None and math.isfinite(which.rest):
-        return rest_of(cases[int(which.rest)])
-    flows = [case.rest for case in cases if isinstance(case, Flow)]
-    return joined_rest(flows) if flows else 0.0
+def _selected_at_zero(which: Value, cases: Sequence[Value]) -> float:
+    """What a choice between cases gives where every flow is zero."""
+    if (
+        isinstance(which, Independent)
+        and which.at_zero is not None
+        and math.isfinite(which.at_zero)
+    ):
+        return at_zero_of(cases[int(which.at_zero)])
+    flows = [case.at_zero for case in cases if isinstance(case, Flow)]
+    return joined_at_zero(flows) if flows else 0.0
 
 
-def rest_of(value: Value) -> float:
+def at_zero_of(value: Value) -> float:
     """What a value gives where no path reaches it: for one that is free, what it holds."""
     if isinstance(value, Flow):
-        return value.rest
-    number = value.scalar if isinstance(value, Free) else None
+        return value.at_zero
+    number = value.scalar if isinstance(value, Independent) else None
     return math.inf if number is None or not math.isfinite(number) else number
 
 

@@ -21,14 +21,14 @@ from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.rules.contraction import pass_kernel
-from dpai_jax.paths.rules.elementwise import joined_rest, product_terms, rest_of
+from dpai_jax.paths.rules.elementwise import at_zero_of, joined_at_zero, product_terms
 from dpai_jax.paths.rules.shape import same_axes, viewed
-from dpai_jax.paths.values import Flow, Free, Shape, Spread, Value, Weight
+from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight
 
 
 def known_indices(*indices: Value) -> list[Array] | None:
     """The values of index operands, where all of them are computed from constants."""
-    known = [index.known for index in indices if isinstance(index, Free) and index.known]
+    known = [index.known for index in indices if isinstance(index, Independent) and index.known]
     if len(known) < len(indices):
         return None
     shapes = [index.shape for index in indices]
@@ -89,7 +89,9 @@ def _look_up(interpreter: Interpreter, eqn: JaxprEqn, table: Weight, tokens: Flo
 
 
 def _moved(interpreter: Interpreter, source: Flow, spread: Spread) -> Flow:
-    return interpreter.flow(spread, source.exponent, ancestors=source.lineage, rest=source.rest)
+    return interpreter.flow(
+        spread, source.exponent, ancestors=source.lineage, at_zero=source.at_zero
+    )
 
 
 def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) -> Spread:
@@ -192,7 +194,7 @@ def _dynamic_update_slice(
     sizes = zip(update.shape, operand.shape, strict=True)
     partial = [i for i, (size, full) in enumerate(sizes) if size < full]
     anywhere = [i for i in partial if known_indices(starts[i]) is None]
-    (x, y), exponent, ancestors, rest = _written(operand, update)
+    (x, y), exponent, ancestors, at_zero = _written(operand, update)
     if anywhere:
         y = interpreter.counting.sum(Spread(y, update.shape), anywhere).array
         sizes = zip(update.shape, operand.shape, strict=True)
@@ -204,7 +206,7 @@ def _dynamic_update_slice(
     array = lax.dynamic_update_slice(into, y, places)
     # What is overwritten somewhere is still there elsewhere.
     spread = Spread(x + array if anywhere else array, operand.shape)
-    return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+    return interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
 
 
 @rules_for("scatter scatter-add scatter-max scatter-min scatter-sub")
@@ -213,7 +215,7 @@ def _scatter(
 ) -> Value:
     if not isinstance(operand, Flow) and not isinstance(update, Flow):
         return unknown(eqn)[0]
-    (x, y), exponent, ancestors, rest = _written(operand, update)
+    (x, y), exponent, ancestors, at_zero = _written(operand, update)
     known, params = known_indices(indices), eqn.params
     if known is None:
         array = x + _scatter_anywhere(interpreter, Spread(y, update.shape), params, operand.shape)
@@ -221,7 +223,7 @@ def _scatter(
         scatter = lax.scatter if eqn.primitive.name == "scatter" else lax.scatter_add
         array = scatter(x, known[0], y, params["dimension_numbers"], mode=params["mode"])
     spread = Spread(array, operand.shape)
-    return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+    return interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
 
 
 @rules_for("scatter-mul")
@@ -232,8 +234,8 @@ def _scatter_mul(
     if not isinstance(update, Flow):
         if not isinstance(operand, Flow):
             return unknown(eqn)[0]
-        rest = math.inf if operand.rest else 0.0
-        return derived(interpreter, eqn, operand, operand.spread, rest)
+        at_zero = math.inf if operand.at_zero else 0.0
+        return derived(interpreter, eqn, operand, operand.spread, at_zero)
     a, b = product_terms(interpreter, v.as_flow(operand), update)
     (x, y), exponent = v.align([a, b])
     x, y = jnp.broadcast_to(x, a.shape), jnp.broadcast_to(y, b.shape)
@@ -249,8 +251,8 @@ def _scatter_mul(
         # Several updates of one position are all factors of it.
         factors = place(lax.scatter_mul, jnp.ones_like(x), jnp.broadcast_to(alive_y, b.shape))
         array = factors * (x + alive_x * place(lax.scatter_add, jnp.zeros_like(x), y))
-    rest = math.inf if a.rest and b.rest else 0.0
-    return interpreter.flow(Spread(array, a.shape), exponent, rest=rest)
+    at_zero = math.inf if a.at_zero and b.at_zero else 0.0
+    return interpreter.flow(Spread(array, a.shape), exponent, at_zero=at_zero)
 
 
 def _place(
@@ -299,7 +301,7 @@ def _any_along(interpreter: Interpreter, eqn: JaxprEqn, x: Value, axis: int, whi
         return unknown(eqn)[which]
     array = interpreter.counting.sum(x.spread, [axis]).array
     spread = Spread(array, shape_of(eqn.outvars[which]))
-    return derived(interpreter, eqn, x, spread, x.rest, which)
+    return derived(interpreter, eqn, x, spread, x.at_zero, which)
 
 
 def _written(operand: Value, update: Value) -> tuple[list[Array], Array, frozenset[Any], float]:
@@ -312,5 +314,5 @@ def _written(operand: Value, update: Value) -> tuple[list[Array], Array, frozens
         for value in (operand, update)
     ]
     ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
-    rest = joined_rest([rest_of(operand), rest_of(update)])
-    return counts, exponent, ancestors, rest
+    at_zero = joined_at_zero([at_zero_of(operand), at_zero_of(update)])
+    return counts, exponent, ancestors, at_zero

@@ -39,7 +39,7 @@ def _sum_away(
         return unknown(eqn)[which]
     array = jnp.squeeze(interpreter.counting.sum(x.spread, axes).array, tuple(axes))
     shape = tuple(size for i, size in enumerate(x.shape) if i not in axes)
-    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.rest), which)
+    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.at_zero), which)
 
 
 @rules_for("reduce")
@@ -69,7 +69,7 @@ def _fft(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         return unknown(eqn)[0]
     axes = range(len(shape) - len(eqn.params["fft_lengths"]), len(shape))
     array = interpreter.counting.sum(x.spread, axes).array
-    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.rest))
+    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.at_zero))
 
 
 @rules_for("argmax argmin")
@@ -83,7 +83,7 @@ def _cumulative(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         return unknown(eqn)[0]
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
     array = lax.cumsum(x.spread.full(axis).array, axis, reverse)
-    return derived(interpreter, eqn, x, Spread(array, x.shape), _summed(x.rest))
+    return derived(interpreter, eqn, x, Spread(array, x.shape), _summed(x.at_zero))
 
 
 @rules_for(_WINDOWS)
@@ -131,8 +131,8 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         base_dilation,
         dilation,
     )
-    return derived(interpreter, eqn, x, Spread(array * scale, shape), _summed(x.rest))
+    return derived(interpreter, eqn, x, Spread(array * scale, shape), _summed(x.at_zero))
 
 
-def _summed(rest: float) -> float:
-    return math.inf if rest else 0.0
+def _summed(at_zero: float) -> float:
+    return math.inf if at_zero else 0.0

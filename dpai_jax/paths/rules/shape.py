@@ -21,7 +21,7 @@ from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
-from dpai_jax.paths.rules.elementwise import joined_rest, rest_of
+from dpai_jax.paths.rules.elementwise import at_zero_of, joined_at_zero
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight, WeightSum
 
@@ -157,7 +157,7 @@ def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Valu
     spread = Spread(lax.pad(spread.array, jnp.float32(0), config), shape)
     if isinstance(x, Weight):
         return viewed(x, spread, same_axes(len(shape)))
-    return derived(interpreter, eqn, x, spread, joined_rest([x.rest, rest_of(fill)]))
+    return derived(interpreter, eqn, x, spread, joined_at_zero([x.at_zero, at_zero_of(fill)]))
 
 
 def _diluted(spread: Spread, config: Sequence[Any], shape: Shape) -> tuple[Spread, list[Any]]:
@@ -212,7 +212,7 @@ def _part(
 ) -> Value:
     """Some positions of a value, without an axis of which one position is left."""
     if not isinstance(x, Flow | Weight):
-        return v.Free(shape)
+        return v.Independent(shape)
     spread = x.spread
     # One number stands for as many positions as there are.
     index = tuple(slice(0, 1) if spread.uniform(i) else s for i, s in enumerate(slices))
@@ -223,7 +223,7 @@ def _part(
     part = Spread(array, shape)
     if isinstance(x, Weight):
         return viewed(x, part, axes)
-    return derived(interpreter, eqn, x, part, x.rest, which)
+    return derived(interpreter, eqn, x, part, x.at_zero, which)
 
 
 @rules_for("concatenate", carries_constants=True)
@@ -249,7 +249,7 @@ def _with_axis(part: Value, axis: int) -> Value:
         return Weight(jnp.expand_dims(part.array, axis), axes)
     if isinstance(part, WeightSum):
         return WeightSum(tuple(cast(Weight, _with_axis(term, axis)) for term in part.terms))
-    return v.Free(shape)
+    return v.Independent(shape)
 
 
 def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis: int) -> Value:
@@ -259,7 +259,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
         return _join_weights(parts, axis)
     aligned, exponent = v.align(flows)
     ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
-    rest = joined_rest([rest_of(part) for part in parts])
+    at_zero = joined_at_zero([at_zero_of(part) for part in parts])
     # Where all parts have size one, such as the steps of a loop stacked, each has its own count.
     uniform = all(flow.spread.uniform(axis) for flow in flows)
     if interpreter.counting.averages and uniform and any(flow.shape[axis] > 1 for flow in flows):
@@ -268,7 +268,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
             jnp.add, [x * share for x, share in zip(aligned, shares, strict=True)]
         )
         spread = Spread(array, shape)
-        return interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+        return interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
     arrays = iter(aligned)
     pieces = [
         next(arrays) if isinstance(part, Flow) else jnp.zeros((1,) * len(shape), jnp.float32)
@@ -280,7 +280,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
         for piece, part in zip(pieces, parts, strict=True)
     ]
     spread = Spread(lax.concatenate(pieces, axis), shape)
-    result = interpreter.flow(spread, exponent, ancestors=ancestors, rest=rest)
+    result = interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
     return v.replace(result, constants=_joined_constants(interpreter, parts, result, axis))
 
 
@@ -289,7 +289,7 @@ def _joined_constants(
 ) -> Flow | None:
     """The constants among joined parts: learned ones, such as a class token, and those beside."""
     constants = [part.constants if isinstance(part, Flow) else None for part in parts]
-    learned = [not isinstance(part, Flow) and rest_of(part) != 0 for part in parts]
+    learned = [not isinstance(part, Flow) and at_zero_of(part) != 0 for part in parts]
     tracked = interpreter.counting.tracks_constants and not joined.always_alive
     if not tracked or not (any(learned) or any(constants)):
         return None
