@@ -140,7 +140,7 @@ def prune(
     pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, data))
     if data.is_given and not data.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=3)
-    _refuse_nan("scores", net, pruned.scores)
+    _refuse_nan("scores of method", net, pruned.scores, ": its optimizer diverged")
     masks = pruned.masks
     if repair:
         rank = pruned.scores if pruned.rank is None else pruned.rank()
@@ -195,10 +195,10 @@ def _check_network(net: Network, params: PyTree) -> None:
         _refuse_nan("params", net, weights)
 
 
-def _refuse_nan(argument: str, net: Network, arrays: list[Array]) -> None:
+def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "") -> None:
     for layer, has_nan in zip(net.layers, jax.device_get(_nan_flags(arrays)), strict=True):
         if has_nan:
-            raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN")
+            raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 
 
 @jax.jit

@@ -162,6 +162,7 @@ BAD = {
     "SNIP's allocation": ("allocation", lambda: dpai.SNIP(allocation="global")),
     "IMP's train": ("train", lambda: dpai.IMP(None)),
     "what IMP's train returns": ("train", lambda: prune(method=dpai.IMP(lambda p, m: (p, m)))),
+    "diverging scores": ("optimizer", lambda: prune(method=dpai.DPaI(optimizer=optax.sgd(jnp.nan)))),
     "no NNX module": ("model", lambda: dpai.from_nnx(fn)),
 }
 
@@ -182,6 +183,28 @@ def test_what_fn_raises_stays_and_says_what_it_was_called_with():
     with pytest.raises(TypeError, match="dot_general") as raised:
         prune(x=jnp.ones((1, 7)))
     assert any("float32[1, 7]" in note for note in raised.value.__notes__)
+
+
+def test_trees_of_another_structure_are_told_by_the_first_leaf_that_differs():
+    params = {f"layer_{i:02}": jnp.ones((4, 4)) for i in range(60)}
+    masks = jax.tree.map(lambda w: w > 0, params)
+    del masks["layer_31"]
+    with pytest.raises(ValueError, match="layer_31") as raised:
+        dpai.apply_masks(params, masks)
+    assert len(str(raised.value)) < 300
+    with pytest.raises(ValueError, match="pass its .params. alone"):
+        dpai.apply_masks(params, {"params": params})
+
+
+def test_a_loss_without_a_hash_is_as_good_as_any():
+    class Loss:
+        __hash__ = None
+
+        def __call__(self, params, batch):
+            return loss(params, batch)
+
+    masks = snip(loss_fn=Loss()).masks
+    jax.tree.map(np.testing.assert_array_equal, masks, snip().masks)
 
 
 def test_an_endless_iterator_is_read_where_data_is_used_and_only_so_far():

@@ -1,5 +1,6 @@
 """NPB's optimum against brute force and the program as published, and what it owes on networks."""
 
+import functools
 import itertools
 import warnings
 from typing import Any
@@ -16,6 +17,7 @@ from scipy import optimize
 import dpai_jax as dpai
 from dpai_jax.methods import npb
 from dpai_jax.methods.npb import NPB
+from dpai_jax.paths.counting import Counting
 from tests.support.networks import by_name
 
 
@@ -323,6 +325,28 @@ def test_at_98_percent_paths_and_effective_weights_are_more_than_by_chance():
         assert nodes.nodes > random.nodes
         assert published.effective == nodes.effective == random.weights
         assert random.effective < 0.9 * random.weights
+
+
+def test_the_products_evaluated_grow_linearly_with_depth(monkeypatch):
+    counted = []
+    dot = Counting.dot
+
+    def counting(*args):
+        counted.append(1)
+        return dot(*args)
+
+    monkeypatch.setattr(Counting, "dot", counting)
+
+    def products(depth):
+        def fn(params, x):
+            return functools.reduce(lambda x, w: jax.nn.relu(x @ w), params, x)
+
+        counted.clear()
+        dpai.prune(fn, [jnp.ones((6, 6))] * depth, jnp.ones((1, 6)), 0.5, method=NPB())
+        return len(counted)
+
+    shallow, middle, deep = map(products, (4, 8, 12))
+    assert deep - middle == middle - shallow > 0
 
 
 def test_progress_is_told_layer_by_layer():
