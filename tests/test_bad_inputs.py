@@ -162,7 +162,10 @@ BAD = {
     "SNIP's allocation": ("allocation", lambda: dpai.SNIP(allocation="global")),
     "IMP's train": ("train", lambda: dpai.IMP(None)),
     "what IMP's train returns": ("train", lambda: prune(method=dpai.IMP(lambda p, m: (p, m)))),
-    "diverging scores": ("optimizer", lambda: prune(method=dpai.DPaI(optimizer=optax.sgd(jnp.nan)))),
+    "diverging scores": (
+        "optimizer",
+        lambda: prune(method=dpai.DPaI(optimizer=optax.sgd(jnp.nan))),
+    ),
     "no NNX module": ("model", lambda: dpai.from_nnx(fn)),
 }
 
@@ -192,7 +195,7 @@ def test_trees_of_another_structure_are_told_by_the_first_leaf_that_differs():
     with pytest.raises(ValueError, match="layer_31") as raised:
         dpai.apply_masks(params, masks)
     assert len(str(raised.value)) < 300
-    with pytest.raises(ValueError, match="pass its .params. alone"):
+    with pytest.raises(ValueError, match='pass its "params" alone'):
         dpai.apply_masks(params, {"params": params})
 
 

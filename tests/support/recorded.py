@@ -49,9 +49,11 @@ def batches_of(shape: tuple[int, ...], outputs: int) -> list[Any]:
 
 
 def trained(loss_fn: Callable[..., Any], batch: Any) -> Callable[..., Any]:
+    gradient = jax.jit(jax.grad(loss_fn))
+
     def train(params: Any, masks: Any) -> Any:
         for _ in range(2):
-            gradients = jax.grad(loss_fn)(params, batch)
+            gradients = gradient(params, batch)
             params = jax.tree.map(lambda p, g, m: (p - 0.01 * g) * m, params, gradients, masks)
         return params
 

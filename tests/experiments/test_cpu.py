@@ -9,8 +9,7 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
-from experiments import models, steps
-from experiments.models.layers import convolve
+from experiments import cpu, models, steps
 from tests.support import abstract
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -47,8 +46,8 @@ def test_a_convolution_and_its_derivatives_are_those_of_lax(size, stride, paddin
         y, pullback = jax.vjp(fn, x, kernel)
         return y, pullback(jnp.cos(y)), jax.jvp(fn, (x, kernel), (jnp.sin(x), kernel))
 
-    options = steps.compiler_options()
-    found = jax.jit(lambda: derivatives(convolve), compiler_options=options)()
+    options = cpu.compiler_options()
+    found = jax.jit(lambda: derivatives(cpu.convolve), compiler_options=options)()
     expected = jax.jit(lambda: derivatives(lax.conv_general_dilated))()
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
