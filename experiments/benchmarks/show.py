@@ -1,4 +1,4 @@
-"""Runs benchmarks and prints their measured."""
+"""Runs benchmarks and prints their tables."""
 
 import pathlib
 import statistics
@@ -28,7 +28,7 @@ def run(
     """Measures what is not measured yet, and prints a table for each name.
 
     Args:
-        names: Names of measured.
+        names: Names of tables.
         seeds: Repetitions where masks are compared.
         python: A Python that has PyTorch, or None to leave that out.
         folder: Where the file of rows is.

@@ -228,12 +228,12 @@ def test_a_gradient_reaches_a_dead_factor_of_a_contraction():
 
 
 @pytest.mark.parametrize("rests", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)])
-def test_of_two_flows_is_alive_at_rest_where_both_are(rests):
+def test_of_two_flows_is_alive_at_zero_where_both_are(rests):
     a, b = flow(draw(0, 2, 3), at_zero=rests[0]), flow(draw(1, 3, 2), at_zero=rests[1])
     assert evaluate(jnp.matmul, a, b).always_alive == all(rests)
 
 
-def test_a_kernel_ends_what_a_unit_gives_at_rest_and_its_ancestry():
+def test_a_kernel_ends_what_a_unit_gives_at_zero_and_its_ancestry():
     x = flow(draw(0, 2, 3), unit="x", ancestors=["input"], at_zero=0.5)
     result = evaluate(jnp.matmul, x, weight(draw(1, 3, 2)))
     assert not result.always_alive

@@ -532,7 +532,7 @@ def test_branches_that_keep_the_unit_are_the_unit():
         ((jnp.sin, jnp.tanh), False),
     ],
 )
-def test_a_branch_is_alive_at_rest_where_all_are(branches, alive):
+def test_a_branch_is_alive_at_zero_where_all_are(branches, alive):
     result = evaluate(
         lambda x, p: lax.cond(p[0, 0] > 0, *branches, x), flow(draw(0, 2, 2)), Independent((2, 2))
     )

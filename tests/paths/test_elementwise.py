@@ -239,7 +239,7 @@ ACTIVATIONS: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_an_activation_passes_paths_once_and_gives_at_rest_what_it_gives_at_zero(name):
+def test_an_activation_passes_paths_once_and_gives_at_zero_what_it_gives_at_zero(name):
     phi = ACTIVATIONS[name]
     z = flow(draw(0, 2, 3), unit="z")
     result = evaluate(phi, z)
@@ -251,7 +251,7 @@ def test_an_activation_passes_paths_once_and_gives_at_rest_what_it_gives_at_zero
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("name", ["gelu by tanh", "hard sigmoid", "shifted"])
-def test_what_an_activation_gives_at_rest_is_found_in_any_precision(name, dtype):
+def test_what_an_activation_gives_at_zero_is_found_in_any_precision(name, dtype):
     result = evaluate(ACTIVATIONS[name], flow(draw(0, 2, 3)), dtypes=[dtype])
     assert result.always_alive == (float(ACTIVATIONS[name](jnp.zeros((), dtype))) != 0)
 
@@ -270,11 +270,11 @@ def test_what_an_activation_gives_at_rest_is_found_in_any_precision(name, dtype)
         (lambda z, c: jnp.where(c > 0, jax.nn.sigmoid(z), jnp.exp(z)), True),
     ],
 )
-def test_constants_of_unknown_value_change_nothing_at_rest(fn, alive):
+def test_constants_of_unknown_value_change_nothing_at_zero(fn, alive):
     assert evaluate(fn, flow(draw(0, 2, 3)), Independent((2, 3))).always_alive == alive
 
 
-def test_known_constants_count_at_rest():
+def test_known_constants_count_at_zero():
     z = flow(draw(0, 2, 3))
     assert evaluate(lambda z: z + jnp.full((2, 3), 2.0), z).at_zero == 2.0
     assert evaluate(lambda z: (z + 3.0) * jnp.ones((2, 3)) / 6, z).at_zero == 0.5
@@ -532,7 +532,7 @@ def test_a_product_has_the_paths_of_each_factor_where_the_other_is_alive(name, r
 
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("rest", [0.0, 0.5])
-def test_a_dead_factor_is_dead_unless_it_is_alive_at_rest(rest, gates):
+def test_a_dead_factor_is_dead_unless_it_is_alive_at_zero(rest, gates):
     """A gated unit whose gate no path reaches: a SwiGLU branch, against a sigmoid of zeros."""
     signal, gate = flow(draw(0, 2, 3)), flow(np.zeros((2, 3)), at_zero=rest)
     result = evaluate(operator.mul, signal, gate, gates=gates)

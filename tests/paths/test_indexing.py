@@ -299,7 +299,7 @@ def test_writes_at_known_positions_replace_or_add_counts(name):
     np.testing.assert_array_equal(counts(into), written(name, np.zeros((4, 3)), counts(y)))
 
 
-def test_a_write_is_alive_at_rest_where_both_its_parts_are():
+def test_a_write_is_alive_at_zero_where_both_its_parts_are():
     x, y = flow(draw(0, 4, 3), at_zero=0.5), flow(draw(1, 2, 3), at_zero=1.0)
     dead = flow(draw(1, 2, 3))
     write = WRITES["scatter"][0]

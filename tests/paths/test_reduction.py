@@ -78,7 +78,7 @@ def test_a_reduction_over_several_operands_gives_the_sum_of_each():
 
 
 @pytest.mark.parametrize("fn", [jnp.sum, jnp.max, jnp.mean, jnp.cumsum])
-def test_a_reduction_is_alive_at_rest_where_its_input_is(fn):
+def test_a_reduction_is_alive_at_zero_where_its_input_is(fn):
     assert evaluate(fn, flow(draw(0, 3), at_zero=0.5)).always_alive
     assert not evaluate(fn, flow(draw(0, 3))).always_alive
 

@@ -294,12 +294,12 @@ def test_an_empty_part_does_not_push_the_others_out_of_range():
 
 
 @pytest.mark.parametrize("rests", [(0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 2.0)])
-def test_a_concatenation_is_alive_at_rest_where_every_part_is(rests):
+def test_a_concatenation_is_alive_at_zero_where_every_part_is(rests):
     a, b = (flow(draw(i, 2, 3), at_zero=rest) for i, rest in enumerate(rests))
     assert evaluate(lambda a, b: jnp.concatenate([a, b]), a, b).always_alive == all(rests)
 
 
-def test_what_is_put_beside_a_unit_may_be_dead_at_rest():
+def test_what_is_put_beside_a_unit_may_be_dead_at_zero():
     x = flow(draw(0, 2, 3), at_zero=0.5)
     for fn, alive in [
         (lambda x: jnp.concatenate([x, jnp.zeros((1, 3))]), False),
@@ -322,7 +322,7 @@ def test_what_is_cropped_away_leaves_no_trace_in_the_scale():
         np.testing.assert_array_equal(counts(result), [exact])
 
 
-def test_views_keep_what_a_unit_gives_at_rest():
+def test_views_keep_what_a_unit_gives_at_zero():
     x = flow(draw(0, 2, 4), at_zero=0.5)
     for fn in (jnp.transpose, jnp.ravel, lambda x: x[:, 1:3], lambda x: jnp.split(x, 2, 1)[0]):
         assert evaluate(fn, x).at_zero == 0.5

@@ -20,7 +20,7 @@ def flow(
     exponent: int = 0,
     unit: Hashable = None,
     ancestors: Iterable[Hashable] = (),
-    rest: float = 0.0,
+    at_zero: float = 0.0,
 ) -> Flow:
     """A flow of `counts * 2**exponent`, which have size one along the uniform axes of `shape`."""
     mantissa, filled = counts, np.True_
@@ -36,7 +36,7 @@ def flow(
         mantissa.shape if shape is None else shape,
         object() if unit is None else unit,
         frozenset(ancestors),
-        rest,
+        at_zero,
         filled,
     )
 
