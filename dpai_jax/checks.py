@@ -63,12 +63,12 @@ def function(name: str, value: Any, call: str) -> None:
 
 
 def optimizer(name: str, value: Any) -> None:
-    """Checks an optax optimiser."""
+    """Checks an optax optimizer."""
     if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
         return
     hint = "; call it with its learning rate" if callable(value) else ""
     raise TypeError(
-        f"{name} must be an optax optimiser such as optax.adam(1e-3), got {shown(value)}{hint}"
+        f"{name} must be an optax optimizer such as optax.adam(1e-3), got {shown(value)}{hint}"
     )
 
 

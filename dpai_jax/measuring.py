@@ -126,7 +126,9 @@ def topology(net: Network, masks: PyTree) -> Topology:
 
 def measure(net: Network, kept: list[Array]) -> Topology:
     """`topology` of the layers' boolean masks."""
-    log_paths, counts = jax.device_get(_measure(net, kept))
+    log_paths, counts = jax.device_get(
+        (_log_paths(net, kept), _counts(net, kept, reached(net, kept)))
+    )
     layers = (
         LayerTopology(layer.name, layer.size, *map(int, numbers))
         for layer, numbers in zip(net.layers, counts, strict=True)
@@ -151,19 +153,28 @@ def effective_weights(net: Network, masks: PyTree) -> PyTree:
     return net.tree(effective(net, checks.masks(net, masks)), lambda: jnp.ones((), bool))
 
 
-@meshes.program(like=lambda kept: kept, layers=lambda kept: kept)
 def effective(net: Network, kept: list[Array]) -> list[Array]:
     """Which kept weights a path passes, from boolean masks to boolean masks."""
-    return [m & r for m, r in zip(kept, reached(net, kept), strict=True)]
+    return _effective(net, kept, reached(net, kept))
+
+
+@meshes.program(like=lambda kept, _: kept, layers=lambda kept, _: kept)
+def _effective(_: Network, kept: list[Array], reached: list[Array]) -> list[Array]:
+    return [k & r for k, r in zip(kept, reached, strict=True)]
 
 
 @meshes.program(layers=lambda kept: kept)
-def _measure(net: Network, kept: list[Array]) -> tuple[Array, list[list[Array]]]:
-    counts = [
-        [_count(k), _count(e), _count(has_node(layer, e)), _count(has_kernel(layer, e))]
-        for layer, k, e in zip(net.layers, kept, effective(net, kept), strict=True)
+def _log_paths(net: Network, kept: list[Array]) -> Array:
+    return log_count(net, [m.astype(jnp.float32) for m in kept], "exact")
+
+
+@meshes.program(layers=lambda kept, _: kept)
+def _counts(net: Network, kept: list[Array], reached: list[Array]) -> list[list[Array]]:
+    """For each layer its weights kept, its effective weights, nodes and kernels."""
+    return [
+        [_count(k), _count(k & r), _count(has_node(layer, k & r)), _count(has_kernel(layer, k & r))]
+        for layer, k, r in zip(net.layers, kept, reached, strict=True)
     ]
-    return log_count(net, [m.astype(jnp.float32) for m in kept], "exact"), counts
 
 
 def has_node(layer: Layer, effective: Array) -> Array:

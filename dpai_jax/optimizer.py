@@ -1,4 +1,4 @@
-"""The optimiser of sparse training: pruned weights stay exactly zero."""
+"""The optimizer of sparse training: pruned weights stay exactly zero."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PyTree = Any
 def keep_pruned(
     optimizer: optax.GradientTransformation, masks: PyTree
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimiser under which pruned weights are exactly zero after every update.
+    """An optimizer under which pruned weights are exactly zero after every update.
 
-    Gradients of pruned weights are zeroed before the inner optimiser sees them, and its updates
+    Gradients of pruned weights are zeroed before the inner optimizer sees them, and its updates
     after: momentum, weight decay or orthogonalisation may bring them back in between. Parts of its
     state that are parallel to the parameters, such as moments, are zero there too. An update moves
     a pruned weight to zero even if it was not zero before; a NaN alone cannot be moved.
 
-    Masks fit trees by the names of the leaves: those of Flax NNX, whose optimiser hands over
+    Masks fit trees by the names of the leaves: those of Flax NNX, whose optimizer hands over
     variables at one time and arrays at another, need no conversion.
 
     Example:
@@ -39,14 +39,14 @@ def keep_pruned(
       0.0
 
     Args:
-      optimizer: any optax optimiser.
+      optimizer: any optax optimizer.
       masks: pytree of boolean masks parallel to the parameters.
 
     Returns:
-      The wrapped optimiser. Its state is that of the inner one.
+      The wrapped optimizer. Its state is that of the inner one.
 
     Raises:
-      TypeError: if `optimizer` is not an optax optimiser, or a mask not boolean.
+      TypeError: if `optimizer` is not an optax optimizer, or a mask not boolean.
       ValueError: from `init` and `update`, if masks and parameters do not fit, or `update` is
         called without `params`.
     """
@@ -93,7 +93,7 @@ def keep_pruned(
 
 
 def _is_left_out(node: Any) -> bool:
-    """Whether a node of a state stands for a parameter that the optimiser leaves to another."""
+    """Whether a node of a state stands for a parameter that the optimizer leaves to another."""
     return isinstance(node, optax.MaskedNode)
 
 

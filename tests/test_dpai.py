@@ -17,7 +17,7 @@ import dpai_jax as dpai
 from tests.support.networks import by_name
 
 # One compilation for all scores, counts, α and β of a network. Methods with equal settings share
-# theirs too, so the optimisers are made once.
+# theirs too, so the optimizers are made once.
 ascent = jax.jit(dpai.ascent, static_argnums=0, static_argnames="counting")
 COUNTINGS = ("exact", "mean_field")
 FROZEN = optax.sgd(0.0)
@@ -310,7 +310,7 @@ WIDE = {"1": (5, 32), "2": (32, 32), "3": (32, 10)}
     ],
     ids=["sgd", "adam", "momentum", "schedule"],
 )
-def test_scores_follow_the_ascent_by_any_optimiser(optimizer):
+def test_scores_follow_the_ascent_by_any_optimizer(optimizer):
     settings = {"alpha": 0.7, "beta": 0.2, "counting": "exact"}
     result = prune(steps=4, optimizer=optimizer, normalize=False, **settings)
     keep = dpai.erk(result.net, 0.8)

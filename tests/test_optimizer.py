@@ -1,4 +1,4 @@
-"""Pruned weights stay exactly zero, whatever optimiser trains the others; normalised ascent."""
+"""Pruned weights stay exactly zero, whatever optimizer trains the others; normalised ascent."""
 
 import functools
 import inspect
@@ -109,7 +109,7 @@ def transformations(module):
 
 
 def compositions():
-    """Optimisers that are not one function of optax."""
+    """Optimizers that are not one function of optax."""
     adam = optax.adam(0.1)
     decay = optax.add_decayed_weights(0.1)
     hyperparameters = optax.inject_hyperparams(optax.adamw)
@@ -187,13 +187,13 @@ def shapes_and_dtypes(tree):
 
 @pytest.fixture(autouse=True)
 def optax_may_promote():
-    """Most of optax's optimisers mix dtypes, and one mixes ranks."""
+    """Most of optax's optimizers mix dtypes, and one mixes ranks."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 @pytest.mark.parametrize("name", CONTRACT)
-def test_contract_of_every_optimiser(name):
+def test_contract_of_every_optimizer(name):
     optimizer = dpai.keep_pruned(CONTRACT[name](), MASKS)
     trajectory = train(optimizer, NEEDS.get(name, ()), poison=np.nan)
     start = shapes_and_dtypes(trajectory[0])
@@ -204,7 +204,7 @@ def test_contract_of_every_optimiser(name):
         assert_zero_where_pruned(state)
 
 
-def test_the_contract_covers_the_optimisers_that_are_asked_for():
+def test_the_contract_covers_the_optimizers_that_are_asked_for():
     names = {"adamw", "lion", "lamb", "muon", "adafactor", "schedule_free", "noisy_sgd", "galore"}
     assert names <= CONTRACT.keys()
     assert len(transformations(optax)) > 60
@@ -397,7 +397,7 @@ def test_an_update_without_parameters_is_refused():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_the_state_is_that_of_the_inner_optimiser():
+def test_the_state_is_that_of_the_inner_optimizer():
     inner = optax.adamw(0.1)
     state = dpai.keep_pruned(inner, MASKS).init(PARAMS)
     assert shapes_and_dtypes(state) == shapes_and_dtypes(inner.init(PARAMS))

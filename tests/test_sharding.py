@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dpai_jax as dpai
-from dpai_jax import measuring
+from dpai_jax import counts, measuring
 from dpai_jax.methods import dpai as method
 from dpai_jax.methods import noise
 from dpai_jax.methods.noise import normal_scores
@@ -161,7 +161,9 @@ def programs(params, fn, x, optimizer):
     return [
         method._cut.lower(*find).compile(),
         method._step.lower(net, state, cut, **settings).compile(),
-        measuring._measure.lower(net, state.masks).compile(),
+        counts.reached.lower(net, state.masks).compile(),
+        measuring._log_paths.lower(net, state.masks).compile(),
+        measuring._counts.lower(net, state.masks, state.masks).compile(),
     ]
 
 
@@ -260,7 +262,7 @@ def test_memory_of_a_device_falls_with_their_number():
             assert apart < together / n + 0.06 * together
 
 
-def test_what_the_optimiser_remembers_lies_like_the_scores(monkeypatch):
+def test_what_the_optimizer_remembers_lies_like_the_scores(monkeypatch):
     states = []
     step = method._step
 

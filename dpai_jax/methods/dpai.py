@@ -166,9 +166,9 @@ class DPaI:
       gamma: how sharp the indicators of effective nodes and kernels are, positive (see `ascent`).
       counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
       steps: the largest number of steps T.
-      optimizer: makes the scores follow the direction of `ascent`: any optax optimiser.
+      optimizer: makes the scores follow the direction of `ascent`: any optax optimizer.
       normalize: whether the direction of each layer is first divided by its mean magnitude, so
-        that the default optimiser, `optax.sgd(0.01)`, moves its scores by 0.01 a step on average.
+        that the default optimizer, `optax.sgd(0.01)`, moves its scores by 0.01 a step on average.
         Without, `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
         any function that returns a pytree of the numbers for the layers, or
@@ -253,7 +253,7 @@ class DPaI:
                     stopped = f"log-paths grew by {paths - before:.2g} in {_READ_EVERY} steps"
                     break
         scores = state.scores
-        del state  # what the optimiser remembers is as large as all the rest
+        del state  # what the optimizer remembers is as large as all the rest
         masks = _masks(net, scores, _cut(net, scores, keep, thresholds)[0])
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
         return Pruned(masks, scores, history, stopped, lambda: [jnp.abs(s) for s in scores])
@@ -296,7 +296,7 @@ def _step(
     masks = selection.apply_cut(state.scores, cut, magnitude=True)
     directions, measured = direction(net, objective, state.scores, masks)
     descent = jax.tree.map(jnp.negative, directions)
-    # Some of optax's optimisers mix dtypes, which a user's strict promotion would refuse.
+    # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, memory = update(descent, state.optimizer, state.scores)
     return _State(optax.apply_updates(state.scores, updates), memory, masks), measured

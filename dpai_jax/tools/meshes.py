@@ -69,7 +69,9 @@ def program(
                 traced: Callable[..., Any] = run
                 if layers is not None:
                     traced = functools.partial(_traced, run, like, shardings, results, mesh)
-                programs[key] = jax.jit(traced, donate_argnums=donate, keep_unused=True)
+                named: Any = functools.partial(traced)
+                named.__name__ = fn.__name__  # for profiles
+                programs[key] = jax.jit(named, donate_argnums=donate, keep_unused=True)
             return programs[key], args
 
         @functools.wraps(fn)

@@ -30,7 +30,7 @@ Jobs = Iterator[tuple[str, Callable[[], Row]]]
 """A title for each row, and what measures it."""
 
 ADAM = dpai.DPaI(optimizer=optax.adam(0.005), normalize=False)
-"""DPaI by the published code's optimiser."""
+"""DPaI by the published code's optimizer."""
 
 TIMED = {"default": (dpai.DPaI(), 10), "adam": (ADAM, 26)}
 """Those whose steps are timed, and the bytes that a step must move for each weight: the score, read
