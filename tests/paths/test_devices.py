@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import dpai_jax as dpai
@@ -20,7 +20,7 @@ from tests.support.reference import random_masks
 Params = dict[str, jax.Array]
 
 # Tracing needs no devices, so a mesh of names and sizes does.
-MESH = AbstractMesh((2, 4), ("data", "model"))
+MESH = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 SHAPES = {"first": (3, 8), "second": (8, 8), "third": (8, 4), "experts": (4, 4, 6)}
 X = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
 
