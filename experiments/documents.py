@@ -17,7 +17,7 @@ from experiments.grid import Grid
 from experiments.store import Record, Store
 
 _TABLE = re.compile(
-    r"(?P<begin><!-- table (?P<name>\w+) of (?P<file>\S+)(?: (?P<title>.+?))? -->\n)"
+    r"(?P<begin><!-- table (?P<name>\w+) of (?P<file>\S+)(?: (?P<title>[^\n]+?))? -->\n)"
     r".*?(?P<end><!-- end of table -->)",
     re.DOTALL,
 )

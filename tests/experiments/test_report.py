@@ -104,6 +104,11 @@ def test_the_tables_of_a_document_are_written_from_its_records(tmp_path):
     assert "| 90% | dpai | 90.0 |" in text
     assert "Measured at `0123456` on a chip, 2 cores, jax 1, Python 3." in text
     assert documents.updated(document) == text
+    empty = "<!-- table jobs of results/jobs.jsonl -->\n" + end
+    document.write_text(empty + after + empty)
+    documents.update(document)
+    assert document.read_text().count("| 90% | dpai | 90.0 |") == 2
+    assert after in document.read_text()
     document.write_text("<!-- table step of results/jobs.jsonl -->\n<!-- end of table -->\n")
     with pytest.raises(ConfigError, match="no records for the table step in"):
         documents.update(document)
