@@ -135,7 +135,6 @@ def checked_count(keep: Any, size: int, name: str = "all layers", argument: str 
     return numbers
 
 
-@usual_switches()
 def er(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer by the Erdős-Rényi rule.
 
@@ -158,7 +157,6 @@ def er(net: Network, sparsity: float) -> PyTree:
     return _allocate(net, sparsity, lambda c: (c.inputs + c.outputs) * math.prod(c.taps))
 
 
-@usual_switches()
 def erk(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer by the Erdős-Rényi-kernel rule.
 
@@ -185,7 +183,6 @@ def erk(net: Network, sparsity: float) -> PyTree:
     return _allocate(net, sparsity, lambda c: c.inputs + c.outputs + sum(c.taps))
 
 
-@usual_switches()
 def uniform(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer at one density for all layers.
 
@@ -249,6 +246,7 @@ def _of_copies(layer: Layer, possible: np.ndarray) -> list[_Capacity]:
     ]
 
 
+@usual_switches()
 def _allocate(net: Network, sparsity: float, share: Callable[[_Capacity], int]) -> PyTree:
     total = weights_to_keep(net, sparsity)
     capacities = _capacities(net)

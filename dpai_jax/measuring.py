@@ -172,8 +172,8 @@ def _log_paths(net: Network, kept: list[Array]) -> Array:
 def _counts(net: Network, kept: list[Array], reached: list[Array]) -> list[list[Array]]:
     """For each layer its weights kept, its effective weights, nodes and kernels."""
     return [
-        [_count(k), _count(k & r), _count(has_node(layer, k & r)), _count(has_kernel(layer, k & r))]
-        for layer, k, r in zip(net.layers, kept, reached, strict=True)
+        [_count(k), _count(e), _count(has_node(layer, e)), _count(has_kernel(layer, e))]
+        for layer, k, e in zip(net.layers, kept, _effective(net, kept, reached), strict=True)
     ]
 
 

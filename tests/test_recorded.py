@@ -28,6 +28,5 @@ def test_masks_are_those_recorded(network, method, masks):
     for sparsity in recorded.SPARSITIES:
         found = recorded.masks_of(network, method, sparsity, devices=1)
         np.testing.assert_array_equal(found, masks[f"{network}/{method}/{sparsity}"])
-    if recorded.mesh_of(network, method) != recorded.REPLICATED:
-        on_eight = recorded.masks_of(network, method, sparsity, devices=8)
-        np.testing.assert_array_equal(on_eight, masks[f"{network}/{method}/{sparsity}"])
+    on_eight = recorded.masks_of(network, method, sparsity, devices=8)
+    np.testing.assert_array_equal(on_eight, masks[f"{network}/{method}/{sparsity}"])

@@ -65,13 +65,11 @@ def program(
             key = (fn, shardings, tuple(flat), treedef, tuple(sorted(settings.items())))
             programs = _SHARED if owner is None else owner.programs
             if key not in programs:
-                run = functools.partial(fn, owner, **settings)
-                traced: Callable[..., Any] = run
+                traced: Any = functools.partial(fn, owner, **settings)
                 if layers is not None:
-                    traced = functools.partial(_traced, run, like, shardings, results, mesh)
-                named: Any = functools.partial(traced)
-                named.__name__ = fn.__name__  # for profiles
-                programs[key] = jax.jit(named, donate_argnums=donate, keep_unused=True)
+                    traced = functools.partial(_traced, traced, like, shardings, results, mesh)
+                traced.__name__ = fn.__name__  # for profiles
+                programs[key] = jax.jit(traced, donate_argnums=donate, keep_unused=True)
             return programs[key], args
 
         @functools.wraps(fn)

@@ -26,13 +26,9 @@ WITH_DATA = ("snip", "iterative snip", "force", "grasp", "prospr")
 WITH_GRADIENTS = (*WITH_DATA, "ntksap", "imp", "synflow")
 
 
-# Every device of this mesh holds all weights.
-REPLICATED = "data"
-
-
 def mesh_of(network: str, method: str) -> str:
     """The mesh of eight devices that a method is recorded on."""
-    return REPLICATED if network == "residual" and method in WITH_GRADIENTS else "mixed"
+    return "data" if network == "residual" and method in WITH_GRADIENTS else "mixed"
 
 
 def loss_of(fn: Callable[..., Any]) -> Callable[..., Any]:
