@@ -76,11 +76,23 @@ def _log_count(net: Network, masks: list[Array], *, counting: str) -> Array:
     return log_count(net, masks, counting)
 
 
-def log_count(net: Network, masks: Sequence[Array], counting: str) -> Array:
-    """`log_paths` of the layers' masks in float32, for use within a program."""
+def log_count(
+    net: Network, masks: Sequence[Array], counting: str, below: float | None = None
+) -> Array:
+    """`log_paths` of the layers' masks in float32, for use within a program.
+
+    Args:
+      net: the traced network.
+      masks: a float32 array for each layer.
+      counting: as in `log_paths`.
+      below: what no entry of the masks exceeds, where that is known.
+
+    Returns:
+      float32 scalar.
+    """
     shardings = _count_shardings(net, masks)
     masks = _resharded(net, masks, shardings)
-    return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings))
+    return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings), below)
 
 
 @meshes.program(like=lambda masks: masks, layers=lambda masks: masks)
@@ -171,4 +183,4 @@ def _split(use: KernelUse, sharding: NamedSharding, places: Mapping[int, int], x
         # was split into, the first is.
         for of_kernel in sorted(use.weight.sources[0][1][axis])[:1]:
             split[place], names[of_kernel] = names[of_kernel], ()
-    return Spread(meshes.split_along(x.array, sharding.mesh, split), x.shape)
+    return x._replace(array=meshes.split_along(x.array, sharding.mesh, split))

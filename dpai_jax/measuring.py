@@ -14,6 +14,7 @@ from dpai_jax import checks
 from dpai_jax.counts import log_count, reached
 from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
+from dpai_jax.tools.rows import are_small, counts_of
 from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
@@ -131,7 +132,7 @@ def measure(net: Network, kept: list[Array]) -> Topology:
     )
     layers = (
         LayerTopology(layer.name, layer.size, *map(int, numbers))
-        for layer, numbers in zip(net.layers, counts, strict=True)
+        for layer, *numbers in zip(net.layers, *counts, strict=True)
     )
     return Topology(float(np.float32(log_paths)), tuple(layers))
 
@@ -165,27 +166,24 @@ def _effective(_: Network, kept: list[Array], reached: list[Array]) -> list[Arra
 
 @meshes.program(layers=lambda kept: kept)
 def _log_paths(net: Network, kept: list[Array]) -> Array:
-    return log_count(net, [m.astype(jnp.float32) for m in kept], "exact")
+    return log_count(net, [m.astype(jnp.float32) for m in kept], "exact", below=1.0)
 
 
 @meshes.program(layers=lambda kept, _: kept)
-def _counts(net: Network, kept: list[Array], reached: list[Array]) -> list[list[Array]]:
-    """For each layer its weights kept, its effective weights, nodes and kernels."""
-    return [
-        [_count(k), _count(e), _count(has_node(layer, e)), _count(has_kernel(layer, e))]
-        for layer, k, e in zip(net.layers, kept, _effective(net, kept, reached), strict=True)
-    ]
+def _counts(net: Network, kept: list[Array], reached: list[Array]) -> Array:
+    """The weights kept, the effective weights, nodes and kernels, each a row over the layers."""
+    effective = _effective(net, kept, reached)
+    kernels = [has_kernel(layer, e) for layer, e in zip(net.layers, effective, strict=True)]
+    nodes = [has_node(layer, k) for layer, k in zip(net.layers, kernels, strict=True)]
+    counts = counts_of([*kept, *effective, *nodes, *kernels], are_small(kept) * 4)
+    return counts.reshape(4, len(net.layers))
 
 
 def has_node(layer: Layer, effective: Array) -> Array:
-    """Which output features have an effective incoming weight; other axes have size one."""
+    """Which output features have an effective incoming weight, or kernel; other axes have one."""
     return jnp.any(effective, (*layer.inputs, *layer.taps), keepdims=True)
 
 
 def has_kernel(layer: Layer, effective: Array) -> Array:
     """Which pairs of input and output features an effective weight joins; taps have size one."""
     return jnp.any(effective, layer.taps, keepdims=True) if layer.taps else effective
-
-
-def _count(flags: Array) -> Array:
-    return jnp.sum(flags, dtype=jnp.int32)

@@ -23,7 +23,9 @@ from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
+from dpai_jax.tools import meshes
 from dpai_jax.tools.meshes import device_put_like
+from dpai_jax.tools.rows import are_small, counts_of
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
 
@@ -196,14 +198,15 @@ def _check_network(net: Network, params: PyTree) -> None:
 
 
 def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "") -> None:
-    for layer, has_nan in zip(net.layers, jax.device_get(_nan_flags(arrays)), strict=True):
+    for layer, has_nan in zip(net.layers, jax.device_get(_are_nan(None, arrays)), strict=True):
         if has_nan:
             raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 
 
-@jax.jit
-def _nan_flags(arrays: list[Array]) -> list[Array]:
-    return [jnp.any(jnp.isnan(x)) for x in arrays]
+@meshes.program(layers=lambda arrays: arrays)
+def _are_nan(_: None, arrays: list[Array]) -> Array:
+    """How many entries of each array are not a number."""
+    return counts_of([jnp.isnan(x) for x in arrays], are_small(arrays))
 
 
 def _at_terminal() -> bool:

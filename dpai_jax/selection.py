@@ -4,8 +4,9 @@ The threshold is found by a search with several probes at a time: each pass coun
 reach each probe, and the search goes on between two of them. It takes a few passes, and fewer if it
 starts at the threshold of the step before. It runs over the *ranks* of the floats, integers in the
 same order: the bits of a float, inverted if it is negative. Of equal scores those of lower index
-are kept; the last of them is found by the same search. If the scores are sharded, only counts leave
-a device.
+are kept; where more equal the threshold than are wanted, the search goes on among these, by index.
+All layers are searched at once: the small ones lie in one row, and need no code of their own. If
+the scores are sharded, only counts leave a device.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.sums import totals
+from dpai_jax.tools.rows import Row, are_small
+from dpai_jax.tools.sums import totals, written_out
 
 # The probes of one pass over the scores: some divide the interval evenly, others lie around the
 # expected rank, in standard deviations from it.
@@ -40,19 +42,6 @@ _LAST = np.uint32(0xFFFF_FFFF)
 
 # All bits of a float but its sign.
 _MAGNITUDE = np.int32(0x7FFF_FFFF)
-
-
-class Cut(NamedTuple):
-    """Which scores are kept: those above a threshold, and of those that equal it the first.
-
-    Attributes:
-      thresholds: ranks, uint32 (1, number to keep).
-      layers: for each layer its thresholds, and its ends: of scores that equal a threshold those
-        are kept whose index, in C order, is below. Both uint32, to broadcast to its scores.
-    """
-
-    thresholds: Array
-    layers: list[tuple[Array, Array]]
 
 
 def select(
@@ -77,84 +66,72 @@ def select(
     Raises:
       ValueError: if one threshold is to be for 2^32 weights or more.
     """
-    cut = find_cut(scores, keep, near, magnitude=magnitude)
-    return apply_cut(scores, cut, magnitude=magnitude), cut.thresholds
-
-
-def find_cut(
-    scores: Sequence[Array],
-    keep: list[Any] | Any,
-    near: Array | None = None,
-    *,
-    magnitude: bool = False,
-) -> Cut:
-    """Where to cut, for the masks of `select`."""
     if not scores:
-        return Cut(jnp.zeros((1, 0), jnp.uint32), [])
-    layers, numbers, sizes = _layers(scores, keep, magnitude)
+        return [], jnp.zeros((1, 0), jnp.uint32)
+    layers = _layers(scores, keep, magnitude)
+    numbers = _in_row(keep)
+    # Of a number for several copies, the size of one.
+    sizes = np.zeros(numbers.shape, np.uint64)
+    for layer in layers:
+        sizes[0, layer.place] += layer.size
+    if sizes.max() >= 2**32:
+        raise ValueError(f"one threshold can be for less than 2^32 weights, got {sizes.max()}")
     bottom = jnp.full_like(numbers, _ZERO if magnitude else _LEAST)
-    top = jnp.where(sizes == numbers, bottom, jnp.full_like(numbers, _BEYOND))
-    threshold, above, reached = _search(
-        functools.partial(_counts, layers, _Layer.reaching), numbers, bottom, top, sizes, near
-    )
-    # Where a threshold is reached by more scores than asked, among those that equal it by index:
-    # the lower, the higher they rank.
-    tied = reached > numbers
-    first = jnp.full_like(numbers, _LAST)
-    last = jnp.where(tied, first - (sizes - 1), first)
-    at = {layer: layer.own(threshold)[0] for layer in layers}
-
-    def ties(layer: _Layer, probes: Array) -> list[Array]:
-        return layer.tied(at[layer], probes)
-
-    found, _, _ = _search(
-        functools.partial(_counts, layers, ties), numbers - above, last, first, reached - above
-    )
-    end = jnp.where(tied, first - found + 1, first)
-    ends = {
-        layer: layer.own(end - jnp.minimum(end, np.uint32(layer.before)))[0] for layer in layers
-    }
-    return Cut(threshold, [(at[layer], ends[layer]) for layer in layers])
+    parts = _parts(layers)
+    cut = _search(parts, numbers, bottom, jnp.asarray(sizes.astype(np.uint32)), near)
+    masks = {layer: mask for part in parts for layer, mask in part.masks(cut)}
+    pairs = zip(layers, scores, strict=True)
+    return [masks[layer].reshape(score.shape) for layer, score in pairs], cut.thresholds
 
 
-def apply_cut(scores: Sequence[Array], cut: Cut, *, magnitude: bool = False) -> list[Array]:
-    """The masks of scores by where they are cut, an elementwise function of them."""
-    masks = []
-    for score, (threshold, end) in zip(scores, cut.layers, strict=True):
-        each = score.reshape(*score.shape, *threshold.shape[score.ndim :])
-        is_behind = _index(each.shape, threshold.shape) >= end
-        mask = _rank(each, magnitude) >= _signed(threshold) + is_behind.astype(jnp.int32)
-        masks.append(mask.reshape(score.shape))
-    return masks
+class _Cut(NamedTuple):
+    """Which scores are kept: those above a threshold, and of those that equal it the first.
+
+    Attributes:
+      thresholds: ranks, uint32 (1, number to keep).
+      ends: of scores that equal a threshold those are kept whose index among the scores of this
+        number, in C order, is below; uint32 (1, number to keep).
+    """
+
+    thresholds: Array
+    ends: Array
+
+
+class _State(NamedTuple):
+    """A search of each number to keep, (1, number) each.
+
+    It goes on between two ranks, `low` and `high`; `reached` scores reach the low one, and `above`
+    what is above the high one. Where ranks are tied it goes on among the scores of rank
+    `threshold`, and what it counts is by place: the lower a score's index, the higher its place.
+    """
+
+    low: Array
+    high: Array
+    above: Array
+    reached: Array
+    numbers: Array
+    threshold: Array
+    tied: Array
+    begins: Array
 
 
 def _search(
-    count: Callable[[Array, Array], Array],
-    numbers: Array,
-    bottom: Array,
-    top: Array,
-    sizes: Array,
-    near: Array | None = None,
-) -> tuple[Array, Array, Array]:
-    """The highest ranks that are reached by at least `numbers` scores.
-
-    Stops early at any rank that is reached by exactly `numbers` scores.
+    parts: Sequence[_Part], numbers: Array, bottom: Array, sizes: Array, near: Array | None
+) -> _Cut:
+    """Where the `numbers` highest scores end.
 
     Args:
-      count: how many reach probes, `count(probes, wanted)`, both (probe, search); `wanted`,
-        (1, search), tells which searches still run: the others take any number not below `numbers`.
-      numbers: how many are asked for, uint32 (1, search).
+      parts: the scores.
+      numbers: how many are asked for, uint32 (1, number).
       bottom: ranks that all reach.
-      top: ranks, the highest that may be found.
       sizes: how many there are.
-      near: where to look first.
+      near: ranks to look at first.
 
     Returns:
-      The ranks, how many are above, and how many reach them; uint32 (1, search).
+      The cut.
     """
-    State = tuple[Array, Array, Array, Array, Array]
 
-    def probes(low: Array, high: Array, above: Array, reached: Array) -> Array:
+    def probes(low: Array, high: Array, above: Array, reached: Array, numbers: Array) -> Array:
         """Ranks above the low one, up to the high one."""
         span = high - low
         stride = span // _PARTS + jnp.minimum(span % _PARTS, 1)
@@ -169,27 +146,42 @@ def _search(
         expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
         return low + jnp.concatenate([even, jnp.minimum(expected, span)])
 
-    def narrow(state: State) -> State:
-        low, high, above, reached, begins = state
-        tried = probes(low, high, above, reached)
+    def narrow(state: _State) -> _State:
+        low, high, above, reached, numbers, threshold, tied, begins = state
+        tried = probes(low, high, above, reached, numbers)
         if near is not None:
             below = near - jnp.minimum(near, _column(reversed(_FAN)))
             after = near + jnp.minimum(_BEYOND - near, _column((0, *_FAN)))
             tried = jnp.where(begins, jnp.concatenate([below, after]), tried)
         # Both ends stay within what was known before; a search that is over has no room.
         tried = jnp.clip(tried, low, high)
-        counts = count(tried, low < high)
+        counts = _counts(parts, tried, low < high, threshold, tied)
         holds = counts >= numbers
         low = jnp.max(jnp.where(holds, tried, low), 0, keepdims=True)
         least = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
         reached = jnp.minimum(reached, least)
         high = jnp.min(jnp.where(holds, high, tried - 1), 0, keepdims=True)
         above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
-        return low, jnp.where(reached == numbers, low, high), above, reached, jnp.zeros((), bool)
+        # Any rank that is reached by just as many as asked will do.
+        high = jnp.where(reached == numbers, low, high)
+        ties = (low == high) & ~tied & (reached > numbers)
+        return _State(
+            low=jnp.where(ties, _LAST - (sizes - 1), low),
+            high=jnp.where(ties, _LAST, high),
+            above=jnp.where(ties, 0, above),
+            reached=jnp.where(ties, reached - above, reached),
+            numbers=jnp.where(ties, numbers - above, numbers),
+            threshold=jnp.where(tied, threshold, low),
+            tied=tied | ties,
+            begins=jnp.zeros((), bool),
+        )
 
-    start = (bottom, top, jnp.zeros_like(sizes), sizes, jnp.ones((), bool))
-    low, _, above, reached, _ = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), narrow, start)
-    return low, above, reached
+    # Where all are kept, the lowest rank will do.
+    top = jnp.where(sizes == numbers, bottom, jnp.full_like(bottom, _BEYOND))
+    none, yes = jnp.zeros_like(sizes), jnp.ones((), bool)
+    start = _State(bottom, top, none, sizes, numbers, bottom, none.astype(bool), yes)
+    end = lax.while_loop(lambda s: jnp.any(s.low < s.high), narrow, start)
+    return _Cut(end.threshold, jnp.where(end.tied, _LAST - end.low + 1, _LAST))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -225,57 +217,166 @@ class _Layer:
         """The ranks of its scores, signed."""
         return _rank(self.scores, self.magnitude)
 
+    @property
+    def index(self) -> Array:
+        """The index of each score among those of the same number."""
+        return _index(self.scores.shape, self.shape) + np.uint32(self.before)
+
     def own(self, numbers: Array) -> Array:
         """Of numbers (row, number) its own, to broadcast to its scores row by row."""
         return numbers[:, self.place].reshape(-1, *self.shape)
 
-    def reaching(self, probes: Array) -> list[Array]:
-        """Which scores reach each probe, of its own."""
-        return [self.ranks >= probe for probe in _signed(probes)]
+    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
+        """See `_Part`."""
 
-    def tied(self, threshold: Array, probes: Array) -> list[Array]:
-        """Which scores equal the threshold, and have an index that reaches each probe."""
-        tie, index = self.ranks == _signed(threshold), _index(self.scores.shape, self.shape)
-        return [tie & (_LAST - np.uint32(self.before) - index >= probe) for probe in probes]
+        def total(flags: list[Array]) -> Array:
+            # Along the last axis a sum runs through memory; the others are shared out among cores.
+            rows = totals(flags, self.axes[-1:])
+            return jnp.stack([count.ravel() for count in totals(rows, self.axes[:-1])])
+
+        def unwanted(own: Array) -> Array:
+            return jnp.full((len(own), math.prod(self.shape)), _LAST)
+
+        def by_rank(own: Array) -> Array:
+            return total([self.ranks >= probe for probe in _signed(own)])
+
+        def by_place(own: Array) -> Array:
+            mixed = self.own(threshold), self.own(tied)
+            return total(_reaching(self.ranks, self.index, *mixed, own))
+
+        # Within a branch, for a loop would write out all ranks before it starts. Indices are worked
+        # out only where they are asked for, which takes as long as all the rest.
+        runs, is_tied = (jnp.any(x[:, self.place]) for x in (wanted, tied))
+        branch = jnp.where(runs, jnp.where(is_tied, 2, 1), 0)
+        return lax.switch(branch, [unwanted, by_rank, by_place], self.own(probes))
+
+    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
+        """See `_Part`."""
+        threshold, end = self.own(cut.thresholds)[0], self.own(cut.ends)[0]
+        return [(self, _is_kept(self.ranks, self.index, threshold, end))]
+
+    @property
+    def places(self) -> np.ndarray:
+        """See `_Part`."""
+        return np.arange(self.place.start, self.place.stop)
+
+
+class _Part(Protocol):
+    """Scores that are counted together.
+
+    Attributes:
+      places: for each column of its counts, which number to keep it is about.
+    """
+
+    @property
+    def places(self) -> np.ndarray: ...
+
+    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
+        """How many scores reach each probe, (probe, column).
+
+        Args:
+          probes: ranks, or places where ranks are tied; (probe, number).
+          wanted: which searches still run; of others any count not below the number will do.
+          threshold: the rank that counts where ranks are tied; (1, number).
+          tied: where they are.
+
+        Returns:
+          uint32 counts.
+        """
+        ...
+
+    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
+        """Which scores are kept: its layers, each with a mask of its scores' shape."""
+        ...
+
+
+class _Row:
+    """Small layers in one row, each copy of a layer an array of its own."""
+
+    def __init__(self, layers: Sequence[_Layer]):
+        self.layers = layers
+        copies = [(layer, copy) for layer in layers for copy in range(math.prod(layer.shape))]
+        self.places = np.asarray([layer.place.start + copy for layer, copy in copies])
+        self.row = Row([layer.size for layer, _ in copies])
+        before = np.asarray([layer.before for layer, _ in copies])[self.row.array]
+        first = jnp.asarray((before + self.row.first).astype(np.uint32)[:, None])
+        self.index = first + np.arange(self.row.length, dtype=np.uint32)[None]
+        # What pads a row ranks below all numbers.
+        self.ranks = self.row.blocks([r for layer in layers for r in _copies(layer)], int(_LOWEST))
+
+    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
+        """See `_Part`."""
+        del wanted
+        own = (self.row.spread(x[:, self.places]) for x in (threshold, tied, probes))
+        return jnp.stack(self.row.sums(_reaching(self.ranks, self.index, *own)))
+
+    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
+        """See `_Part`."""
+        threshold, end = (self.row.spread(x[0, self.places]) for x in (cut.thresholds, cut.ends))
+        # Twice, for layers to read in turn, so that not each of them compares ranks itself.
+        kept = written_out(_is_kept(self.ranks, self.index, threshold, end))
+        twice = [iter(self.row.arrays(blocks)) for blocks in kept]
+        masks = []
+        for i, layer in enumerate(self.layers):
+            order = _copies_first(layer)
+            pairs = [[next(arrays) for arrays in twice] for _ in range(math.prod(layer.shape))]
+            copies = jnp.stack([pair[i % 2] for pair in pairs])
+            mask = copies.reshape([layer.scores.shape[i] for i in order])
+            masks.append((layer, mask.transpose(np.argsort(order))))
+        return masks
+
+
+def _copies(layer: _Layer) -> list[Array]:
+    """The ranks of each copy of a layer."""
+    return list(layer.ranks.transpose(_copies_first(layer)).reshape(-1, layer.size))
+
+
+def _copies_first(layer: _Layer) -> list[int]:
+    return sorted(range(layer.scores.ndim), key=lambda i: layer.shape[i] == 1)
+
+
+def _is_kept(ranks: Array, index: Array, threshold: Array, end: Array) -> Array:
+    """Which scores rank above the threshold, or equal it and come before the end."""
+    return ranks >= _signed(threshold) + (index >= end).astype(jnp.int32)
+
+
+def _reaching(
+    ranks: Array, index: Array, threshold: Array, tied: Array, probes: Array
+) -> list[Array]:
+    """Which scores reach each probe: by rank, or where ranks are tied by place."""
+    places = jnp.where(ranks == _signed(threshold[0]), _signed(_LAST - index), _LOWEST)
+    standing = jnp.where(tied[0], places, ranks)
+    return [standing >= probe for probe in _signed(probes)]
 
 
 def _counts(
-    layers: Sequence[_Layer],
-    flags: Callable[[_Layer, Array], list[Array]],
-    probes: Array,
-    wanted: Array,
+    parts: Sequence[_Part], probes: Array, wanted: Array, threshold: Array, tied: Array
 ) -> Array:
-    """How many flags are up at probes (probe, number); 2^32 - 1 where that is not wanted."""
-
-    def count(layer: _Layer, own: Array) -> Array:
-        # Along the last axis a sum runs through memory; the others are shared out among cores.
-        rows = totals(flags(layer, own), layer.axes[-1:])
-        return jnp.stack([count.ravel() for count in totals(rows, layer.axes[:-1])])
-
-    # Within a branch, for a loop would write out all ranks before it starts.
-    counts = [
-        lax.cond(
-            jnp.any(wanted[:, layer.place]),
-            functools.partial(count, layer),
-            lambda own: jnp.full((len(own), own[0].size), _LAST),
-            layer.own(probes),
-        )
-        for layer in layers
-    ]
-    shared = len(layers) > 1 and layers[0].place == layers[1].place
-    return functools.reduce(jnp.add, counts) if shared else jnp.concatenate(counts, 1)
+    """How many scores reach probes (probe, number)."""
+    columns = [part.count(probes, wanted, threshold, tied) for part in parts]
+    if probes.shape[1] == 1:
+        sums = [jnp.sum(c, 1, jnp.uint32, keepdims=True) for c in columns]
+        return functools.reduce(jnp.add, sums)
+    order = np.argsort(np.concatenate([part.places for part in parts]))
+    counts = jnp.concatenate(columns, 1)
+    return counts if np.all(np.diff(order) == 1) else counts[:, order]
 
 
-def _layers(
-    scores: Sequence[Array], keep: list[Any] | Any, magnitude: bool
-) -> tuple[list[_Layer], Array, Array]:
-    """The layers, the numbers to keep, and of how many scores each is; both uint32 (1, number)."""
+def _parts(layers: Sequence[_Layer]) -> list[_Part]:
+    """The layers as they are counted: small ones that are on one device in one row."""
+    flags = are_small([layer.scores for layer in layers])
+    pairs = list(zip(layers, flags, strict=True))
+    small, others = ([layer for layer, flag in pairs if flag == which] for which in (True, False))
+    return [*([_Row(small)] if small else []), *others]
+
+
+def _layers(scores: Sequence[Array], keep: list[Any] | Any, magnitude: bool) -> list[_Layer]:
+    """The layers, and which numbers to keep are about each."""
     shared = not isinstance(keep, list)
-    numbers = [as_count(keep)] if shared else [as_count(number) for number in keep]
-    shapes = [()] * len(scores) if shared else [number.shape for number in numbers]
     layers: list[_Layer] = []
-    for x, shape in zip(scores, shapes, strict=True):
+    for i, x in enumerate(scores):
         # Each copy has an axis, if only one of size one.
+        shape = () if shared else np.shape(keep[i])
         shape = shape or (1,) * x.ndim
         x, shape = (x, shape) if 1 in shape else (x[..., None], (*shape, 1))
         last = layers[-1] if layers else None
@@ -283,13 +384,13 @@ def _layers(
         before = last.before + last.size if shared and last is not None else 0
         place = slice(start, start + math.prod(shape))
         layers.append(_Layer(x, shape, place, before, magnitude))
-    # Of a number for several copies, that of one.
-    sizes = [layer.size for layer in layers for _ in range(math.prod(layer.shape))]
-    sizes = [sum(sizes)] if shared else sizes
-    if max(sizes) >= 2**32:
-        raise ValueError(f"one threshold can be for less than 2^32 weights, got {max(sizes)}")
-    row = jnp.concatenate([number.reshape(1, -1) for number in numbers], 1)
-    return layers, row, jnp.asarray([sizes], jnp.uint32)
+    return layers
+
+
+def _in_row(keep: list[Any] | Any) -> Array:
+    """The numbers to keep, uint32 (1, number)."""
+    numbers = keep if isinstance(keep, list) else [keep]
+    return jnp.concatenate([as_count(number).reshape(1, -1) for number in numbers], 1)
 
 
 def as_count(number: Any) -> Array:
@@ -312,6 +413,10 @@ def _index(sizes: tuple[int, ...], copies: tuple[int, ...]) -> Array:
         places = np.arange(sizes[axis], dtype=np.uint32) * np.uint32(stride)
         index = index + jnp.expand_dims(places, [i for i in range(len(sizes)) if i != axis])
     return index
+
+
+# Signed, below the rank of any number.
+_LOWEST = np.int32(-(2**31))
 
 
 def _signed(rank: Array) -> Array:

@@ -18,10 +18,11 @@ from dpai_jax.allocation import check_allocation, erk, keep_of_layers
 from dpai_jax.methods.base import Allocation, Problem, Pruned
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.paths import Network
-from dpai_jax.selection import Cut, as_count
+from dpai_jax.selection import as_count
 from dpai_jax.tools import meshes
+from dpai_jax.tools.rows import are_small, sums_of
 from dpai_jax.tools.signatures import Alike
-from dpai_jax.tools.sums import count_true, materialize, sum_over, sum_taps
+from dpai_jax.tools.sums import sum_over, sum_taps, written_out
 from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
@@ -79,11 +80,13 @@ def ascent(
     if not isinstance(gamma, jax.core.Tracer):
         checks.number("gamma", gamma, *checks.POSITIVE)
     checks.one_of("counting", counting, counts.COUNTINGS)
-    objective = Objective(alpha, beta, gamma, counting, normalize=False)
+    weights: tuple[Any, Any, Any] = (alpha, beta, gamma)
+    sharp = not isinstance(weights[2], jax.core.Tracer) and math.isinf(gamma)
+    objective = Objective(counting, normalize=False, sharp=sharp)
 
     def run(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
         masks, _ = selection.select(scores, keep, magnitude=True)
-        return direction(net, objective, scores, masks)[0]
+        return direction(net, objective, weights, scores, masks)[0]
 
     numbers = keep_of_layers(net, keep)
     directions = meshes.auto_sharded(run, leaves, numbers, like=leaves)
@@ -94,58 +97,85 @@ class Objective(NamedTuple):
     """What the scores ascend (see `ascent`).
 
     Attributes:
-      alpha, beta, gamma, counting: as in `ascent`.
+      counting: as in `ascent`.
       normalize: whether the direction of each layer is divided by its mean magnitude.
+      sharp: whether γ is infinite, and so the indicators only tell what has any path.
     """
 
-    alpha: float
-    beta: float
-    gamma: float
     counting: str
     normalize: bool
+    sharp: bool
 
 
 def direction(
-    net: Network, objective: Objective, scores: list[Array], masks: list[Array]
+    net: Network,
+    objective: Objective,
+    weights: tuple[Any, Any, Any],
+    scores: list[Array],
+    masks: list[Array],
 ) -> tuple[list[Array], dict[str, Array]]:
     """Algorithm 1, lines 6 to 8: the direction d at the masks of the scores (see `ascent`).
 
     Args:
       net: the traced network.
       objective: what to ascend.
+      weights: α, β and γ.
       scores: a float32 array of each layer's shape.
       masks: the boolean masks of the scores.
 
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
-    alpha, beta, gamma, counting, normalize = objective
-    log_paths, gradients = jax.value_and_grad(functools.partial(counts.log_count, net))(
-        [m.astype(jnp.float32) for m in masks], counting
-    )
-    directions, nodes, kernels = [], [], []
-    for layer, s, m, g in zip(net.layers, scores, masks, gradients, strict=True):
-        passing = jnp.where(m, g, 0.0)
-        kernel = materialize(sum_taps(passing, layer.taps)) if layer.taps else passing
-        node = materialize(jnp.sum(kernel, layer.inputs, keepdims=True))
-        push = (1 - beta) * _slope(node, gamma) + beta * _slope(kernel, gamma)
+    counting, normalize, sharp = objective
+    alpha, beta, gamma = weights
+    count = functools.partial(counts.log_count, net, counting=counting, below=1.0)
+    floats = [m.astype(jnp.float32) for m in masks]
+    log_paths, gradients = jax.value_and_grad(count)(floats)
+    slopes, sizes, open_nodes = [], [], []
+    for layer, m, g in zip(net.layers, masks, gradients, strict=True):
+        kernel = sum_taps(jnp.where(m, g, 0.0), layer.taps)
+        # Sums over taps are read more than once; where there are none, they cost nothing.
+        kernel, again = written_out(kernel) if layer.taps else (kernel, kernel)
+        open_kernels = (kernel > 0).astype(jnp.float32)
+        open_node = jnp.sum(open_kernels, layer.inputs, keepdims=True)
+        if sharp:
+            of_node, of_kernel = (jnp.where(x > 0, 0.0, 1.0) for x in (open_node, again))
+        else:
+            node = jnp.sum(kernel, layer.inputs, keepdims=True)
+            of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
+        push = (1 - beta) * of_node + beta * of_kernel
         slope = (1 - alpha) + alpha * push
-        if normalize:
-            copy = tuple(i for i in range(g.ndim) if i not in layer.stack)
-            mean = sum_over(slope * sum_taps(g, layer.taps), copy) * (layer.copies / layer.size)
-            slope = slope * jnp.where(mean > 0, 1 / mean, 0.0)
-        directions.append(slope * g * jnp.sign(s))
-        nodes.append(count_true(node > 0))
-        kernels.append(count_true(kernel > 0))
-    measured = {"log_paths": log_paths, "nodes": sum(nodes), "kernels": sum(kernels)}
+        slopes.append(slope)
+        sizes.append(slope * sum_taps(g, layer.taps))
+        open_nodes.append(open_node.ravel())
+    if normalize:
+        slopes = [
+            slope * jnp.where(mean > 0, 1 / mean, 0.0)
+            for slope, mean in zip(slopes, _means(net, masks, sizes), strict=True)
+        ]
+    directions = [
+        slope * g * jnp.sign(s) for slope, g, s in zip(slopes, gradients, scores, strict=True)
+    ]
+    nodes = jnp.concatenate(open_nodes).astype(jnp.uint32)
+    measured = {
+        "log_paths": log_paths,
+        "nodes": jnp.sum(nodes > 0, dtype=jnp.uint32),
+        "kernels": jnp.sum(nodes, dtype=jnp.uint32),
+    }
     return directions, measured
 
 
-def _slope(share: Array, gamma: Any) -> Array:
-    """The slope, but for the factor γ, of the indicator of what has this share of the paths."""
-    sharp = isinstance(gamma, float) and math.isinf(gamma)
-    slope = 0.0 if sharp else 1 - jnp.square(jnp.tanh(gamma * share))
-    return jnp.where(share > 0, slope, 1.0)
+def _means(net: Network, masks: list[Array], sizes: list[Array]) -> list[Array]:
+    """The mean magnitude of each layer's direction, of each copy of it, from sums over taps."""
+    small = are_small(masks)
+    in_row = [flag and layer.copies == 1 for flag, layer in zip(small, net.layers, strict=True)]
+    means = []
+    for layer, x, total in zip(net.layers, sizes, sums_of(sizes, in_row), strict=True):
+        if layer.stack:
+            copy = tuple(i for i in range(x.ndim) if i not in layer.stack)
+            total = sum_over(x, copy)
+        means.append(total * (layer.copies / layer.size))
+    return means
 
 
 class _State(NamedTuple):
@@ -153,7 +183,6 @@ class _State(NamedTuple):
 
     scores: list[Array]
     optimizer: Any
-    masks: list[Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,17 +262,17 @@ class DPaI:
         net = problem.net
         keep = jax.tree.map(as_count, problem.keep(self.allocation))
         scores = self._start(problem)
-        state = _State(
-            scores, self.optimizer.init(scores), [jnp.zeros_like(s, bool) for s in scores]
-        )
+        state = _State(scores, self.optimizer.init(scores))
+        masks = [np.zeros(layer.shape, bool) for layer in net.layers]
         thresholds = jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)
-        objective = Objective(self.alpha, self.beta, self.gamma, self.counting, self.normalize)
+        objective = Objective(self.counting, self.normalize, math.isinf(self.gamma))
+        weights = tuple(map(np.float32, (self.alpha, self.beta, self.gamma)))
         update = Alike(self.optimizer.update)
         measured: list[dict[str, Any]] = []
         stopped, paths = "", -math.inf
         for t in range(self.steps):
-            cut, thresholds = _cut(net, state.scores, keep, thresholds)
-            state, numbers = _step(net, state, cut, objective=objective, update=update)
+            masks, thresholds = _select(net, masks, state.scores, keep, thresholds)
+            state, numbers = _step(net, state, masks, weights, objective=objective, update=update)
             measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
                 numbers = jax.device_get(numbers)
@@ -254,7 +283,7 @@ class DPaI:
                     break
         scores = state.scores
         del state  # what the optimizer remembers is as large as all the rest
-        masks = _masks(net, scores, _cut(net, scores, keep, thresholds)[0])
+        masks, _ = _select(net, masks, scores, keep, thresholds)
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
         return Pruned(masks, scores, history, stopped, lambda: [jnp.abs(s) for s in scores])
 
@@ -269,34 +298,42 @@ class DPaI:
         return counts.rank_last(net, scores, 0.0)
 
 
-@meshes.program(layers=lambda scores, *_: scores)
-def _cut(
-    _: Network, scores: list[Array], keep: list[Array] | Array, thresholds: Array
-) -> tuple[Cut, Array]:
-    """Line 5 of Algorithm 1: where the scores are cut, and the last two thresholds."""
+@meshes.program(
+    like=lambda _, scores, *__: (scores, None),
+    layers=lambda _, scores, *__: scores,
+    donate=(0,),
+)
+def _select(
+    _: Network,
+    last: list[Array],
+    scores: list[Array],
+    keep: list[Array] | Array,
+    thresholds: Array,
+) -> tuple[list[Array], Array]:
+    """Line 5 of Algorithm 1: the masks of the scores, and the last two thresholds."""
+    del last  # the last masks lend the new ones their memory, no more
     # Extrapolate linearly from the last two thresholds.
-    before, last = thresholds[:1], thresholds[1:]
-    cut = selection.find_cut(scores, keep, last + (last - before), magnitude=True)
-    return cut, jnp.concatenate([last, cut.thresholds])
-
-
-@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
-def _masks(_: Network, scores: list[Array], cut: Cut) -> list[Array]:
-    """The masks of the scores by where they are cut."""
-    return selection.apply_cut(scores, cut, magnitude=True)
+    before, near = thresholds[:1], thresholds[1:]
+    masks, found = selection.select(scores, keep, near + (near - before), magnitude=True)
+    return masks, jnp.concatenate([near, found])
 
 
 @meshes.program(
-    like=lambda state, _: (state, None), layers=lambda state, _: state.scores, donate=(0,)
+    like=lambda state, *_: (state, None), layers=lambda state, *_: state.scores, donate=(0,)
 )
 def _step(
-    net: Network, state: _State, cut: Cut, *, objective: Objective, update: Alike
+    net: Network,
+    state: _State,
+    masks: list[Array],
+    weights: tuple[Any, Any, Any],
+    *,
+    objective: Objective,
+    update: Alike,
 ) -> tuple[_State, dict[str, Array]]:
-    """Lines 5 to 8 of Algorithm 1. The last masks lend the new ones their memory, no more."""
-    masks = selection.apply_cut(state.scores, cut, magnitude=True)
-    directions, measured = direction(net, objective, state.scores, masks)
+    """Lines 6 to 8 of Algorithm 1."""
+    directions, measured = direction(net, objective, weights, state.scores, masks)
     descent = jax.tree.map(jnp.negative, directions)
     # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, memory = update(descent, state.optimizer, state.scores)
-    return _State(optax.apply_updates(state.scores, updates), memory, masks), measured
+    return _State(optax.apply_updates(state.scores, updates), memory), measured

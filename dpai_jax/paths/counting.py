@@ -22,7 +22,10 @@ from dpai_jax.tools.sums import product_sum, sum_over
 # The two sides of a contraction, each its axes, as in the dimension numbers of `lax.dot_general`.
 Pair = tuple[Sequence[int], Sequence[int]]
 # A mantissa, its exponent, and whether it has an entry above zero.
-Normal = tuple[Array, Array, Array | np.bool]
+Normal = tuple[Spread, Array, Array | np.bool]
+
+# A mantissa below this is near its normal form.
+_NEAR = 2.0**8
 
 
 class Counting:
@@ -38,12 +41,15 @@ class Counting:
     gated = True
     tracks_constants = True
 
-    def normalize(self, array: Array, exponent: Array, filled: Any = None) -> Normal:
+    def normalize(self, counts: Spread, exponent: Array, filled: Any = None) -> Normal:
         """Counts in normal form: mantissa, exponent, and whether any count is not zero.
 
-        Counts of which that is known are near their normal form and stay as they are.
+        Counts of which that is known stay as they are if they are known to be near normal form.
         """
-        return v.normalise(array, exponent) if filled is None else (array, exponent, filled)
+        if filled is not None and counts.below is not None and counts.below <= _NEAR:
+            return counts, exponent, filled
+        array, exponent, filled = v.normalise(counts.array, exponent)
+        return Spread(array, counts.shape, below=1.0), exponent, filled
 
     def alive(self, flow: Flow) -> Array:
         """One where a unit gives something, zero where it is dead; a constant to gradients."""
@@ -115,9 +121,9 @@ class Reach(Counting):
 
     gated = False
 
-    def normalize(self, array: Array, exponent: Array, _filled: Any = None) -> Normal:
+    def normalize(self, counts: Spread, exponent: Array, _filled: Any = None) -> Normal:
         """Zeros and ones; see `Counting.normalize`."""
-        return v.saturate(array), exponent, np.True_
+        return Spread(v.saturate(counts.array), counts.shape, below=1.0), exponent, np.True_
 
 
 EXACT, MEAN_FIELD, REACH = Counting(), MeanField(), Reach()
@@ -138,7 +144,10 @@ def _dot_vector(x: Spread, vector: Spread, dims: tuple[Pair, Pair]) -> Array:
     axes = [j for _, j in pairs]
     rest = [j for j in range(len(vector.shape)) if j not in axes]
     aligned = vector.array.transpose(*axes, *rest).reshape([vector.array.shape[j] for j in axes])
-    sums = product_sum(x.array, jnp.expand_dims(aligned, others), tuple(contract))
+    below = (x.below, vector.below)
+    sums = product_sum(
+        x.array, jnp.expand_dims(aligned, others), tuple(contract), below, (False, True)
+    )
     uniform = [
         x.shape[i]
         for i, j in zip(contract, contract_vector, strict=True)

@@ -75,15 +75,24 @@ class Interpreter:
           unit: which unit it is, for a result that is one of the operands (an activation).
           ancestors: the units that it is a statistic or a view of.
           at_zero: what it gives where no path reaches it (see `Flow.at_zero`).
-          filled: whether any count is not zero, if that is known and the counts are near their
-            normal form; spares the pass that finds the largest.
+          filled: whether any count is not zero, if that is known; where the counts are known to be
+            near their normal form, it spares the pass that finds the largest.
 
         Returns:
           The flow.
         """
-        mantissa, exponent, filled = self.counting.normalize(spread.array, exponent, filled)
         unit = object() if unit is None else unit
-        return Flow(mantissa, exponent, spread.shape, unit, ancestors, at_zero, filled)
+        spread, exponent, filled = self.counting.normalize(spread, exponent, filled)
+        return Flow(
+            spread.array,
+            exponent,
+            spread.shape,
+            unit,
+            ancestors,
+            at_zero,
+            filled,
+            below=spread.below,
+        )
 
     def source(self, shape: Shape) -> Flow:
         """A flow that starts here: one path to every unit, or none (see `start`)."""

@@ -167,6 +167,7 @@ class Network:
         masks: Sequence[Array],
         counting: Counting = EXACT,
         at_kernel: AtKernel = KernelUse.count,
+        below: float | None = None,
     ) -> Array:
         """The logarithm of the number of paths.
 
@@ -174,11 +175,12 @@ class Network:
           masks: a float32 array of each layer's shape.
           counting: how paths are counted.
           at_kernel: see `Interpreter`.
+          below: what no entry of the masks exceeds, where that is known.
 
         Returns:
           float32 scalar.
         """
-        flows = self.evaluate(masks, Interpreter(self.gates, counting, at_kernel))
+        flows = self.evaluate(masks, Interpreter(self.gates, counting, at_kernel), below)
         sums, exponent = v.align(flows)
         ends = [
             counting.sum(Spread(x, f.shape), range(len(f.shape)))
@@ -209,11 +211,13 @@ class Network:
 
         return [g > 0.5 for g in jax.grad(count)(list(masks))]
 
-    def evaluate(self, masks: Sequence[Array], interpreter: Interpreter) -> list[Flow]:
-        """The flows at the network's outputs."""
+    def evaluate(
+        self, masks: Sequence[Array], interpreter: Interpreter, below: float | None = None
+    ) -> list[Flow]:
+        """The flows at the network's outputs; no entry of the masks exceeds `below`."""
         by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
         params = [
-            _weight(i, by_index[i]) if i in by_index else Independent(shape)
+            _weight(i, by_index[i], below) if i in by_index else Independent(shape)
             for i, shape in enumerate(self._shapes)
         ]
         return _evaluate(self._jaxpr, params, interpreter)
@@ -393,8 +397,8 @@ def _uses(
     return list(first.values())
 
 
-def _weight(index: int, mask: Array) -> Weight:
-    return Weight(mask, ((index, tuple(frozenset({i}) for i in range(mask.ndim))),))
+def _weight(index: int, mask: Array, below: float | None = None) -> Weight:
+    return Weight(mask, ((index, tuple(frozenset({i}) for i in range(mask.ndim))),), below)
 
 
 def _layer(use: AxesOfLeaf, name: str, shape: tuple[int, ...]) -> Layer:

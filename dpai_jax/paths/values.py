@@ -40,17 +40,24 @@ Shape = tuple[int, ...]
 
 
 class Spread(NamedTuple):
-    """An array that stands for a larger one: axes of size one are uniform along `shape`."""
+    """An array that stands for a larger one: axes of size one are uniform along `shape`.
+
+    Attributes:
+      array: the array.
+      shape: the shape of the one that it stands for.
+      below: what no entry exceeds, where that is known when the program is built.
+    """
 
     array: Array
     shape: Shape
+    below: float | None = None
 
     def full(self, *axes: int) -> Spread:
         """The same values with the given axes written out; all axes where none is given."""
         spread = set(axes) if axes else set(range(len(self.shape)))
         sizes = zip(self.array.shape, self.shape, strict=True)
         target = tuple(full if i in spread else size for i, (size, full) in enumerate(sizes))
-        return Spread(jnp.broadcast_to(self.array, target), self.shape)
+        return self._replace(array=jnp.broadcast_to(self.array, target))
 
     def uniform(self, axis: int) -> bool:
         """Whether the values along the axis are held once for all."""
@@ -129,10 +136,12 @@ class Weight:
       array: the mask as float32, of the view's full shape.
       sources: for each kernel in it, by its index among the leaves of the parameters, the kernel's
         axes that each axis of the view is made of.
+      below: what no entry exceeds, where that is known.
     """
 
     array: Array
     sources: tuple[tuple[int, Axes], ...]
+    below: float | None = None
 
     @property
     def shape(self) -> Shape:
@@ -142,7 +151,7 @@ class Weight:
     @property
     def spread(self) -> Spread:
         """The mask with its shape."""
-        return Spread(self.array, self.shape)
+        return Spread(self.array, self.shape, self.below)
 
     @property
     def terms(self) -> tuple[Weight, ...]:
@@ -181,6 +190,7 @@ class Flow:
       constants: where constants were put beside it (a learned class token), the paths from those:
         a unit that such a path reaches is alive, though no path from the input does.
       views: those of its ancestors that it holds whole, rearranged: transposed, reshaped, repeated.
+      below: what no entry of the mantissa exceeds, where that is known.
     """
 
     mantissa: Array
@@ -192,11 +202,12 @@ class Flow:
     filled: Array | np.bool = np.True_
     views: frozenset[Hashable] = frozenset()
     constants: Flow | None = None
+    below: float | None = None
 
     @property
     def spread(self) -> Spread:
         """The mantissa with its logical shape."""
-        return Spread(self.mantissa, self.shape)
+        return Spread(self.mantissa, self.shape, self.below)
 
     @property
     def lineage(self) -> frozenset[Hashable]:
@@ -223,9 +234,9 @@ Value = Independent | Weight | WeightSum | Flow
 jax.tree_util.register_dataclass(
     Flow,
     ["mantissa", "exponent", "filled", "constants"],
-    ["shape", "unit", "ancestors", "views", "at_zero"],
+    ["shape", "unit", "ancestors", "views", "at_zero", "below"],
 )
-jax.tree_util.register_dataclass(Weight, ["array"], ["sources"])
+jax.tree_util.register_dataclass(Weight, ["array"], ["sources", "below"])
 
 
 replace = dataclasses.replace

@@ -33,16 +33,29 @@ def inverse(power: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def stages(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The axes of a reduction, in the order in which to reduce them.
+
+    Cores share out the entries of a result. So a large array is first reduced along its last axis,
+    which is contiguous in memory; a small one at once, which is less to compile.
+    """
+    n_terms = math.prod(shape[i] for i in axes)
+    return [axes] if n_terms <= SMALL else [axes[-1:], axes[:-1]]
+
+
+# The number of terms that one core adds up in no time.
+SMALL = 2**16
+
+
 def largest_entry(array: Array) -> Array:
     """The largest entry, or zero if none is above zero; not differentiable.
 
     XLA on CPUs writes out the operand of a reduction of one operand. It fuses the operands of a
-    reduction of two, if both results are used. The reduction runs along the last axis first, which
-    is contiguous in memory, and over integers, whose comparisons vectorise: the bits of positive
-    floats are in the order of the floats.
+    reduction of two, if both results are used. The reduction is over integers, whose comparisons
+    vectorise: the bits of positive floats are in the order of the floats.
     """
-    most = least = lax.bitcast_convert_type(jnp.atleast_1d(array), jnp.int32)
-    for axes in ((most.ndim - 1,), tuple(range(most.ndim - 1))):
+    most = least = lax.bitcast_convert_type(array, jnp.int32)
+    for axes in stages(array.shape, tuple(range(array.ndim))):
         if math.prod(most.shape[i] for i in axes) != 1:
             most, least = lax.reduce(
                 [most, least],

@@ -17,46 +17,74 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.powers import inverse, largest_entry, power_above
+from dpai_jax.tools.powers import inverse, largest_entry, power_above, stages
+
+# What no magnitude in an array exceeds, or None where that is not known.
+Bound = float | None
+
+# The bits of a term, counted from the largest, that sums keep at least.
+_BITS = 36
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product_sum(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product_sum(
+    a: Array,
+    b: Array,
+    axes: tuple[int, ...],
+    below: tuple[Bound, Bound] = (None, None),
+    write: tuple[bool, bool] = (False, False),
+) -> Array:
     """The sum of `a * b` over some axes, which keep size one.
 
     Args:
       a: float32 array.
       b: float32 array of the same rank; the two broadcast.
       axes: the axes to sum over.
+      below: what no magnitude in `a` and in `b` exceeds, where that is known; it spares the pass
+        that finds the largest.
+      write: whether to write out `a`, and `b`, for the sum and its derivatives (see `written_out`).
 
     Returns:
       float32 array. Neither the sums nor their derivatives depend on the order of the terms.
     """
-    sizes = np.broadcast_shapes(a.shape, b.shape)
-    n_terms = math.prod(sizes[i] for i in axes)
-    a, b = (x if x.size == math.prod(sizes) else materialize(x) for x in (a, b))
-    if n_terms == 1:
+    del write  # without derivatives there is but one reader
+    if math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes) == 1:
         return a * b
-    scale_a, scale_b = _scale(a), _scale(b)
-    below_one = (a * inverse(scale_a)) * (b * inverse(scale_b))
-    return _sum_below_one(below_one, axes) * scale_a * scale_b
+    (a, scale_a), (b, scale_b) = _below_one(a, below[0]), _below_one(b, below[1])
+    return _sum_below_one(a * b, axes) * scale_a * scale_b
 
 
-def _forward(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, tuple[Array, Array]]:
-    return product_sum(a, b, axes), (a, b)
+def _forward(
+    a: Array,
+    b: Array,
+    axes: tuple[int, ...],
+    below: tuple[Bound, Bound],
+    write: tuple[bool, bool],
+) -> tuple[Array, tuple[Array, Array]]:
+    (a, a_again), (b, b_again) = (
+        written_out(x) if is_written else (x, x)
+        for x, is_written in zip((a, b), write, strict=True)
+    )
+    return product_sum(a, b, axes, below), (a_again, b_again)
 
 
 def _backward(
-    _axes: tuple[int, ...], factors: tuple[Array, Array], cotangent: Array
+    _axes: tuple[int, ...],
+    below: tuple[Bound, Bound],
+    write: tuple[bool, bool],
+    factors: tuple[Array, Array],
+    cotangent: Array,
 ) -> tuple[Array, Array]:
     sizes = np.broadcast_shapes(*(factor.shape for factor in factors))
+    pair = written_out(cotangent) if any(write) else (cotangent, cotangent)
 
-    def gradient(of: Array, other: Array) -> Array:
+    def gradient(i: int) -> Array:
+        of, other = factors[i], factors[1 - i]
         repeated = tuple(i for i, size in enumerate(sizes) if of.shape[i] < size)
-        return jnp.broadcast_to(product_sum(cotangent, other, repeated), of.shape)
+        sums = product_sum(pair[i], other, repeated, (None, below[1 - i]))
+        return jnp.broadcast_to(sums, of.shape)
 
-    a, b = factors
-    return gradient(a, b), gradient(b, a)
+    return gradient(0), gradient(1)
 
 
 product_sum.defvjp(_forward, _backward)
@@ -68,9 +96,8 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
 
     The last axis is summed first, as it is contiguous in memory.
     """
-    scale = _scale(array)
-    total = array * inverse(scale)
-    for stage in (axes[-1:], axes[:-1]):
+    total, scale = _below_one(array, None)
+    for stage in stages(array.shape, axes):
         held = _held(math.prod(array.shape[i] for i in stage))
         total, scale = _sum_below_one(total, stage) / held, scale * held
     return total * scale
@@ -82,10 +109,14 @@ sum_over.defvjp(
 )
 
 
-def _scale(array: Array) -> Array:
-    """A power of two above all magnitudes."""
+def _below_one(array: Array, below: Bound) -> tuple[Array, Array | float]:
+    """An array divided by a power of two above all magnitudes, and that power."""
+    if below is not None:
+        power = 2.0 ** (math.frexp(below)[1])
+        return array * (1 / power), power
     # Second derivatives may be negative.
-    return power_above(largest_entry(lax.stop_gradient(jnp.abs(array))))
+    scale = power_above(largest_entry(lax.stop_gradient(jnp.abs(array))))
+    return array * inverse(scale), scale
 
 
 def _held(n_terms: int) -> float:
@@ -98,12 +129,34 @@ def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
     n_terms = math.prod(terms.shape[i] for i in axes)
     if n_terms == 1:
         return terms
-    digit = 2.0**30 / _held(n_terms)
-    scaled = terms * digit
-    whole = lax.floor(scaled)
-    digits = [lax.convert_element_type(x, jnp.int32) for x in (whole, (scaled - whole) * digit)]
-    high, low = (total.astype(jnp.float32) for total in totals(digits, axes))
-    return (high + low * (1 / digit)) * (1 / digit)
+    digits, digit = digits_of(terms, n_terms)
+    return from_digits(totals(digits, axes), digit)
+
+
+def digits_of(terms: Array, n_terms: int) -> tuple[list[Array], float]:
+    """Terms of magnitude below one as integers, whose sums do not depend on the order.
+
+    Args:
+      terms: float32 array.
+      n_terms: how many of them a sum can have.
+
+    Returns:
+      The digits, int32, from the highest on; and their base.
+    """
+    base = 2.0**30 / _held(n_terms)
+    digits, rest = [], terms
+    for _ in range(max(2, math.ceil(_BITS / math.log2(base)))):
+        rest = rest * base
+        whole = lax.floor(rest)
+        digits.append(lax.convert_element_type(whole, jnp.int32))
+        rest = rest - whole
+    return digits, base
+
+
+def from_digits(digits: Sequence[Array], base: float) -> Array:
+    """The sums of terms from the sums of their digits, float32."""
+    sums = [total.astype(jnp.float32) for total in digits]
+    return functools.reduce(lambda low, high: high + low * (1 / base), sums[::-1]) * (1 / base)
 
 
 def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
@@ -122,28 +175,28 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     return [jnp.expand_dims(x, tuple(axes)) for x in sums]
 
 
-def count_true(flags: Array) -> Array:
-    """The number of true entries, uint32."""
-    # The false entries only make it a reduction of two operands (see `totals`).
-    rows, others = totals([flags, ~flags], (flags.ndim - 1,))
-    return jnp.sum(jnp.where(others < flags.shape[-1], rows, 0), dtype=jnp.uint32)
-
-
-def materialize(array: Array) -> Array:
-    """Identity that stops XLA on CPUs from recomputing `array` in every consumer.
+@jax.custom_vjp
+def written_out(array: Array) -> tuple[Array, Array]:
+    """The array twice, both to be read: so XLA on CPUs does not work it out for every reader.
 
     XLA fuses the producers of a small array into each entry of a larger one that it broadcasts to.
     It does not fuse a variadic reduce whose outputs are all used. `lax.optimization_barrier` does
     not help: XLA on CPUs removes it before it fuses.
     """
     pair = jnp.broadcast_to(array, (2, *array.shape))
+    bottom, top = (False, True) if array.dtype == bool else (-np.inf, np.inf)
     high, low = lax.reduce(
         [pair, pair],
-        [jnp.full((), -jnp.inf, array.dtype), jnp.full((), jnp.inf, array.dtype)],
-        lambda xs, ys: [jnp.maximum(xs[0], ys[0]), jnp.minimum(xs[1], ys[1])],
+        [jnp.full((), bottom, array.dtype), jnp.full((), top, array.dtype)],
+        lambda xs, ys: [lax.max(xs[0], ys[0]), lax.min(xs[1], ys[1])],
         (0,),
     )
-    return jnp.maximum(high, low)
+    return high, low
+
+
+written_out.defvjp(
+    lambda array: (written_out(array), None), lambda _, cotangents: (sum(cotangents),)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

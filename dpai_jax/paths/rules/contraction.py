@@ -152,7 +152,7 @@ def _batch_groups_as_features(value: Value, dims: Any, groups: int) -> Value:
     x = jnp.moveaxis(x, 0, 1).reshape(n // groups, groups * n_features, *x.shape[3:])
     x = jnp.moveaxis(x, (0, 1), (batch, features))
     if isinstance(value, Weight):
-        return Weight(x, value.sources)
+        return v.replace(value, array=x)
     return v.replace(value, mantissa=x, shape=tuple(shape))
 
 
@@ -239,10 +239,12 @@ def _convolve(
             padding[i] = (0, 0)
     taps = rhs.array * weights if weights.ndim else rhs.array
     taps = sum_taps(taps, tuple(summed))
+    n_summed = math.prod(rhs.shape[tap] for tap in summed)
+    kernel = Spread(taps, rhs.shape, None if rhs.below is None else rhs.below * n_summed)
     batch, features, *_ = dims.lhs_spec
     groups = params["feature_group_count"]
     if counting.averages and len(summed) == len(strides) and lhs.uniform(batch):
-        return _convolve_uniform(lhs, taps, dims, groups, shape)
+        return _convolve_uniform(lhs, kernel, dims, groups, shape)
     kept = [axis for i, axis in enumerate(dims.lhs_spec[2:]) if dims.rhs_spec[2 + i] not in summed]
     convolve = _convolve_by_taps if by_taps else _convolve_at_once
     array = convolve(
@@ -312,12 +314,14 @@ def _convolve_by_taps(
     return found.transpose(np.argsort(dims.out_spec))
 
 
-def _convolve_uniform(lhs: Spread, taps: Array, dims: Any, groups: int, shape: Shape) -> Spread:
+def _convolve_uniform(lhs: Spread, taps: Spread, dims: Any, groups: int, shape: Shape) -> Spread:
     """A convolution of counts that are equal everywhere, by a kernel whose taps were summed."""
     out, into, *positions = dims.rhs_spec
     n_out, n_in = taps.shape[out], taps.shape[into]
-    kernel = taps.transpose(into, out, *positions).reshape(n_in, groups, n_out // groups)
+    kernel = taps.array.transpose(into, out, *positions).reshape(n_in, groups, n_out // groups)
     features = lhs.full(dims.lhs_spec[1]).array.reshape(groups, n_in, 1).swapaxes(0, 1)
     sizes = [1] * len(shape)
     sizes[dims.out_spec[1]] = n_out
-    return Spread(product_sum(kernel, features, (0,)).reshape(sizes), shape)
+    below, write = (taps.below, lhs.below), (len(positions) > 0, True)
+    sums = product_sum(kernel, features, (0,), below, write)
+    return Spread(sums.reshape(sizes), shape)

@@ -208,7 +208,7 @@ class _Loop:
             # Sums alone would let counts grow out of float32 over many steps.
             return _arrays(map(self._settled, conformed)), _arrays(ys)
 
-        start = _arrays(map(_conform, self.start, forms))
+        start = _arrays(map(self._settled, map(_conform, self.start, forms)))
         carry, stacked = lax.scan(body, start, self._scanned(), length, reverse)
         outputs = [self._stacked(*y) for y in zip(ys, stacked, self.shapes, strict=True)]
         return [*self._with_fixed(_filled(forms, carry)), *outputs]
@@ -267,9 +267,8 @@ class _Loop:
     def _one_unit(self, value: Value, carry: int) -> Value:
         """A value as the loop carries it: the same unit at every step."""
         if isinstance(value, Flow):
-            return v.replace(
-                value, unit=(self.token, carry), ancestors=frozenset(), views=frozenset()
-            )
+            unit = (self.token, carry)
+            return v.replace(value, unit=unit, ancestors=frozenset(), views=frozenset(), below=1.0)
         return Independent(value.shape) if isinstance(value, Weight | WeightSum) else value
 
     def _merged(self, before: Value, after: Value, carry: int) -> Value:
@@ -280,7 +279,8 @@ class _Loop:
         shape = jnp.broadcast_shapes(a.mantissa.shape, b.mantissa.shape)
         at_zero = joined_at_zero([a.at_zero, b.at_zero])
         mantissa = jnp.zeros(shape, jnp.float32)
-        return Flow(mantissa, jnp.int32(0), before.shape, (self.token, carry), at_zero=at_zero)
+        unit = (self.token, carry)
+        return Flow(mantissa, jnp.int32(0), before.shape, unit, at_zero=at_zero, below=1.0)
 
     def _settled(self, value: Value) -> Value:
         if not isinstance(value, Flow):
@@ -303,7 +303,8 @@ def _slice(x: Value, step: Any, token: object) -> Value:
     if isinstance(x, Independent):
         return Independent(x.shape[1:]) if x.known is None else constant(step)
     if isinstance(x, Weight):
-        return Weight(step, tuple((leaf, axes[1:]) for leaf, axes in x.sources))
+        sources = tuple((leaf, axes[1:]) for leaf, axes in x.sources)
+        return v.replace(x, array=step, sources=sources)
     if isinstance(x, WeightSum):
         terms = zip(x.terms, step, strict=True)
         return WeightSum(tuple(cast(Weight, _slice(*term, token)) for term in terms))
@@ -315,6 +316,7 @@ def _slice(x: Value, step: Any, token: object) -> Value:
         ("step", token, x.unit),
         at_zero=x.at_zero,
         filled=x.filled,
+        below=x.below,
     )
 
 

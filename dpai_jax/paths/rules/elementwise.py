@@ -118,7 +118,7 @@ def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
         # A constant that is zero in places (an autoregressive mask) takes weights away.
         for arg in args:
             if isinstance(arg, Independent) and (present := nonzero(arg)) is not None:
-                return Weight(first.array * present, first.sources)
+                return v.replace(first, array=first.array * present)
     return first
 
 
@@ -162,8 +162,9 @@ def add(interpreter: Interpreter, a: Flow, b: Flow) -> Flow:
     (x, y), exponent = v.align([a, b])
     # All sums of the same two units are one unit: max(a, b) + log1p(exp(-|a - b|)) passes once.
     unit = interpreter.unit("sum", frozenset({a.unit, b.unit}))
+    below = None if a.below is None or b.below is None else a.below + b.below
     return interpreter.flow(
-        Spread(x + y, a.shape),
+        Spread(x + y, a.shape, below),
         exponent,
         unit=unit,
         ancestors=a.lineage & b.lineage,
@@ -202,7 +203,7 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
         return a, v.replace(b, mantissa=jnp.zeros_like(b.mantissa), filled=np.False_)
     peaks = [lax.stop_gradient(jnp.max(flow.mantissa, initial=0.0)) for flow in (a, b)]
     ratio = jnp.where(peaks[1] > 0, peaks[0] / jnp.where(peaks[1] > 0, peaks[1], 1.0), 1.0)
-    return a, v.replace(b, mantissa=b.mantissa * ratio, exponent=a.exponent)
+    return a, v.replace(b, mantissa=b.mantissa * ratio, exponent=a.exponent, below=None)
 
 
 def joined_at_zero(numbers: Sequence[float]) -> float:

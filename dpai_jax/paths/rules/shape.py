@@ -63,7 +63,7 @@ def viewed(weight: Weight, spread: Spread, axes: Axes) -> Weight:
         (leaf, tuple(frozenset().union(*(before[i] for i in made_of)) for made_of in axes))
         for leaf, before in weight.sources
     )
-    return Weight(spread.full().array, sources)
+    return v.replace(weight, array=spread.full().array, sources=sources)
 
 
 def same_axes(rank: int) -> Axes:
@@ -246,7 +246,7 @@ def _with_axis(part: Value, axis: int) -> Value:
         axes = tuple(
             (leaf, (*before[:axis], frozenset(), *before[axis:])) for leaf, before in part.sources
         )
-        return Weight(jnp.expand_dims(part.array, axis), axes)
+        return v.replace(part, array=jnp.expand_dims(part.array, axis), sources=axes)
     if isinstance(part, WeightSum):
         return WeightSum(tuple(cast(Weight, _with_axis(term, axis)) for term in part.terms))
     return v.Independent(shape)
@@ -322,4 +322,7 @@ def _joined_terms(terms: Sequence[Value | None], shapes: Sequence[Shape], axis: 
         for term, shape in zip(terms, shapes, strict=True)
     ]
     sources = tuple(source for term in terms if isinstance(term, Weight) for source in term.sources)
-    return Weight(jnp.concatenate(arrays, axis), sources)
+    bounds = [term.below if isinstance(term, Weight) else 1.0 for term in terms]
+    known = [bound for bound in bounds if bound is not None]
+    below = max(known) if len(known) == len(bounds) else None
+    return Weight(jnp.concatenate(arrays, axis), sources, below)

@@ -1,0 +1,116 @@
+"""Many small arrays in one row, so that what is done to each of them is compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dpai_jax.tools.meshes import layer_shardings
+from dpai_jax.tools.powers import SMALL, inverse, power_above
+from dpai_jax.tools.sums import digits_of, from_digits, sum_over, totals
+
+
+class Row:
+    """A row of blocks of equal length, each a part of one array, padded where the array ends.
+
+    Args:
+      sizes: the numbers of entries of the arrays.
+
+    Attributes:
+      sizes: the numbers of entries of the arrays.
+      length: of a block.
+      array: for each block the number of its array.
+      first: for each block the index of its first entry in the array.
+    """
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = tuple(sizes)
+        # So short that padding is a small part of all.
+        shortest = max(float(np.mean(sizes)) / 16, 1)
+        self.length = int(2 ** np.clip(np.floor(np.log2(shortest)), 4, 10))
+        n_blocks = [-(-size // self.length) for size in sizes]
+        self.array = np.repeat(np.arange(len(sizes)), n_blocks)
+        self.first = np.concatenate([np.arange(n) * self.length for n in n_blocks])
+        self._members = self.array == np.arange(len(sizes))[:, None]
+
+    def blocks(self, arrays: Sequence[Array], padding: float | int) -> Array:
+        """The arrays' entries, in C order, (block, length)."""
+        rows = []
+        for array in arrays:
+            rest = -array.size % self.length
+            flat = lax.pad(array.ravel(), jnp.asarray(padding, array.dtype), [(0, rest, 0)])
+            rows.append(flat.reshape(-1, self.length))
+        return jnp.concatenate(rows)
+
+    def arrays(self, blocks: Array) -> list[Array]:
+        """The inverse of `blocks`: the arrays, flat."""
+        ends = np.cumsum(np.bincount(self.array))
+        pairs = zip([0, *ends], ends, self.sizes, strict=False)
+        return [blocks[start:end].ravel()[:size] for start, end, size in pairs]
+
+    def spread(self, numbers: Array) -> Array:
+        """A number of each array, (..., array), at its blocks, (..., block, 1)."""
+        return numbers[..., self.array, None]
+
+    def sums(self, terms: Sequence[Array]) -> list[Array]:
+        """Sums of integers (block, length) over the entries of each array, (array,)."""
+        terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in terms]
+        of_blocks = jnp.stack([x.ravel() for x in totals(terms, (1,))])
+        members = self._members[None]
+        sums = jnp.sum(jnp.where(members, of_blocks[:, None], 0), -1, dtype=of_blocks.dtype)
+        return list(sums)
+
+    def largest(self, blocks: Array) -> Array:
+        """The largest of the entries of each array, none below zero, (array,)."""
+        of_blocks = lax.bitcast_convert_type(blocks, jnp.int32)
+        most = jnp.max(of_blocks, 1)
+        found = jnp.max(jnp.where(self._members, most[None], 0), 1)
+        return lax.bitcast_convert_type(found, jnp.float32)
+
+
+def are_small(layers: Sequence[Array]) -> list[bool]:
+    """Which layers can be in a row: those on one device that one core goes through in no time."""
+    pairs = zip(layers, layer_shardings(layers), strict=True)
+    return [x.size <= SMALL and sharding is None for x, sharding in pairs]
+
+
+def sums_of(arrays: Sequence[Array], in_row: Sequence[bool]) -> list[Array]:
+    """The sum of each of several float32 arrays, none of whose entries is below zero.
+
+    Args:
+      arrays: the arrays.
+      in_row: which of them may lie in one row.
+
+    Returns:
+      Scalars, which do not depend on the order of the terms.
+    """
+    small = [x for x, is_in in zip(arrays, in_row, strict=True) if is_in]
+    sums = iter(_sums_in_row(small) if small else [])
+    return [
+        next(sums) if is_in else sum_over(x, tuple(range(x.ndim))).reshape(())
+        for x, is_in in zip(arrays, in_row, strict=True)
+    ]
+
+
+def counts_of(flags: Sequence[Array], in_row: Sequence[bool]) -> Array:
+    """How many are true in each of several boolean arrays, uint32 (array,); see `sums_of`."""
+    pairs = list(zip(flags, in_row, strict=True))
+    small = [x for x, is_in in pairs if is_in]
+    counts = [jnp.sum(x, dtype=jnp.uint32)[None] for x, is_in in pairs if not is_in]
+    if small:
+        row = Row([x.size for x in small])
+        counts += row.sums([row.blocks(small, False)])
+    order = np.argsort(np.argsort(in_row, kind="stable"), kind="stable")
+    row_of_counts = jnp.concatenate(counts)
+    return row_of_counts[order] if np.any(np.diff(order) != 1) else row_of_counts
+
+
+def _sums_in_row(arrays: Sequence[Array]) -> list[Array]:
+    row = Row([x.size for x in arrays])
+    blocks = row.blocks(arrays, 0.0)
+    scale = power_above(row.largest(blocks))
+    digits, digit = digits_of(blocks * row.spread(inverse(scale)), max(x.size for x in arrays))
+    return list(from_digits(row.sums(digits), digit) * scale)
