@@ -121,7 +121,7 @@ def once_per_network(fn: Callable[[Network], T]) -> Callable[[Network], T]:
 def possible(net: Network) -> list[np.ndarray]:
     """Which weights any mask can make effective: those that a path passes with all kept."""
     flags: list[np.ndarray] = jax.device_get(
-        reached(net, [jnp.ones(layer.shape, bool) for layer in net.layers])
+        reached(net, [np.ones(layer.shape, bool) for layer in net.layers])
     )
     return flags
 

@@ -137,6 +137,14 @@ def measure(net: Network, kept: list[Array]) -> Topology:
     return Topology(float(np.float32(log_paths)), tuple(layers))
 
 
+def compile_ahead(net: Network, weights: list[Array]) -> None:
+    """Starts to compile what `measure` runs for masks that are sharded like the weights."""
+    kept = meshes.shapes_like(weights, bool)
+    reached.ahead(net, kept)
+    _log_paths.ahead(net, kept)
+    _counts.ahead(net, kept, kept)
+
+
 @usual_switches()
 def effective_weights(net: Network, masks: PyTree) -> PyTree:
     """Which kept weights a path passes, as masks.

@@ -17,7 +17,7 @@ from jax import Array
 
 from dpai_jax import checks, counts
 from dpai_jax.allocation import weights_to_keep
-from dpai_jax.measuring import Topology, measure
+from dpai_jax.measuring import Topology, compile_ahead, measure
 from dpai_jax.methods.base import Data, Loss, Method, Problem, Report
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
@@ -135,11 +135,15 @@ def prune(
     key = checks.key(key)
     net = trace(fn, params, x, prunable, gates)
     asked = weights_to_keep(net, sparsity)
-    _check_network(net, params)
     name, data = type(method).__name__, Data(loss_fn, batches)
     line = ProgressLine(name) if progress is True or (progress is None and _at_terminal()) else None
     report = progress if callable(progress) else line or _silent
-    pruned = method.run(Problem(net, params, sparsity, key, report, fn, x, data))
+    problem = Problem(net, params, sparsity, key, report, fn, x, data)
+    if hasattr(method, "compile_ahead"):
+        method.compile_ahead(problem)
+    compile_ahead(net, net.leaves(params))
+    _check_network(net, params)
+    pruned = method.run(problem)
     if data.is_given and not data.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=3)
     _refuse_nan("scores of method", net, pruned.scores, ": its optimizer diverged")

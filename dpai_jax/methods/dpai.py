@@ -15,8 +15,8 @@ from jax import Array
 
 from dpai_jax import checks, counts, selection
 from dpai_jax.allocation import check_allocation, erk, keep_of_layers
+from dpai_jax.methods import noise
 from dpai_jax.methods.base import Allocation, Problem, Pruned
-from dpai_jax.methods.noise import normal_scores
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.tools import meshes
@@ -261,18 +261,15 @@ class DPaI:
         """
         net = problem.net
         keep = jax.tree.map(as_count, problem.keep(self.allocation))
+        masks, thresholds = self._before(problem, keep)
+        settings = self._settings()
         scores = self._start(problem)
         state = _State(scores, self.optimizer.init(scores))
-        masks = [np.zeros(layer.shape, bool) for layer in net.layers]
-        thresholds = jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)
-        objective = Objective(self.counting, self.normalize, math.isinf(self.gamma))
-        weights = tuple(map(np.float32, (self.alpha, self.beta, self.gamma)))
-        update = Alike(self.optimizer.update)
         measured: list[dict[str, Any]] = []
         stopped, paths = "", -math.inf
         for t in range(self.steps):
             masks, thresholds = _select(net, masks, state.scores, keep, thresholds)
-            state, numbers = _step(net, state, masks, weights, objective=objective, update=update)
+            state, numbers = _step(net, state, masks, self._weights(), **settings)
             measured.append(numbers)
             if t % _READ_EVERY == 0 or t == self.steps - 1:
                 numbers = jax.device_get(numbers)
@@ -287,11 +284,37 @@ class DPaI:
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
         return Pruned(masks, scores, history, stopped, lambda: [jnp.abs(s) for s in scores])
 
+    def compile_ahead(self, problem: Problem) -> None:
+        """Starts to compile what `run` needs."""
+        net = problem.net
+        keep = jax.tree.map(as_count, problem.keep(self.allocation))
+        shapes: Any = meshes.shapes_like(net.leaves(problem.params), jnp.float32)
+        state = _State(shapes, jax.eval_shape(self.optimizer.init, shapes))
+        masks, thresholds = self._before(problem, keep)
+        _step.ahead(net, state, masks, self._weights(), **self._settings())
+        _select.ahead(net, masks, shapes, keep, thresholds)
+        if self.scores is None:
+            noise.compile_ahead(net, problem.key, problem.params)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a step is compiled for."""
+        objective = Objective(self.counting, self.normalize, math.isinf(self.gamma))
+        return {"objective": objective, "update": Alike(self.optimizer.update)}
+
+    def _weights(self) -> tuple[Any, Any, Any]:
+        return np.float32(self.alpha), np.float32(self.beta), np.float32(self.gamma)
+
+    @staticmethod
+    def _before(problem: Problem, keep: Any) -> tuple[list[Any], Array]:
+        """Masks to be written over, and thresholds to start from."""
+        masks = [np.zeros(layer.shape, bool) for layer in problem.net.layers]
+        return masks, jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)
+
     def _start(self, problem: Problem) -> list[Array]:
         """The scores to start from; zero, the lowest magnitude, where no mask is effective."""
         net = problem.net
         if self.scores is None:
-            scores = normal_scores(net, problem.key, problem.params)
+            scores = noise.normal_scores(net, problem.key, problem.params)
         else:
             scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
             scores = meshes.device_put_like(scores, net.leaves(problem.params))

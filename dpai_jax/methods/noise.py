@@ -16,7 +16,8 @@ from jax.extend.random import threefry2x32_p
 from jax.sharding import Sharding
 
 from dpai_jax.paths import Network
-from dpai_jax.tools.meshes import auto_sharded, shardings_of
+from dpai_jax.tools.meshes import auto_sharded, program, shardings_of
+from dpai_jax.tools.sums import written_out
 
 PyTree = Any
 
@@ -35,7 +36,7 @@ def normal_scores(net: Network, key: Array, params: PyTree) -> list[Array]:
     shardings = shardings_of(net.leaves(params))
     key = _threefry(key)
     if all(sharding is None for sharding in shardings):
-        return _normal(tuple(layer.shape for layer in net.layers), key)
+        return list(_normal(net, key))
     # NumPy arrays are taken by every process and every mesh.
     key_data = np.asarray(jax.random.key_data(key))
     starts = itertools.accumulate((layer.size for layer in net.layers), initial=0)
@@ -52,15 +53,22 @@ def _threefry(key: Array) -> Array:
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _normal(shapes: tuple[tuple[int, ...], ...], key: Array) -> list[Array]:
+def compile_ahead(net: Network, key: Array, params: PyTree) -> None:
+    """Starts to compile what `normal_scores` runs on one device."""
+    if not any(shardings_of(net.leaves(params))):
+        _normal.ahead(net, _threefry(key))
+
+
+@program()
+def _normal(net: Network, key: Array) -> list[Array]:
     # One draw for all layers: each draw takes half a second to compile. On a mesh the bits are
     # those of the partitionable layout, whatever the user's configuration.
-    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    ends = list(itertools.accumulate(layer.size for layer in net.layers))
     with jax.threefry_partitionable(True):
         noise = jax.random.normal(key, (ends[-1],), jnp.float32)
-    parts = jnp.split(noise, ends[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    # Twice, for layers to read in turn, so that not each of them draws its part itself.
+    twice = [jnp.split(x, ends[:-1]) for x in written_out(noise)]
+    return [twice[i % 2][i].reshape(layer.shape) for i, layer in enumerate(net.layers)]
 
 
 @functools.lru_cache

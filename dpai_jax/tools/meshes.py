@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -35,7 +37,7 @@ def program(
     like: Callable[..., PyTree] = lambda *_: None,
     layers: Callable[..., Sequence[Any]] | None = None,
     donate: tuple[int, ...] = (),
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[..., Any]], Program]:
     """Compiles a function of an owner (a network) and arrays, on one device or many.
 
     The function is `fn(owner, *args, **settings)`; `settings` are hashable. Compiled programs are
@@ -52,42 +54,85 @@ def program(
     Returns:
       A decorator.
     """
+    return functools.partial(Program, like=like, layers=layers, donate=donate)
 
-    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
-        def prepare(owner: Any, args: Sequence[Any], settings: Mapping[str, Any]) -> Any:
-            shardings = () if layers is None else tuple(map(_sharding, layers(*args)))
-            mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
-            results = None
-            if any(shardings):
-                args = _replicated_beside(args, mesh)
-                results = jax.tree.map(_sharding, like(*args), is_leaf=_is_none)
-            flat, treedef = jax.tree.flatten(results, is_leaf=_is_none)
-            key = (fn, shardings, tuple(flat), treedef, tuple(sorted(settings.items())))
-            programs = _SHARED if owner is None else owner.programs
-            if key not in programs:
-                traced: Any = functools.partial(fn, owner, **settings)
-                if layers is not None:
-                    traced = functools.partial(_traced, traced, like, shardings, results, mesh)
-                traced.__name__ = fn.__name__  # for profiles
-                programs[key] = jax.jit(traced, donate_argnums=donate, keep_unused=True)
-            return programs[key], args
 
-        @functools.wraps(fn)
-        def call(owner: Any, *args: Any, **settings: Any) -> Any:
-            if _LAYERS.get():  # part of another program
-                return fn(owner, *args, **settings)
-            compiled, args = prepare(owner, args, settings)
-            return compiled(*args)
+class Program:
+    """A function that is compiled where it is called (see `program`)."""
 
-        def lower(owner: Any, *args: Any, **settings: Any) -> Any:
-            """The program before it is compiled, to look at."""
-            compiled, args = prepare(owner, args, settings)
-            return compiled.lower(*args)
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        like: Callable[..., PyTree],
+        layers: Callable[..., Sequence[Any]] | None,
+        donate: tuple[int, ...],
+    ):
+        self.fn, self.like, self.layers, self.donate = fn, like, layers, donate
+        functools.update_wrapper(self, fn)
 
-        call.lower = lower  # type: ignore[attr-defined]
-        return call
+    def __call__(self, owner: Any, *args: Any, **settings: Any) -> Any:
+        """Runs the program."""
+        if _LAYERS.get():  # part of another program
+            return self.fn(owner, *args, **settings)
+        compiled, args = self._prepared(owner, args, settings)
+        return compiled(*args)
 
-    return decorate
+    def lower(self, owner: Any, *args: Any, **settings: Any) -> Any:
+        """The program before it is compiled, to look at."""
+        compiled, args = self._prepared(owner, args, settings)
+        return compiled.jitted.lower(*args)
+
+    def ahead(self, owner: Any, *args: Any, **settings: Any) -> None:
+        """Starts to compile the program in a thread, for arguments of these shapes.
+
+        A call waits for it. So several programs are compiled at once; but not those on a mesh.
+        """
+        if self.layers is None or not any(map(_sharding, self.layers(*args))):
+            compiled, args = self._prepared(owner, args, settings)
+            compiled.start(*args)
+
+    def _prepared(
+        self, owner: Any, args: tuple[Any, ...], settings: Mapping[str, Any]
+    ) -> tuple[_Compiled, tuple[Any, ...]]:
+        """The compiled function for the arguments, and these where it takes them."""
+        shardings = () if self.layers is None else tuple(map(_sharding, self.layers(*args)))
+        mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+        results = None
+        if any(shardings):
+            args = _replicated_beside(args, mesh)
+            results = jax.tree.map(_sharding, self.like(*args), is_leaf=_is_none)
+        flat, treedef = jax.tree.flatten(results, is_leaf=_is_none)
+        key = (self.fn, shardings, tuple(flat), treedef, tuple(sorted(settings.items())))
+        programs = _SHARED if owner is None else owner.programs
+        if key not in programs:
+            traced: Any = functools.partial(self.fn, owner, **settings)
+            if self.layers is not None:
+                traced = functools.partial(_traced, traced, self.like, shardings, results, mesh)
+            traced.__name__ = self.fn.__name__  # for profiles
+            programs[key] = _Compiled(traced, self.donate)
+        return programs[key], args
+
+
+class _Compiled:
+    """A compiled function, which may be on its way."""
+
+    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
+        self.jitted = jax.jit(fn, donate_argnums=donate, keep_unused=True)
+        self._compiling: Future[Any] | None = None
+
+    def start(self, *args: Any) -> None:
+        if self._compiling is None:
+            # Traced here, for JAX's switches hold in one thread; XLA works without Python's lock.
+            self._compiling = _COMPILERS.submit(self.jitted.lower(*args).compile)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiling is not None:
+            wait([self._compiling])  # what fails fails again below
+        return self.jitted(*args)
+
+
+_COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dpai_jax_compiler")
 
 
 def _traced(
@@ -249,6 +294,11 @@ def split_along(x: Array, mesh: Mesh | AbstractMesh, axes: Mapping[int, tuple[st
     ]
     sharding = NamedSharding(mesh if context.empty else context, PartitionSpec(*divided))
     return lax.with_sharding_constraint(x, sharding)
+
+
+def shapes_like(arrays: Iterable[Any], dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of arrays, and on several devices their shardings, with another dtype."""
+    return [jax.ShapeDtypeStruct(x.shape, dtype, sharding=_sharding(x)) for x in arrays]
 
 
 def device_put_like(tree: PyTree, like: PyTree) -> PyTree:
