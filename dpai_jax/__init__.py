@@ -11,8 +11,10 @@ One call turns a network function, its parameters and a sparsity into masks:
 """
 
 from dpai_jax.allocation import Allocation, er, erk, global_threshold, uniform, weights_to_keep
+from dpai_jax.caching import cache
 from dpai_jax.counts import log_paths
 from dpai_jax.flax_nnx import from_nnx
+from dpai_jax.many import prune_many
 from dpai_jax.masks import apply_masks, binarize, shuffled
 from dpai_jax.measuring import LayerTopology, Topology, effective_weights, topology
 from dpai_jax.methods import (
@@ -65,6 +67,7 @@ __all__ = [
     "apply_masks",
     "ascent",
     "binarize",
+    "cache",
     "effective_weights",
     "er",
     "erk",
@@ -73,6 +76,7 @@ __all__ = [
     "keep_pruned",
     "log_paths",
     "prune",
+    "prune_many",
     "register_rule",
     "repair",
     "shuffled",

@@ -134,7 +134,10 @@ def _all_possible(net: Network) -> list[bool]:
 def rank_last(net: Network, scores: Sequence[Array], lowest: float) -> list[Array]:
     """The layers' scores, the lowest one for weights that no mask can make effective."""
     triples = zip(scores, possible(net), _all_possible(net), strict=True)
-    return [s if is_all else jnp.where(flags, s, lowest) for s, flags, is_all in triples]
+    return [
+        s if is_all else jnp.where(np.broadcast_to(flags, s.shape), s, lowest)
+        for s, flags, is_all in triples
+    ]
 
 
 def _count_shardings(net: Network, masks: Sequence[Array]) -> dict[int, NamedSharding]:

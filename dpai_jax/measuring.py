@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,14 +123,19 @@ def topology(net: Network, masks: PyTree) -> Topology:
       DPaI (ICLR 2025); Pham et al., Towards Data-Agnostic Pruning At Initialization: What Makes a
       Good Sparse Mask?, NeurIPS 2023.
     """
-    return measure(net, checks.masks(net, masks))
+    return measure(net, [checks.masks(net, masks)])[0]
 
 
-def measure(net: Network, kept: list[Array]) -> Topology:
-    """`topology` of the layers' boolean masks."""
-    log_paths, counts = jax.device_get(
-        (_log_paths(net, kept), _counts(net, kept, reached(net, kept)))
+def measure(net: Network, masks: Sequence[list[Array]]) -> list[Topology]:
+    """`topology` of several masks, each a list of the layers' boolean arrays."""
+    # All are under way before the first is read.
+    found = jax.device_get(
+        [(_log_paths(net, kept), _counts(net, kept, reached(net, kept))) for kept in masks]
     )
+    return [_topology(net, *numbers) for numbers in found]
+
+
+def _topology(net: Network, log_paths: np.ndarray, counts: np.ndarray) -> Topology:
     layers = (
         LayerTopology(layer.name, layer.size, *map(int, numbers))
         for layer, *numbers in zip(net.layers, *counts, strict=True)

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax import Array
 from dpai_jax import checks, counts
 from dpai_jax.allocation import weights_to_keep
 from dpai_jax.measuring import Topology, compile_ahead, measure
-from dpai_jax.methods.base import Data, Loss, Method, Problem, Report
+from dpai_jax.methods.base import Data, Loss, Method, Problem, Pruned, Report
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
@@ -131,53 +131,69 @@ def prune(
     """
     start = time.perf_counter()
     method = DPaI() if method is None else method
-    _check_arguments(method, params, x, key, repair, progress)
+    check_arguments(method, params, x, key, repair, progress)
     key = checks.key(key)
     net = trace(fn, params, x, prunable, gates)
-    asked = weights_to_keep(net, sparsity)
+    weights_to_keep(net, sparsity)  # checks it
     name, data = type(method).__name__, Data(loss_fn, batches)
     line = ProgressLine(name) if progress is True or (progress is None and _at_terminal()) else None
-    report = progress if callable(progress) else line or _silent
+    report = progress if callable(progress) else line or silent
     problem = Problem(net, params, sparsity, key, report, fn, x, data)
     if hasattr(method, "compile_ahead"):
         method.compile_ahead(problem)
     compile_ahead(net, net.leaves(params))
-    _check_network(net, params)
-    pruned = method.run(problem)
-    if data.is_given and not data.is_used:
-        warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=3)
-    _refuse_nan("scores of method", net, pruned.scores, ": its optimizer diverged")
-    masks = pruned.masks
-    if repair:
-        rank = pruned.scores if pruned.rank is None else pruned.rank()
-        repaired = repaired_layers(net, masks, rank, jax.random.fold_in(key, 1))
-        masks = [jnp.asarray(m) for m in repaired]
-    leaves = net.leaves(params)
-    masks, scores = (device_put_like(arrays, leaves) for arrays in (masks, pruned.scores))
-    topo = measure(net, masks)
-    if topo.weights != asked:
-        raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
-    if topo.collapsed:
-        warnings.warn(
-            f"no path passes {', '.join(topo.collapsed)} any more (layer collapse)", stacklevel=3
-        )
-    result = Result(
-        masks=net.tree(masks, lambda: jnp.ones((), bool)),
-        scores=net.tree(scores, lambda: np.float32(0)),
-        topology=topo,
-        history=pruned.history,
-        stopped=pruned.stopped,
-        seconds=time.perf_counter() - start,
-        net=net,
-    )
+    check_network(net, params)
+    (result,) = results_of(name, [problem], [method.run(problem)], repair)
+    result = dataclasses.replace(result, seconds=time.perf_counter() - start)
     if line is not None:
         line.close(_summary(name, result))
     return result
 
 
-def _check_arguments(
+def results_of(
+    name: str, problems: Sequence[Problem], found: Sequence[Pruned], repair: bool
+) -> list[Result]:
+    """What `prune` returns for each of several problems of one network, but for the seconds."""
+    problem, net = problems[0], problems[0].net
+    if problem.given.is_given and not problem.given.is_used:
+        warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=4)
+    leaves, one = net.leaves(problem.params), jnp.ones((), bool)
+    masks = []
+    for problem, pruned in zip(problems, found, strict=True):
+        _refuse_nan("scores of method", net, pruned.scores, ": its optimizer diverged")
+        own: list[Any] = pruned.masks
+        if repair:
+            rank = pruned.scores if pruned.rank is None else pruned.rank()
+            own = repaired_layers(net, own, rank, jax.random.fold_in(problem.key, 1))
+        masks.append(device_put_like([jnp.asarray(m) for m in own], leaves))
+    results = []
+    topologies = measure(net, masks)
+    for problem, pruned, own, topo in zip(problems, found, masks, topologies, strict=True):
+        asked = weights_to_keep(net, problem.sparsity)
+        if topo.weights != asked:
+            raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
+        if topo.collapsed:
+            collapsed = ", ".join(topo.collapsed)
+            warnings.warn(f"no path passes {collapsed} any more (layer collapse)", stacklevel=4)
+        scores = device_put_like(pruned.scores, leaves)
+        results.append(
+            Result(
+                masks=net.tree(own, lambda: one),
+                scores=net.tree(scores, lambda: np.float32(0)),
+                topology=topo,
+                history=pruned.history,
+                stopped=pruned.stopped,
+                seconds=0.0,
+                net=net,
+            )
+        )
+    return results
+
+
+def check_arguments(
     method: Any, params: PyTree, x: PyTree, key: Any, repair: Any, progress: Any
 ) -> None:
+    """Refuses what no method could take."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, key))):
         raise TypeError(
             "params, x and key must not be traced, and prune must not be called under jax.jit: call"
@@ -192,7 +208,7 @@ def _check_arguments(
         checks.flag("progress", progress)
 
 
-def _check_network(net: Network, params: PyTree) -> None:
+def check_network(net: Network, params: PyTree) -> None:
     """Refuses a network without paths, and weights that are NaN."""
     if not any(flags.any() for flags in counts.possible(net)):
         raise ValueError("fn has no path from x to its output even with all weights kept")
@@ -217,8 +233,8 @@ def _at_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def _silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
-    pass
+def silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
+    """Reports nothing."""
 
 
 def _summary(name: str, result: Result) -> str:

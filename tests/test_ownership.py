@@ -49,8 +49,9 @@ def test_a_network_and_what_it_holds_go_when_nine_others_were_traced():
     result = dpai.prune(fn, PARAMS, X, 0.5, progress=False)
     held = [weakref.ref(result.net), weakref.ref(fn)]
     del fn, result
-    for _ in range(9):
-        dpai.trace(network(), PARAMS, X)
+    for width in range(13, 22):
+        params = {"hidden": jnp.ones((8, width)), "out": jnp.ones((width, 4))}
+        dpai.trace(network(), params, X)
     gc.collect()
     assert [reference() for reference in held] == [None, None]
 
@@ -89,9 +90,52 @@ def test_another_setting_that_a_step_does_not_use_compiles_nothing(monkeypatch):
         {"allocation": lambda net, sparsity: dpai.erk(net, sparsity)},
         {"optimizer": optax.sgd(0.01)},
         {"scores": scores},
+        {"alpha": 0.3},
+        {"beta": 0.9},
     ):
         dpai.prune(fn, PARAMS, X, 0.6, method=dpai.DPaI(**{"steps": 2} | settings), progress=False)
     assert set(first.net.programs) == compiled
+
+
+def test_a_function_of_the_same_program_made_anew_is_the_same_network():
+    assert dpai.trace(network(), PARAMS, X) is dpai.trace(network(), PARAMS, X)
+    # What a call computes beside its result, such as a derivative, is no part of it.
+    rounded = jax.custom_jvp(lambda x: jnp.round(x))
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+
+    def fn(which):
+        return lambda params, x: which(x @ params["hidden"]) @ params["out"]
+
+    assert dpai.trace(fn(rounded), PARAMS, X) is dpai.trace(fn(rounded), PARAMS, X)
+    others = [fn(jnp.round), fn(jnp.tanh), lambda p, x: fn(rounded)(p, x * 2), fn(lambda h: h + 1)]
+    networks = [dpai.trace(other, PARAMS, X) for other in (*others, network())]
+    assert len(set(map(id, networks))) == 5
+
+
+@pytest.mark.parametrize("present", [[1, 1, 0], [1, 0, 1]])
+def test_programs_that_differ_in_a_constant_alone_are_two_networks(present):
+    mask = np.asarray(present, np.float32)[:, None]
+
+    def fn(params, x):
+        return jax.nn.relu(x @ (params["a"] * mask)) @ params["b"]
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    net = dpai.trace(fn, params, jnp.ones((1, 3)))
+    kept = dpai.effective_weights(net, jax.tree.map(lambda x: jnp.ones(x.shape, bool), params))
+    np.testing.assert_array_equal(kept["a"], np.broadcast_to(mask > 0, (3, 4)))
+
+
+def test_names_and_gates_belong_to_a_network():
+    def fn(params, x):
+        return x @ params[0] @ params[1]
+
+    params = [jnp.ones((8, 3)), jnp.ones((3, 2))]
+    first = dpai.trace(fn, params, X)
+    assert dpai.trace(fn, params, X, gates="signal") is not first
+    assert len(dpai.trace(fn, params, X, prunable=lambda name, leaf: name == "1").layers) == 1
+    assert len(first.layers) == 2
+    named = dpai.trace(lambda p, x: fn([p["a"], p["b"]], x), {"a": params[0], "b": params[1]}, X)
+    assert [layer.name for layer in named.layers] == ["a", "b"]
 
 
 def test_no_module_is_shadowed_by_a_function():

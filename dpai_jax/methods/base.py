@@ -1,5 +1,8 @@
 """What a pruning method is: a frozen dataclass of its settings with one function, `run`.
 
+A method may have two more: `compile_ahead(problem)` starts to compile what `run` needs, and
+`run_many` runs methods of which `together` is equal at once.
+
 Inside, what belongs to the layers are plain lists, in the order of `net.layers`. `dpai_jax.prune`
 turns them into trees.
 """
@@ -60,7 +63,7 @@ class Data:
                     "loss_fn must be given to a method that prunes by a loss, got None"
                 )
             checks.function("loss_fn", self.loss_fn, "loss_fn(params, batch)")
-            batches = _batches(self.batches)
+            batches = read_batches(self.batches)
             if not batches:
                 raise ValueError("batches must hold at least one batch for loss_fn, got none")
             _check_loss(self.loss_fn, params, batches)
@@ -68,7 +71,8 @@ class Data:
         return self._read
 
 
-def _batches(batches: Any) -> Sequence[PyTree]:
+def read_batches(batches: Any) -> Sequence[PyTree]:
+    """The batches, those of an iterator read."""
     if isinstance(batches, list | tuple):
         return batches
     is_array = hasattr(batches, "dtype")

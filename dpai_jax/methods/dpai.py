@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax import Array
 from dpai_jax import checks, counts, selection
 from dpai_jax.allocation import check_allocation, erk, keep_of_layers
 from dpai_jax.methods import noise
-from dpai_jax.methods.base import Allocation, Problem, Pruned
+from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.tools import meshes
@@ -185,6 +186,34 @@ class _State(NamedTuple):
     optimizer: Any
 
 
+@dataclasses.dataclass
+class _Ascended:
+    """Where the ascent of one problem, or of several, has ended.
+
+    Attributes:
+      scores, masks: lists over the layers.
+      history: what was measured at each step.
+      n_steps: after how many it ended.
+      stopped: why before the last.
+    """
+
+    scores: list[Array]
+    masks: list[Array]
+    history: dict[str, np.ndarray]
+    n_steps: np.ndarray
+    stopped: np.ndarray
+
+    def pruned(self, which: tuple[int, ...], scores: list[Array], masks: list[Array]) -> Pruned:
+        """What comes of one of the problems."""
+        n_steps = int(self.n_steps[which])
+        history = {
+            name: np.moveaxis(x, 0, -1)[which][..., :n_steps] for name, x in self.history.items()
+        }
+        return Pruned(
+            masks, scores, history, self.stopped[which], lambda: [jnp.abs(s) for s in scores]
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DPaI:
     """Differentiable Pruning at Initialization.
@@ -261,40 +290,119 @@ class DPaI:
         """
         net = problem.net
         keep = jax.tree.map(as_count, problem.keep(self.allocation))
-        masks, thresholds = self._before(problem, keep)
-        settings = self._settings()
+        thresholds = _no_thresholds(keep)
+        _select.ahead(net, self._shapes(problem, jnp.float32), keep, thresholds)
         scores = self._start(problem)
+        weights, settings = self._weights(), self._settings()
         state = _State(scores, self.optimizer.init(scores))
-        measured: list[dict[str, Any]] = []
-        stopped, paths = "", -math.inf
-        for t in range(self.steps):
-            masks, thresholds = _select(net, masks, state.scores, keep, thresholds)
-            state, numbers = _step(net, state, masks, self._weights(), **settings)
-            measured.append(numbers)
-            if t % _READ_EVERY == 0 or t == self.steps - 1:
-                numbers = jax.device_get(numbers)
-                problem.report(t + 1, self.steps, numbers)
-                before, paths = paths, float(numbers["log_paths"])
-                if t % _READ_EVERY == 0 and paths - before < self.tolerance * abs(paths):
-                    stopped = f"log-paths grew by {paths - before:.2g} in {_READ_EVERY} steps"
-                    break
-        scores = state.scores
+        ascended = self._ascend(
+            net,
+            problem.report,
+            lambda scores, thresholds: _select(net, scores, keep, thresholds),
+            lambda state, masks: _step(net, state, masks, weights, **settings),
+            state,
+            thresholds,
+        )
         del state  # what the optimizer remembers is as large as all the rest
-        masks, _ = _select(net, masks, scores, keep, thresholds)
+        return ascended.pruned((), ascended.scores, ascended.masks)
+
+    @property
+    def together(self) -> Hashable:
+        """Methods of which this is equal can be run by one program (see `run_many`)."""
+        if self.scores is not None:
+            return self  # equal to itself alone
+        functions = Alike(self.allocation), Alike(self.optimizer.init)
+        return functions, self.steps, self.tolerance, tuple(self._settings().items())
+
+    @staticmethod
+    def run_many(methods: Sequence[DPaI], problems: Sequence[Problem]) -> list[Pruned]:
+        """Prunes a network in several ways by one program (see `dpai_jax.prune_many`).
+
+        Args:
+          methods: a method for each problem, whose `together` is equal.
+          problems: the problems, of one network on one device.
+
+        Returns:
+          What `run` returns for each.
+        """
+        method, net = methods[0], problems[0].net
+        pairs = list(zip(methods, problems, strict=True))
+        keeps = [jax.tree.map(as_count, p.keep(m.allocation)) for m, p in pairs]
+        keep = jax.tree.map(lambda *xs: np.stack(xs), *keeps)
+        weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
+        thresholds = np.stack([_no_thresholds(k) for k in keeps])
+        settings, init = method._settings(), Alike(method.optimizer.init)
+        scores = noise.normal_scores_of_many(net, [p.key for p in problems])
+        scores = counts.rank_last(net, scores, 0.0)
+        ascended = method._ascend(
+            net,
+            problems[0].report,
+            lambda scores, thresholds: _select_many(net, scores, keep, thresholds),
+            lambda state, masks: _step_many(net, state, masks, weights, **settings),
+            _State(scores, _init_many(net, scores, init=init)),
+            thresholds,
+        )
+        found = [ascended.scores, ascended.masks]
+        return [ascended.pruned((i,), *_taken(net, found, i)) for i in range(len(problems))]
+
+    def _ascend(
+        self,
+        net: Network,
+        report: Report,
+        select: Callable[[list[Array], Array], tuple[list[Array], Array]],
+        step: Callable[[_State, list[Array]], tuple[_State, dict[str, Array]]],
+        state: _State,
+        thresholds: Any,
+    ) -> _Ascended:
+        """Algorithm 1, lines 4 to 8, of one problem or of many that go side by side."""
+        measured: list[dict[str, Any]] = []
+        many = thresholds.shape[:-2]
+        stopped, n_steps = np.full(many, "", object), np.full(many, self.steps)
+        is_over, paths = np.zeros(many, bool), np.full(many, -math.inf)
+        over: list[Array] | None = None
+        for t in range(self.steps):
+            masks, thresholds = select(state.scores, thresholds)
+            state, numbers = step(state, masks)
+            del masks  # before there are new ones
+            measured.append(numbers)
+            is_last = t == self.steps - 1
+            if t % _READ_EVERY and not is_last:
+                continue
+            numbers = jax.device_get(numbers)
+            report(t + 1, self.steps, jax.tree.map(np.mean, numbers))
+            before, paths = paths, np.asarray(numbers["log_paths"], np.float64)
+            stops = ~is_over & (paths - before < self.tolerance * abs(paths))
+            for i in map(tuple, np.argwhere(stops & (t % _READ_EVERY == 0))):
+                grown = f"log-paths grew by {paths[i] - before[i]:.2g} in {_READ_EVERY} steps"
+                stopped[i], n_steps[i] = grown, t + 1
+            ends = ~is_over & ((n_steps == t + 1) | is_last)
+            if np.any(ends):
+                now = state.scores
+                over = (
+                    now if np.all(ends) else _merged(net, now if over is None else over, now, ends)
+                )
+            is_over |= ends
+            if np.all(is_over):
+                break
+        del state
+        assert over is not None
+        masks, _ = select(over, thresholds)
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
-        return Pruned(masks, scores, history, stopped, lambda: [jnp.abs(s) for s in scores])
+        return _Ascended(over, masks, history, n_steps, stopped)
 
     def compile_ahead(self, problem: Problem) -> None:
         """Starts to compile what `run` needs."""
-        net = problem.net
-        keep = jax.tree.map(as_count, problem.keep(self.allocation))
-        shapes: Any = meshes.shapes_like(net.leaves(problem.params), jnp.float32)
+        net, shapes = problem.net, self._shapes(problem, jnp.float32)
         state = _State(shapes, jax.eval_shape(self.optimizer.init, shapes))
-        masks, thresholds = self._before(problem, keep)
+        masks = self._shapes(problem, bool)
         _step.ahead(net, state, masks, self._weights(), **self._settings())
-        _select.ahead(net, masks, shapes, keep, thresholds)
         if self.scores is None:
             noise.compile_ahead(net, problem.key, problem.params)
+
+    @staticmethod
+    def _shapes(problem: Problem, dtype: Any) -> Any:
+        """The layers' shapes, sharded like the weights."""
+        return meshes.shapes_like(problem.net.leaves(problem.params), dtype)
 
     def _settings(self) -> dict[str, Any]:
         """What a step is compiled for."""
@@ -303,12 +411,6 @@ class DPaI:
 
     def _weights(self) -> tuple[Any, Any, Any]:
         return np.float32(self.alpha), np.float32(self.beta), np.float32(self.gamma)
-
-    @staticmethod
-    def _before(problem: Problem, keep: Any) -> tuple[list[Any], Array]:
-        """Masks to be written over, and thresholds to start from."""
-        masks = [np.zeros(layer.shape, bool) for layer in problem.net.layers]
-        return masks, jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)
 
     def _start(self, problem: Problem) -> list[Array]:
         """The scores to start from; zero, the lowest magnitude, where no mask is effective."""
@@ -321,20 +423,11 @@ class DPaI:
         return counts.rank_last(net, scores, 0.0)
 
 
-@meshes.program(
-    like=lambda _, scores, *__: (scores, None),
-    layers=lambda _, scores, *__: scores,
-    donate=(0,),
-)
+@meshes.program(like=lambda scores, *_: (scores, None), layers=lambda scores, *_: scores)
 def _select(
-    _: Network,
-    last: list[Array],
-    scores: list[Array],
-    keep: list[Array] | Array,
-    thresholds: Array,
+    _: Network, scores: list[Array], keep: list[Array] | Array, thresholds: Array
 ) -> tuple[list[Array], Array]:
     """Line 5 of Algorithm 1: the masks of the scores, and the last two thresholds."""
-    del last  # the last masks lend the new ones their memory, no more
     # Extrapolate linearly from the last two thresholds.
     before, near = thresholds[:1], thresholds[1:]
     masks, found = selection.select(scores, keep, near + (near - before), magnitude=True)
@@ -360,3 +453,42 @@ def _step(
     with jax.numpy_dtype_promotion("standard"):
         updates, memory = update(descent, state.optimizer, state.scores)
     return _State(optax.apply_updates(state.scores, updates), memory), measured
+
+
+@meshes.program()
+def _select_many(
+    net: Network, scores: list[Array], keep: list[Array] | Array, thresholds: Array
+) -> Any:
+    return jax.vmap(functools.partial(_select.fn, net))(scores, keep, thresholds)
+
+
+@meshes.program(donate=(0,))
+def _step_many(
+    net: Network, state: _State, masks: list[Array], weights: Any, **settings: Any
+) -> Any:
+    return jax.vmap(functools.partial(_step.fn, net, **settings))(state, masks, weights)
+
+
+@meshes.program()
+def _init_many(_: Network, scores: list[Array], *, init: Alike) -> Any:
+    return jax.vmap(init)(scores)
+
+
+@meshes.program()
+def _merged(_: Network, over: list[Array], scores: list[Array], ends: Array) -> list[Array]:
+    """The scores of the problems that end now, beside those that were over before."""
+    return [
+        jnp.where(ends.reshape(-1, *(1,) * (s.ndim - 1)), s, before)
+        for s, before in zip(scores, over, strict=True)
+    ]
+
+
+@meshes.program()
+def _taken(_: Network, arrays: Any, i: Array) -> Any:
+    """One of the problems' arrays."""
+    return jax.tree.map(lambda x: x[i], arrays)
+
+
+def _no_thresholds(keep: list[Array] | Array) -> Array:
+    """The last two thresholds before there are any, uint32 (2, number to keep)."""
+    return jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,16 @@ def compile_ahead(net: Network, key: Array, params: PyTree) -> None:
     """Starts to compile what `normal_scores` runs on one device."""
     if not any(shardings_of(net.leaves(params))):
         _normal.ahead(net, _threefry(key))
+
+
+def normal_scores_of_many(net: Network, keys: Sequence[Array]) -> list[Array]:
+    """What `normal_scores` draws for each of several keys, stacked; on one device."""
+    return list(_normal_of_many(net, jnp.stack([_threefry(key) for key in keys])))
+
+
+@program()
+def _normal_of_many(net: Network, keys: Array) -> list[Array]:
+    return jax.vmap(functools.partial(_normal.fn, net))(keys)
 
 
 @program()

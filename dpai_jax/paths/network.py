@@ -21,6 +21,7 @@ from dpai_jax.paths.counting import EXACT, REACH, Counting
 from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
 from dpai_jax.paths.rewriting import unrolled
+from dpai_jax.paths.sameness import Program
 from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
@@ -296,7 +297,7 @@ def trace(
 
 
 def _trace(
-    _rules: Any,
+    rules_now: Any,
     fn: Callable[[PyTree, PyTree], PyTree],
     arguments: tuple[jax.ShapeDtypeStruct, ...],
     arguments_treedef: Any,
@@ -311,24 +312,43 @@ def _trace(
         inputs = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
         error.add_note(f"(raised by fn(params, x) itself, called with x of {inputs})")
         raise
+    names = tuple(name for name, _ in named)
     shapes = tuple(leaf.shape for _, leaf in named)
-    kernels = [
+    kernels = tuple(
         _is_kernel(leaf) and (prunable is None or bool(prunable(name, leaf)))
         for name, leaf in named
-    ]
+    )
+    program = Program(jaxpr)
+    return _network(rules_now, program, names, shapes, kernels, prunable is None, treedef, gates)
+
+
+@functools.lru_cache(maxsize=8)
+def _network(
+    _rules: Any,
+    program: Program,
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    kernels: tuple[bool, ...],
+    all_prunable: bool,
+    treedef: Any,
+    gates: str,
+) -> Network:
+    """The network of a jaxpr; the same for the same program."""
+    jaxpr = program.jaxpr
     uses = _uses(jaxpr, kernels, shapes, gates)
     if not uses:
         raise ValueError(
             "params has no prunable leaf: no floating leaf of two or more dimensions"
-            + (" that prunable accepts" if prunable is not None else "")
+            + ("" if all_prunable else " that prunable accepts")
             + " is the weight of a contraction with a value that depends on x"
         )
-    layers = tuple(_layer(use, named[use.leaf][0], shapes[use.leaf]) for use in uses)
+    layers = tuple(_layer(use, names[use.leaf], shapes[use.leaf]) for use in uses)
     return Network(layers, gates, treedef, shapes, jaxpr)
 
 
 # Programs belong to a network; so pruning a function again, at another sparsity or with another
-# key, compiles nothing. Few networks are kept, as each holds all that was compiled for it.
+# key, compiles nothing, nor does another function of the same program. Few networks are kept, as
+# each holds all that was compiled for it.
 _trace_once = functools.lru_cache(maxsize=8)(_trace)
 
 
@@ -371,7 +391,7 @@ def _is_kernel(leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def _uses(
-    jaxpr: Any, kernels: list[bool], shapes: tuple[tuple[int, ...], ...], gates: str
+    jaxpr: Any, kernels: Sequence[bool], shapes: tuple[tuple[int, ...], ...], gates: str
 ) -> list[AxesOfLeaf]:
     """The first use of each kernel, in the order of evaluation."""
     first: dict[int, AxesOfLeaf] = {}

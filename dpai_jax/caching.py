@@ -1,0 +1,50 @@
+"""Compiled programs on disk, so that the next process need not compile them again."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from dpai_jax.tools.trees import shown
+
+
+def cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """Keeps what is compiled from now on in a folder, where the next process finds it.
+
+    One line at the start of a script or a notebook. It switches on JAX's own compilation cache, for
+    all that the process compiles, also beside pruning. Files of other releases of JAX or for other
+    devices are never read, and the folder can be deleted at any time.
+
+    Example:
+      >>> import tempfile, dpai_jax as dpai
+      >>> folder = dpai.cache(tempfile.mkdtemp())
+
+    Args:
+      folder: where; if not given `dpai_jax/compiled` in the user's cache folder, `$XDG_CACHE_HOME`
+        or `~/.cache`. It is made if it is not there.
+
+    Returns:
+      The folder.
+
+    Raises:
+      TypeError: if `folder` is not a path.
+      OSError: if it cannot be made or written.
+    """
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = pathlib.Path(base) / "dpai_jax" / "compiled"
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path, got {shown(folder)}")
+    path = pathlib.Path(folder).expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"folder must be writable, got {path}")
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # By default JAX keeps programs of seconds only; pruning has many of milliseconds, too.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # A cache that was looked for before stays as it was found then.
+    compilation_cache.reset_cache()
+    return path

@@ -1,0 +1,149 @@
+"""Several prunings of one network in one call, and where that is faster in one program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from dpai_jax import checks
+from dpai_jax.allocation import weights_to_keep
+from dpai_jax.methods.base import Data, Loss, Method, Problem, Report, read_batches
+from dpai_jax.methods.dpai import DPaI
+from dpai_jax.paths import trace
+from dpai_jax.pruning import (
+    Result,
+    check_arguments,
+    check_network,
+    prune,
+    results_of,
+    silent,
+)
+from dpai_jax.tools.meshes import shardings_of
+from dpai_jax.tools.switches import usual_switches
+
+PyTree = Any
+
+
+@usual_switches()
+def prune_many(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    sparsity: float | Sequence[float],
+    *,
+    method: Method | Sequence[Method] | None = None,
+    key: Array | Sequence[Array] | None = None,
+    loss_fn: Loss | None = None,
+    batches: Iterable[PyTree] | None = None,
+    repair: bool = False,
+    prunable: Callable[[str, Any], bool] | None = None,
+    gates: str = "balanced",
+    progress: bool | Report | None = None,
+) -> list[Result]:
+    """Prunes a network several times: with several keys, sparsities or methods.
+
+    The masks are those of as many calls of `prune`, bit by bit. But where `DPaI` differs in key,
+    sparsity, α, β or γ alone, all runs are one program, which is faster for small networks; where
+    there are several devices, they share the runs. Other methods, and networks on a mesh, are
+    pruned one after another.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> results = dpai.prune_many(fn, params, jnp.ones((1, 16)), 0.9, key=keys)
+      >>> [result.topology.weights for result in results]
+      [64, 64, 64]
+
+    Args:
+      fn: the network, `fn(params, x)`.
+      params: pytree of arrays.
+      x: an input, or the shape of one.
+      sparsity: one for all, or a sequence.
+      method: one for all, or a sequence; `DPaI()` if not given.
+      key: one for all, a sequence, or an array of keys; `jax.random.key(0)` if not given.
+      loss_fn: as for `prune`.
+      batches: as for `prune`; the same for all.
+      repair: as for `prune`.
+      prunable: as for `prune`.
+      gates: as for `prune`.
+      progress: as for `prune`; of one program a function gets the means of what was measured.
+
+    Returns:
+      A result for each. Its `seconds` are those of all together divided by their number.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `prune`; and if the sequences differ in length.
+    """
+    start = time.perf_counter()
+    jobs = _jobs(sparsity, DPaI() if method is None else method, key)
+    for _, one, one_key in jobs:
+        check_arguments(one, params, x, one_key, repair, progress)
+    net = trace(fn, params, x, prunable, gates)
+    data = Data(loss_fn, None if batches is None else read_batches(batches))
+    report = progress if callable(progress) else silent
+    problems = [Problem(net, params, s, checks.key(k), report, fn, x, data) for s, _, k in jobs]
+    single = functools.partial(
+        prune,
+        fn,
+        params,
+        x,
+        loss_fn=data.loss_fn,
+        batches=data.batches,
+        repair=repair,
+        prunable=prunable,
+        gates=gates,
+        progress=progress,
+    )
+    results: dict[int, Result] = {}
+    for group in _groups(problems, [one for _, one, _ in jobs]):
+        if len(group) == 1:
+            one_sparsity, one, one_key = jobs[group[0]]
+            results[group[0]] = single(one_sparsity, method=one, key=one_key)
+            continue
+        check_network(net, params)
+        methods: list[Any] = [jobs[i][1] for i in group]
+        found = methods[0].run_many(methods, [problems[i] for i in group])
+        many = results_of(type(methods[0]).__name__, [problems[i] for i in group], found, repair)
+        results |= dict(zip(group, many, strict=True))
+    each = (time.perf_counter() - start) / max(len(jobs), 1)
+    return [dataclasses.replace(results[i], seconds=each) for i in range(len(jobs))]
+
+
+def _jobs(sparsity: Any, method: Any, key: Any) -> list[tuple[float, Method, Array | None]]:
+    """The sparsity, method and key of each pruning."""
+    given = {"sparsity": sparsity, "method": method, "key": key}
+    several = {name: list(value) for name, value in given.items() if _is_sequence(value)}
+    sizes = {name: len(values) for name, values in several.items()}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{n} of {name}" for name, n in sizes.items())
+        raise ValueError(f"sparsity, method and key must be sequences of one length, got {found}")
+    n = next(iter(sizes.values()), 1)
+    columns = [several.get(name, [value] * n) for name, value in given.items()]
+    return list(zip(*columns, strict=True))
+
+
+def _is_sequence(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return isinstance(value, list | tuple)
+    # A key of the old kind is a vector.
+    return jnp.ndim(value) == 1 + bool(dtype == jnp.uint32)
+
+
+def _groups(problems: Sequence[Problem], methods: Sequence[Any]) -> list[list[int]]:
+    """The prunings that one program can do, by their places."""
+    groups: dict[Any, list[int]] = {}
+    for i, (problem, method) in enumerate(zip(problems, methods, strict=True)):
+        weights_to_keep(problem.net, problem.sparsity)  # checks it
+        on_mesh = any(shardings_of(problem.net.leaves(problem.params)))
+        alone = on_mesh or not hasattr(method, "together")
+        groups.setdefault(i if alone else method.together, []).append(i)
+    return list(groups.values())
