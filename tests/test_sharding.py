@@ -15,7 +15,6 @@ from dpai_jax import counts, measuring
 from dpai_jax.methods import dpai as method
 from dpai_jax.methods import noise
 from dpai_jax.methods.noise import normal_scores
-from dpai_jax.tools.signatures import Alike
 from tests.support import sharded
 
 DPAI = dpai.DPaI(steps=12)
@@ -148,22 +147,21 @@ def test_a_direction_is_that_of_one_device_within_jit_too(kind):
 
 
 def programs(params, fn, x, optimizer):
-    """The compiled programs of a step, where scores are cut and how they move on, and topology."""
+    """The compiled programs of a step, which select weights and move the scores, and topology."""
     net = dpai.trace(fn, params, x)
     how = dpai.DPaI(optimizer=optimizer)
     scores = normal_scores(net, jax.random.key(0), params)
-    state = method._State(scores, optimizer.init(scores), [jnp.zeros_like(s, bool) for s in scores])
+    state = method._State(scores, optimizer.init(scores))
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
-    cut = method._cut(*find)[0]
-    objective = method.Objective(how.alpha, how.beta, how.gamma, how.counting, how.normalize)
-    settings = {"objective": objective, "update": Alike(optimizer.update)}
+    masks, _ = method._select(*find)
+    step = (net, state, masks, how._weights())
     return [
-        method._cut.lower(*find).compile(),
-        method._step.lower(net, state, cut, **settings).compile(),
-        counts.reached.lower(net, state.masks).compile(),
-        measuring._log_paths.lower(net, state.masks).compile(),
-        measuring._counts.lower(net, state.masks, state.masks).compile(),
+        method._select.lower(*find).compile(),
+        method._step.lower(*step, **how._settings()).compile(),
+        counts.reached.lower(net, masks).compile(),
+        measuring._log_paths.lower(net, masks).compile(),
+        measuring._counts.lower(net, masks, masks).compile(),
     ]
 
 
@@ -266,17 +264,18 @@ def test_what_the_optimizer_remembers_lies_like_the_scores(monkeypatch):
     states = []
     step = method._step
 
-    def keeping(net, state, *args, **settings):
-        states.append(jax.tree.map(jnp.copy, state))
-        return step(net, state, *args, **settings)
+    def keeping(net, state, masks, *args, **settings):
+        states.append(jax.tree.map(jnp.copy, (state, masks)))
+        return step(net, state, masks, *args, **settings)
 
+    keeping.ahead = step.ahead
     monkeypatch.setattr(method, "_step", keeping)
     fn, params, x = sharded.network("mlp")
     spread = sharded.spread(params, sharded.mesh("mixed", AxisType.Explicit))
     how = dpai.DPaI(steps=3, optimizer=optax.adam(0.1))
     dpai.prune(fn, spread, x, 0.8, method=how, progress=False)
     assert len(states) == 3
-    for state in states:
+    for state, masks in states:
         adam = state.optimizer[0]
-        for part in (state.scores, state.masks, adam.mu, adam.nu):
+        for part in (state.scores, masks, adam.mu, adam.nu):
             assert_laid_out_like(part, list(spread.values()))

@@ -99,13 +99,19 @@ def counts_of(flags: Sequence[Array], in_row: Sequence[bool]) -> Array:
     """How many are true in each of several boolean arrays, uint32 (array,); see `sums_of`."""
     pairs = list(zip(flags, in_row, strict=True))
     small = [x for x, is_in in pairs if is_in]
-    counts = [jnp.sum(x, dtype=jnp.uint32)[None] for x, is_in in pairs if not is_in]
+    counts = [_count(x)[None] for x, is_in in pairs if not is_in]
     if small:
         row = Row([x.size for x in small])
         counts += row.sums([row.blocks(small, False)])
     order = np.argsort(np.argsort(in_row, kind="stable"), kind="stable")
     row_of_counts = jnp.concatenate(counts)
     return row_of_counts[order] if np.any(np.diff(order) != 1) else row_of_counts
+
+
+def _count(flags: Array) -> Array:
+    # The false entries only make it a reduction of two operands (see `totals`).
+    found, others = totals([flags, ~flags], (flags.ndim - 1,))
+    return jnp.sum(jnp.where(others < flags.shape[-1], found, 0), dtype=jnp.uint32)
 
 
 def _sums_in_row(arrays: Sequence[Array]) -> list[Array]:
