@@ -25,7 +25,7 @@ from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.tools import meshes
 from dpai_jax.tools.meshes import device_put_like
-from dpai_jax.tools.rows import are_small, counts_of
+from dpai_jax.tools.rows import are_small, counts_of, groups_of
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
 
@@ -218,13 +218,17 @@ def check_network(net: Network, params: PyTree) -> None:
 
 
 def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "") -> None:
-    for layer, has_nan in zip(net.layers, jax.device_get(_are_nan(None, arrays)), strict=True):
-        if has_nan:
+    groups = groups_of(arrays)
+    found = [_are_nan(None if len(g) == 1 else net, [arrays[i] for i in g]) for g in groups]
+    counts = np.concatenate(jax.device_get(found))
+    order = np.argsort(np.concatenate(groups))
+    for layer, n_nan in zip(net.layers, counts[order], strict=True):
+        if n_nan:
             raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 
 
 @meshes.program(layers=lambda arrays: arrays)
-def _are_nan(_: None, arrays: list[Array]) -> Array:
+def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
     """How many entries of each array are not a number."""
     return counts_of([jnp.isnan(x) for x in arrays], are_small(arrays))
 

@@ -237,18 +237,12 @@ class _Layer:
         def unwanted(own: Array) -> Array:
             return jnp.full((len(own), math.prod(self.shape)), _LAST)
 
-        def by_rank(own: Array) -> Array:
-            return total([self.ranks >= probe for probe in _signed(own)])
-
-        def by_place(own: Array) -> Array:
+        def run(own: Array) -> Array:
             mixed = self.own(threshold), self.own(tied)
             return total(_reaching(self.ranks, self.index, *mixed, own))
 
-        # Within a branch, for a loop would write out all ranks before it starts. Indices are worked
-        # out only where they are asked for, which takes as long as all the rest.
-        runs, is_tied = (jnp.any(x[:, self.place]) for x in (wanted, tied))
-        branch = jnp.where(runs, jnp.where(is_tied, 2, 1), 0)
-        return lax.switch(branch, [unwanted, by_rank, by_place], self.own(probes))
+        # Within a branch, for a loop would write out all ranks before it starts.
+        return lax.cond(jnp.any(wanted[:, self.place]), run, unwanted, self.own(probes))
 
     def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
         """See `_Part`."""

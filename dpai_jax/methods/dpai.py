@@ -21,7 +21,7 @@ from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import are_small, sums_of
+from dpai_jax.tools.rows import are_small, groups_of, sums_of
 from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import sum_over, sum_taps, written_out
 from dpai_jax.tools.switches import usual_switches
@@ -290,18 +290,16 @@ class DPaI:
         """
         net = problem.net
         keep = jax.tree.map(as_count, problem.keep(self.allocation))
-        thresholds = _no_thresholds(keep)
-        _select.ahead(net, self._shapes(problem, jnp.float32), keep, thresholds)
+        selection = _Selection(net, self._shapes(problem, jnp.float32), keep)
         scores = self._start(problem)
         weights, settings = self._weights(), self._settings()
         state = _State(scores, self.optimizer.init(scores))
         ascended = self._ascend(
             net,
             problem.report,
-            lambda scores, thresholds: _select(net, scores, keep, thresholds),
+            selection,
             lambda state, masks: _step(net, state, masks, weights, **settings),
             state,
-            thresholds,
         )
         del state  # what the optimizer remembers is as large as all the rest
         return ascended.pruned((), ascended.scores, ascended.masks)
@@ -330,17 +328,15 @@ class DPaI:
         keeps = [jax.tree.map(as_count, p.keep(m.allocation)) for m, p in pairs]
         keep = jax.tree.map(lambda *xs: np.stack(xs), *keeps)
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
-        thresholds = np.stack([_no_thresholds(k) for k in keeps])
         settings, init = method._settings(), Alike(method.optimizer.init)
         scores = noise.normal_scores_of_many(net, [p.key for p in problems])
         scores = counts.rank_last(net, scores, 0.0)
         ascended = method._ascend(
             net,
             problems[0].report,
-            lambda scores, thresholds: _select_many(net, scores, keep, thresholds),
+            _Selection(net, scores, keep, many=(len(problems),)),
             lambda state, masks: _step_many(net, state, masks, weights, **settings),
             _State(scores, _init_many(net, scores, init=init)),
-            thresholds,
         )
         found = [ascended.scores, ascended.masks]
         return [ascended.pruned((i,), *_taken(net, found, i)) for i in range(len(problems))]
@@ -349,19 +345,18 @@ class DPaI:
         self,
         net: Network,
         report: Report,
-        select: Callable[[list[Array], Array], tuple[list[Array], Array]],
+        selection: _Selection,
         step: Callable[[_State, list[Array]], tuple[_State, dict[str, Array]]],
         state: _State,
-        thresholds: Any,
     ) -> _Ascended:
         """Algorithm 1, lines 4 to 8, of one problem or of many that go side by side."""
         measured: list[dict[str, Any]] = []
-        many = thresholds.shape[:-2]
+        many = selection.many
         stopped, n_steps = np.full(many, "", object), np.full(many, self.steps)
         is_over, paths = np.zeros(many, bool), np.full(many, -math.inf)
         over: list[Array] | None = None
         for t in range(self.steps):
-            masks, thresholds = select(state.scores, thresholds)
+            masks = selection.masks(state.scores)
             state, numbers = step(state, masks)
             del masks  # before there are new ones
             measured.append(numbers)
@@ -386,7 +381,7 @@ class DPaI:
                 break
         del state
         assert over is not None
-        masks, _ = select(over, thresholds)
+        masks = selection.masks(over)
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
         return _Ascended(over, masks, history, n_steps, stopped)
 
@@ -423,11 +418,61 @@ class DPaI:
         return counts.rank_last(net, scores, 0.0)
 
 
+class _Selection:
+    """Line 5 of Algorithm 1: selects the weights of the highest magnitudes, again and again.
+
+    Args:
+      net: the traced network.
+      scores: the layers' scores, or their shapes.
+      keep: the numbers to keep.
+      many: the number of problems side by side, if there are several.
+    """
+
+    def __init__(
+        self, net: Network, scores: list[Any], keep: list[Array] | Array, many: tuple[int, ...] = ()
+    ):
+        self.net, self.many = net, many
+        # One threshold for all layers is found in all of them.
+        together = many or not isinstance(keep, list)
+        groups = [list(range(len(scores)))] if together else groups_of(scores)
+        self._groups = [(group, _of(group, keep)) for group in groups]
+        self._thresholds = [
+            jnp.zeros(
+                (*many, 2, sum(np.size(k) for k in jax.tree.leaves(numbers)) // math.prod(many)),
+                jnp.uint32,
+            )
+            for _, numbers in self._groups
+        ]
+        for (group, numbers), thresholds in zip(self._groups, self._thresholds, strict=True):
+            if not many:
+                _select.ahead(self._owner(group), _of(group, scores), numbers, thresholds)
+
+    def masks(self, scores: list[Array]) -> list[Array]:
+        """The masks of the scores."""
+        select = _select_many if self.many else _select
+        found: dict[int, Array] = {}
+        for g, (group, numbers) in enumerate(self._groups):
+            masks, self._thresholds[g] = select(
+                self._owner(group), _of(group, scores), numbers, self._thresholds[g]
+            )
+            found |= dict(zip(group, masks, strict=True))
+        return [found[i] for i in range(len(scores))]
+
+    def _owner(self, group: list[int]) -> Network | None:
+        """The network, unless the program serves all layers of a shape."""
+        return None if len(group) == 1 else self.net
+
+
+def _of(group: list[int], values: Any) -> Any:
+    """Those of the layers in a group; one number for all layers as it is."""
+    return [values[i] for i in group] if isinstance(values, list) else values
+
+
 @meshes.program(like=lambda scores, *_: (scores, None), layers=lambda scores, *_: scores)
 def _select(
-    _: Network, scores: list[Array], keep: list[Array] | Array, thresholds: Array
+    _: Network | None, scores: list[Array], keep: list[Array] | Array, thresholds: Array
 ) -> tuple[list[Array], Array]:
-    """Line 5 of Algorithm 1: the masks of the scores, and the last two thresholds."""
+    """The masks of the scores, and the last two thresholds."""
     # Extrapolate linearly from the last two thresholds.
     before, near = thresholds[:1], thresholds[1:]
     masks, found = selection.select(scores, keep, near + (near - before), magnitude=True)
@@ -457,7 +502,7 @@ def _step(
 
 @meshes.program()
 def _select_many(
-    net: Network, scores: list[Array], keep: list[Array] | Array, thresholds: Array
+    net: Network | None, scores: list[Array], keep: list[Array] | Array, thresholds: Array
 ) -> Any:
     return jax.vmap(functools.partial(_select.fn, net))(scores, keep, thresholds)
 
@@ -487,8 +532,3 @@ def _merged(_: Network, over: list[Array], scores: list[Array], ends: Array) -> 
 def _taken(_: Network, arrays: Any, i: Array) -> Any:
     """One of the problems' arrays."""
     return jax.tree.map(lambda x: x[i], arrays)
-
-
-def _no_thresholds(keep: list[Array] | Array) -> Array:
-    """The last two thresholds before there are any, uint32 (2, number to keep)."""
-    return jnp.zeros((2, sum(k.size for k in jax.tree.leaves(keep))), jnp.uint32)

@@ -90,7 +90,8 @@ class Program:
         """
         if self.layers is None or not any(map(_sharding, self.layers(*args))):
             compiled, args = self._prepared(owner, args, settings)
-            compiled.start(*args)
+            if owner is None or not compiled.is_called:
+                compiled.start(*args)
 
     def _prepared(
         self, owner: Any, args: tuple[Any, ...], settings: Mapping[str, Any]
@@ -119,16 +120,22 @@ class _Compiled:
 
     def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
         self.jitted = jax.jit(fn, donate_argnums=donate, keep_unused=True)
-        self._compiling: Future[Any] | None = None
+        self.is_called = False
+        self._started: set[Any] = set()
+        self._compiling: list[Future[Any]] = []
 
     def start(self, *args: Any) -> None:
-        if self._compiling is None:
+        key = tuple((np.shape(x), x.dtype) for x in jax.tree.leaves(args))
+        if key not in self._started:
+            self._started.add(key)
             # Traced here, for JAX's switches hold in one thread; XLA works without Python's lock.
-            self._compiling = _COMPILERS.submit(self.jitted.lower(*args).compile)
+            self._compiling.append(_COMPILERS.submit(self.jitted.lower(*args).compile))
 
     def __call__(self, *args: Any) -> Any:
-        if self._compiling is not None:
-            wait([self._compiling])  # what fails fails again below
+        self.is_called = True
+        if self._compiling:
+            wait(self._compiling)  # what fails fails again below
+            self._compiling = []
         return self.jitted(*args)
 
 

@@ -77,6 +77,18 @@ def are_small(layers: Sequence[Array]) -> list[bool]:
     return [x.size <= SMALL and sharding is None for x, sharding in pairs]
 
 
+def groups_of(layers: Sequence[Array]) -> list[list[int]]:
+    """Which layers to put into one program, where nothing is to be done across layers.
+
+    The small ones, for they lie in one row. Each other has a program of its own, which serves all
+    of its shape. On a mesh all layers go together.
+    """
+    if any(layer_shardings(layers)):
+        return [list(range(len(layers)))]
+    small = [i for i, is_in in enumerate(are_small(layers)) if is_in]
+    return [*([small] if small else []), *([i] for i in range(len(layers)) if i not in small)]
+
+
 def sums_of(arrays: Sequence[Array], in_row: Sequence[bool]) -> list[Array]:
     """The sum of each of several float32 arrays, none of whose entries is below zero.
 
