@@ -49,9 +49,9 @@ def prune_many(
     """Prunes a network several times: with several keys, sparsities or methods.
 
     The masks are those of as many calls of `prune`, bit by bit. But where `DPaI` differs in key,
-    sparsity, α, β or γ alone, all runs are one program, which is faster for small networks; where
-    there are several devices, they share the runs. Other methods, and networks on a mesh, are
-    pruned one after another.
+    sparsity, α, β or γ alone, all runs are one program; where there are several devices, they
+    share the runs. Other methods, `DPaI` with an optimizer that counts its steps (Adam) and
+    networks on a mesh are pruned one after another.
 
     Example:
       >>> import jax, jax.numpy as jnp, dpai_jax as dpai

@@ -29,6 +29,7 @@ def train(
     from experiments import jobs, report
     from experiments.board import Board
 
+    keep_compiled()
     console = _console()
     with Board(console, [config]) as board:
         record = jobs.run(config, folder, again=again, report=board.report(config))
@@ -80,6 +81,7 @@ def compare(
     from experiments import jobs, report
     from experiments.methods import METHODS
 
+    keep_compiled()
     names = [name for given in methods for name in (METHODS if given == "all" else (given,))]
     base = dataclasses.replace(comparison.BASE, epochs=epochs)
     todo = comparison.configs(names, sparsities, seeds, base)
@@ -110,11 +112,29 @@ def demo(
     """
     from experiments import demo as job_list
 
+    keep_compiled()
     job_list.run(folder, seeds, again, _console())
 
 
 def bench(
-    tables: tuple[Literal["step", "training", "large", "settings", "quality"], ...] = (
+    tables: tuple[
+        Literal[
+            "cold",
+            "rivals",
+            "growth",
+            "many",
+            "step",
+            "training",
+            "large",
+            "settings",
+            "quality",
+        ],
+        ...,
+    ] = (
+        "cold",
+        "rivals",
+        "growth",
+        "many",
         "step",
         "training",
         "large",
@@ -131,8 +151,9 @@ def bench(
     stopped.
 
     Args:
-        tables: What to measure: steps of DPaI, steps of training, large networks, settings of
-            DPaI, and what counting in the mean field is worth.
+        tables: What to measure: first calls of DPaI, of the other methods and against the depth,
+            many calls at once; steps of DPaI, steps of training, large networks, settings of DPaI,
+            and what counting in the mean field is worth.
         seeds: Repetitions where masks are compared.
         torch: A Python that has PyTorch, to measure a plain PyTorch implementation beside.
         folder: Where rows.jsonl goes.
@@ -157,6 +178,16 @@ def documents(
 
     for file in files:
         writer.update(file)
+
+
+def keep_compiled() -> None:
+    """Keeps what is compiled in the user's cache folder, for the next command."""
+    import dpai_jax as dpai
+
+    try:
+        dpai.cache()
+    except OSError as error:
+        print(f"What is compiled is not kept: {error}", file=sys.stderr)
 
 
 def _console() -> Any:

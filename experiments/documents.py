@@ -1,10 +1,13 @@
-"""Tables in documents, written by this command from records that are committed beside them.
+"""Tables and plots in documents, made by this command from records that are committed beside them.
 
 A table stands between two comments, of which the first names it, its records and, where it needs
-one, its heading:
+one, its heading; a plot behind a comment that names its table:
 
     <!-- table step of results/bench.jsonl -->
     <!-- end of table -->
+
+    <!-- plot growth of results/bench.jsonl -->
+    ![What it shows](growth.png)
 """
 
 import pathlib
@@ -23,8 +26,13 @@ _TABLE = re.compile(
 )
 
 
+_PLOT = re.compile(
+    r"<!-- plot (?P<name>\w+) of (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>[^)]+)\)"
+)
+
+
 def update(path: pathlib.Path) -> None:
-    """Writes the tables of a document anew.
+    """Writes the tables of a document, and draws its plots, anew.
 
     Args:
         path: The document, in Markdown.
@@ -33,22 +41,31 @@ def update(path: pathlib.Path) -> None:
         ConfigError: A table has no records.
     """
     path.write_text(updated(path))
+    for match in _PLOT.finditer(path.read_text()):
+        records = _records(path, match["file"], match["name"])
+        show.plot(match["name"], records, path.parent / match["picture"])
 
 
 def updated(path: pathlib.Path) -> str:
     """Returns a document with its tables as their records have them; see `update`."""
 
     def table(match: re.Match[str]) -> str:
-        store = Store(path.parent / match["file"])
-        records = store.read()
-        if match["name"] != "jobs":
-            records = [record for record in records if record.get("table") == match["name"]]
-        if not records:
-            raise ConfigError(f"{path}: no records for the table {match['name']} in {store.path}.")
+        records = _records(path, match["file"], match["name"])
         grid = _grid(match["name"], records, match["title"] or "")
         return f"{match['begin']}\n{grid.markdown()}\n\n{_origin(records)}\n\n{match['end']}"
 
     return _TABLE.sub(table, path.read_text())
+
+
+def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
+    """The records of a table that a document names."""
+    store = Store(path.parent / file)
+    records = store.read()
+    if name != "jobs":
+        records = [record for record in records if record.get("table") == name]
+    if not records:
+        raise ConfigError(f"{path}: no records for the table {name} in {store.path}.")
+    return records
 
 
 def _grid(name: str, records: list[Record], title: str) -> Grid:

@@ -307,8 +307,11 @@ class DPaI:
     @property
     def together(self) -> Hashable:
         """Methods of which this is equal can be run by one program (see `run_many`)."""
-        if self.scores is not None:
-            return self  # equal to itself alone
+        memory = jax.eval_shape(self.optimizer.init, [jax.ShapeDtypeStruct((2,), jnp.float32)])
+        # What is worked out from a number of steps, such as Adam's corrections, XLA rounds
+        # otherwise for one problem than for many.
+        if self.scores is not None or any(x.ndim == 0 for x in jax.tree.leaves(memory)):
+            return object()  # equal to nothing else
         functions = Alike(self.allocation), Alike(self.optimizer.init)
         return functions, self.steps, self.tolerance, tuple(self._settings().items())
 
@@ -330,7 +333,7 @@ class DPaI:
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
         settings, init = method._settings(), Alike(method.optimizer.init)
         scores = noise.normal_scores_of_many(net, [p.key for p in problems])
-        scores = counts.rank_last(net, scores, 0.0)
+        scores = meshes.shared_out(counts.rank_last(net, scores, 0.0), len(problems))
         ascended = method._ascend(
             net,
             problems[0].report,
@@ -338,7 +341,7 @@ class DPaI:
             lambda state, masks: _step_many(net, state, masks, weights, **settings),
             _State(scores, _init_many(net, scores, init=init)),
         )
-        found = [ascended.scores, ascended.masks]
+        found = meshes.on_one_device([ascended.scores, ascended.masks])
         return [ascended.pruned((i,), *_taken(net, found, i)) for i in range(len(problems))]
 
     def _ascend(

@@ -318,6 +318,25 @@ def device_put_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(put, tree, like)
 
 
+def shared_out(tree: PyTree, number: int) -> PyTree:
+    """Shares the leading axis of arrays, of this size, out among as many devices as divide it."""
+    devices = jax.local_devices()
+    n = max(n for n in range(1, len(devices) + 1) if number % n == 0)
+    if n == 1:
+        return tree
+    mesh = Mesh(np.asarray(devices[:n]), ("problem",), axis_types=(AxisType.Auto,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("problem")))
+
+
+def on_one_device(tree: PyTree) -> PyTree:
+    """Puts arrays that are on several devices on the default one."""
+
+    def put(x: Array) -> Array:
+        return x if _sharding(x) is None else jnp.asarray(jax.device_get(x))
+
+    return jax.tree.map(put, tree)
+
+
 def _replicated_beside(tree: PyTree, mesh: Mesh | AbstractMesh | None) -> PyTree:
     """Replicates those arrays of a tree that are on one device over a mesh."""
 

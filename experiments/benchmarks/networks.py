@@ -19,23 +19,27 @@ class Network:
         classes: Size of the output.
         shape: Shape of one input: of an image, or of a row of tokens.
         width: As in `experiments.models.create`.
+        depth: Its depth, or None for the published one.
     """
 
     model: str
     classes: int
     shape: tuple[int, ...]
     width: int | None = None
+    depth: int | None = None
 
     @property
     def title(self) -> str:
         """The network's name in tables."""
         width = "" if self.width is None else f", width {self.width}"
+        width += "" if self.depth is None else f", depth {self.depth}"
         where = f"{self.shape[0]}²" if len(self.shape) == 3 else f"{self.shape[0]} tokens"
         return f"{self.model} at {where}{width}"
 
     def problem(self) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
         """Returns what `dpai_jax.prune` takes: a function, shapes of parameters, that of x."""
         model = models.create(self.model, self.classes, self.width)
+        model = model if self.depth is None else model.clone(depth=self.depth)
         dtype = jnp.float32 if len(self.shape) == 3 else jnp.int32
         x = jax.ShapeDtypeStruct((1, *self.shape), dtype)
         return model.apply, jax.eval_shape(model.init, jax.random.key(0), x), x
@@ -54,6 +58,33 @@ LARGE = (
     Network("vit_b16", 1000, (224, 224, 3)),
     Network("gpt2", 50257, (1024,)),
 )
+
+COLD = (
+    Network("resnet20", 10, (32, 32, 3)),
+    Network("vgg19", 100, (32, 32, 3)),
+    Network("efficientnet_b0", 1000, (224, 224, 3)),
+    Network("vit_b16", 1000, (224, 224, 3)),
+    Network("gpt2", 50257, (1024,)),
+)
+"""Those whose first call is timed."""
+
+RIVALS = (
+    Network("resnet20", 10, (32, 32, 3)),
+    Network("efficientnet_b0", 10, (32, 32, 3)),
+)
+"""Those on which the first calls of all methods are timed."""
+
+GROWTH = (
+    *(Network("resnet20", 10, (32, 32, 3), depth=depth) for depth in (20, 56, 110)),
+    *(Network("gpt2", 1000, (128,), 192, depth) for depth in (4, 12, 24, 48)),
+)
+"""Networks of repeated blocks, ever deeper."""
+
+COPIES = (
+    Network("lenet", 10, (28, 28, 1)),
+    Network("resnet20", 10, (8, 8, 1), 8),
+)
+"""Small networks of which several copies are trained at once."""
 
 QUALITY = (
     Network("resnet20", 10, (32, 32, 3)),

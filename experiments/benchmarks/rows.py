@@ -52,7 +52,7 @@ def large() -> Jobs:
     Once as a process starts, and again with another key, when all is compiled.
     """
     for network in networks.LARGE:
-        yield network.title, functools.partial(_isolated, _large, network)
+        yield network.title, functools.partial(isolated, _large, network)
 
 
 def training(python: str | None) -> Jobs:
@@ -149,7 +149,7 @@ def measure(table: str, rows: Jobs, store: Store) -> Iterator[Row]:
         yield store.find(what) or store.append(what | run() | provenance.origin())
 
 
-def _isolated(function: Callable[..., Row], *args: Any) -> Row:
+def isolated(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in a process of its own, whose memory nothing else has used."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -157,7 +157,7 @@ def _isolated(function: Callable[..., Row], *args: Any) -> Row:
 
 
 def _steps(network: Network, python: str | None) -> Row:
-    row: Row = {name: _isolated(_step, network, name) for name in TIMED}
+    row: Row = {name: isolated(_step, network, name) for name in TIMED}
     if python is not None:
         row["peer"] = _peer(python, "prune", network, "--sparsity", "0.9")
     return row
@@ -215,7 +215,7 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
 
 
 def _trainings(network: Network, python: str | None) -> Row:
-    row = _isolated(_training, network)
+    row = isolated(_training, network)
     if python is not None:
         for layout in ("contiguous_format", "channels_last"):
             row[f"peer {layout}"] = _peer(python, "train", network, "--memory-format", layout)

@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import matplotlib.figure
 import rich.console
 
+from experiments.benchmarks import cold
 from experiments.benchmarks import rows as measured
 from experiments.benchmarks.rows import Row
 from experiments.grid import Grid
@@ -35,6 +37,10 @@ def run(
         console: Where to print.
     """
     jobs = {
+        "cold": cold.cold,
+        "rivals": cold.rivals,
+        "growth": cold.growth,
+        "many": cold.many,
         "step": lambda: measured.step(python),
         "training": lambda: measured.training(python),
         "large": measured.large,
@@ -47,6 +53,38 @@ def run(
             console.print(f"{name}: {row['title']}", highlight=False, markup=False, soft_wrap=True)
             rows.append(row)
         console.print(grid(name, rows).rich())
+
+
+def plot(name: str, rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Writes a PNG of a table that has a plot.
+
+    Args:
+        name: Name of the table.
+        rows: Its rows.
+        path: Where the picture goes.
+    """
+    figure = matplotlib.figure.Figure(figsize=(6.4, 3.6), layout="constrained", dpi=150)
+    _PLOTS[name](figure.subplots(), rows)
+    figure.savefig(path)
+
+
+def _plot_growth(axes: Any, rows: Sequence[Row]) -> None:
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = sorted((row for row in rows if row["family"] == family), key=lambda r: r["depth"])
+        depths = [row["depth"] for row in own]
+        medians, least, most = (
+            [row["seconds"][which] for row in own] for which in ("median", "min", "max")
+        )
+        unit = "layers" if family == "ResNet" else "blocks"
+        (line,) = axes.plot(depths, medians, "o-", lw=1.6, ms=4, label=f"{family}, {unit}")
+        axes.fill_between(depths, least, most, color=line.get_color(), alpha=0.2, lw=0)
+    axes.set_xlim(0)
+    axes.set_ylim(0)
+    axes.set_xlabel("depth")
+    axes.set_ylabel("seconds of the first call")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.legend(frameon=False)
 
 
 def grid(name: str, rows: Sequence[Row]) -> Grid:
@@ -97,6 +135,53 @@ def _range(seconds: Mapping[str, float], unit: float, digits: int) -> str:
 
 def _published(row: Row) -> float:
     return next(s for name, s in measured.PUBLISHED.items() if row["title"].startswith(name))
+
+
+def _cold(rows: Sequence[Row]) -> Grid:
+    def seconds(key: str, digits: int) -> Callable[[Row], str]:
+        return lambda r: _range(r[key], 1, digits) if key in r else ""
+
+    columns: Columns = {
+        "network": lambda r: r["title"],
+        "first call, s": seconds("first", 1),
+        "another key and sparsity": seconds("again", 2),
+        "a function made anew": seconds("anew", 2),
+        "first call, cached on disk": seconds("disk", 1),
+        "compiling a training step": seconds("training", 1),
+    }
+    return _grid("dpai.prune with the defaults: seconds (least–most)", columns, rows)
+
+
+def _rivals(rows: Sequence[Row]) -> Grid:
+    columns: Columns = {
+        "network": lambda r: r["network"],
+        "first call": lambda r: r["call"],
+        "seconds": lambda r: _range(r["seconds"], 1, 1),
+    }
+    return _grid("First calls of all methods: seconds (least–most)", columns, rows)
+
+
+def _growth(rows: Sequence[Row]) -> Grid:
+    columns: Columns = {
+        "network": lambda r: r["family"],
+        "depth": lambda r: f"{r['depth']}",
+        "first call, s": lambda r: _range(r["seconds"], 1, 1),
+    }
+    return _grid("The first call against the depth: seconds (least–most)", columns, rows)
+
+
+def _many(rows: Sequence[Row]) -> Grid:
+    def ratio(row: Row) -> str:
+        return f"{row['one_by_one']['median'] / row['together']['median']:.2f}"
+
+    columns: Columns = {
+        "network": lambda r: r["title"],
+        "number": lambda r: f"{r['number']}",
+        "one by one, ms": lambda r: _range(r["one_by_one"], 1e3, 1),
+        "in one program, ms": lambda r: _range(r["together"], 1e3, 1),
+        "times as fast": ratio,
+    }
+    return _grid("Many at once: milliseconds (least–most)", columns, rows)
 
 
 def _training(rows: Sequence[Row]) -> Grid:
@@ -200,7 +285,13 @@ def _number(value: float | None) -> str:
     return "no path" if value is None or value != value else f"{value:.2f}"
 
 
+_PLOTS: Mapping[str, Callable[[Any, Sequence[Row]], None]] = {"growth": _plot_growth}
+
 _TABLES: Mapping[str, Callable[[Sequence[Row]], Grid]] = {
+    "cold": _cold,
+    "rivals": _rivals,
+    "growth": _growth,
+    "many": _many,
     "step": _step,
     "training": _training,
     "large": _large,

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import pytest
 
+import experiments.__main__
 from experiments import datasets, devices, models
 from tests.support.meshes import mesh_of
 
@@ -20,6 +21,14 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_kept():
+    """Commands that are called in this process leave JAX's cache as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments.__main__, "keep_compiled", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

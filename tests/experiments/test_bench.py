@@ -1,5 +1,6 @@
 """Benchmarks on tiny networks: what they measure, that they resume, and that their tables print."""
 
+import functools
 import io
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import rich.console
 
 import dpai_jax as dpai
-from experiments.benchmarks import clock, networks, rows, show
+from experiments.benchmarks import clock, cold, networks, rows, show
 from experiments.benchmarks.networks import Network
 from experiments.store import Store
 
@@ -17,13 +18,19 @@ TINY = Network("lenet", 10, (6, 6, 1), 8)
 
 @pytest.fixture
 def _tiny(monkeypatch):
-    for name in ("STEP", "LARGE", "QUALITY", "SETTINGS"):
+    for name in ("STEP", "LARGE", "QUALITY", "SETTINGS", "COLD", "RIVALS", "COPIES"):
         monkeypatch.setattr(networks, name, (TINY,))
     monkeypatch.setattr(networks, "SPARSITIES", (0.5,))
     few = dict(list(rows.METHODS.items())[1:3])
     monkeypatch.setattr(rows, "METHODS", few)
     # A process of its own would know nothing of all this.
-    monkeypatch.setattr(rows, "_isolated", lambda function, *args: function(*args))
+    for module in (rows, cold):
+        monkeypatch.setattr(module, "isolated", lambda function, *args: function(*args))
+    monkeypatch.setattr(dpai, "cache", lambda _: None)
+    deep = [Network("gpt2", 10, (4,), 12, depth) for depth in (1, 2)]
+    monkeypatch.setattr(networks, "GROWTH", deep)
+    for name in ("REPEATS", "FEW_REPEATS"):
+        monkeypatch.setattr(cold, name, 1)
 
 
 def _printed(names, folder):
@@ -46,6 +53,18 @@ def test_tables_print_and_what_was_measured_is_not_measured_again(tmp_path, monk
 
     monkeypatch.setattr(dpai, "prune", fail)
     assert _printed(("large", "quality", "settings"), tmp_path) == first
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.standard_promotion
+def test_first_calls_and_many_at_once_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(cold, "_many", functools.partial(cold._many, number=2))
+    printed = _printed(("cold", "rivals", "growth", "many"), tmp_path)
+    for call in (*cold.CALLS, "cached on disk", "decoder", "prune_many"):
+        assert call in printed
+    store = Store(tmp_path / "rows.jsonl").read()
+    show.plot("growth", [row for row in store if row["table"] == "growth"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.standard_promotion

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,24 @@ def test_the_module_runs_and_documents_each_option():
     )
     for option in ("--dataset", "--model", "--method", "--sparsity", "--seed", "--folder"):
         assert option in done.stdout
+
+
+def test_a_command_keeps_what_it_compiles_in_the_users_cache_folder(tmp_path):
+    code = "from experiments.__main__ import keep_compiled; keep_compiled()\n"
+    code += "import jax.numpy as jnp; jnp.arange(3) + 1; print('done')"
+    (tmp_path / "file").touch()
+    for name, said in (("cache", ""), ("file", "What is compiled is not kept")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / name)},
+            timeout=60,
+        )
+        assert done.stdout == "done\n"
+        assert done.stderr.startswith(said)
+    assert any((tmp_path / "cache" / "dpai_jax" / "compiled").iterdir())
 
 
 def test_train_prints_a_table_and_appends_one_line(tmp_path, capsys):

@@ -1,0 +1,59 @@
+"""The cache on disk: a second process finds all that the first has compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpai_jax as dpai
+
+PROCESS = """
+import sys
+import jax, jax.numpy as jnp
+import dpai_jax as dpai
+
+jnp.ones(3) + 1  # something compiled before, when no cache was looked for
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+folder = dpai.cache(*sys.argv[1:])
+fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+result = dpai.prune(fn, params, jnp.ones((1, 16)), 0.9, progress=False)
+print(folder, events.count("cache_hits"), events.count("cache_misses"), result.topology.log_paths)
+"""
+
+
+def run(*args: str, **environment: str) -> list[str]:
+    process = subprocess.run(
+        [sys.executable, "-c", PROCESS, *args],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    return process.stdout.split()
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    folder, _, misses, log_paths = run(str(tmp_path / "new" / "folder"))
+    assert Path(folder) == tmp_path / "new" / "folder"
+    assert int(misses) > 5
+    again = run(folder)
+    assert int(again[1]) >= int(misses)
+    assert again[2:] == ["0", log_paths]
+
+
+def test_the_folder_is_that_of_the_user(tmp_path: Path) -> None:
+    folder, *_ = run(XDG_CACHE_HOME=str(tmp_path))
+    assert Path(folder) == tmp_path / "dpai_jax" / "compiled"
+    assert any(Path(folder).iterdir())
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="folder must be a path, got 3"):
+        dpai.cache(3)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        dpai.cache(tmp_path / "file")
