@@ -156,12 +156,13 @@ def programs(params, fn, x, optimizer):
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
     masks, _ = method._select(*find)
     step = (net, state, masks, how._weights())
+    axes = measuring._axes(net, list(range(len(masks))))
     return [
         method._select.lower(*find).compile(),
         method._step.lower(*step, **how._settings()).compile(),
         counts.reached.lower(net, masks).compile(),
         measuring._log_paths.lower(net, masks).compile(),
-        measuring._counts.lower(net, masks, masks).compile(),
+        measuring._count_layers.lower(net, masks, masks, axes=axes).compile(),
     ]
 
 

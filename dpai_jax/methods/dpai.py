@@ -301,7 +301,6 @@ class DPaI:
             lambda state, masks: _step(net, state, masks, weights, **settings),
             state,
         )
-        del state  # what the optimizer remembers is as large as all the rest
         return ascended.pruned((), ascended.scores, ascended.masks)
 
     @property
@@ -369,7 +368,8 @@ class DPaI:
             numbers = jax.device_get(numbers)
             report(t + 1, self.steps, jax.tree.map(np.mean, numbers))
             before, paths = paths, np.asarray(numbers["log_paths"], np.float64)
-            stops = ~is_over & (paths - before < self.tolerance * abs(paths))
+            with np.errstate(invalid="ignore"):  # no path before, and none now
+                stops = ~is_over & (paths - before < self.tolerance * abs(paths))
             for i in map(tuple, np.argwhere(stops & (t % _READ_EVERY == 0))):
                 grown = f"log-paths grew by {paths[i] - before[i]:.2g} in {_READ_EVERY} steps"
                 stopped[i], n_steps[i] = grown, t + 1
@@ -382,7 +382,7 @@ class DPaI:
             is_over |= ends
             if np.all(is_over):
                 break
-        del state
+        del state  # what the optimizer remembers is as large as all the rest
         assert over is not None
         masks = selection.masks(over)
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
