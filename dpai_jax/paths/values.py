@@ -28,13 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.powers import (
-    exponent_of,
-    inverse,
-    largest_entry,
-    power_above,
-    power_of_two,
-)
+from dpai_jax.tools.powers import largest_entry, power_of_two, scaling
 
 Shape = tuple[int, ...]
 
@@ -245,8 +239,8 @@ replace = dataclasses.replace
 def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
     """The same counts with the largest entry in [1/2, 1), and whether there is any."""
     largest = largest_entry(lax.stop_gradient(array))
-    scale = power_above(largest)
-    return array * inverse(scale), exponent + exponent_of(scale), largest > 0
+    _, inverse, power = scaling(largest)
+    return array * inverse, exponent + power, largest > 0
 
 
 @jax.custom_vjp
@@ -271,12 +265,18 @@ def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
     """The mantissas of several flows under one exponent."""
     # Ignore empty flows when choosing the common exponent: one might push the others out of
     # float32's range. The gradient of an empty flow, the paths that it would bring, is clipped.
-    exponent = jnp.int32(_LOWEST)
-    for flow in flows:
-        exponent = jnp.maximum(exponent, jnp.where(flow.filled, flow.exponent, _LOWEST))
-    exponent = jnp.where(exponent == _LOWEST, flows[0].exponent, exponent)
-    scales = [power_of_two(jnp.minimum(flow.exponent - exponent, 64)) for flow in flows]
+    exponent, scales = _common([flow.exponent for flow in flows], [flow.filled for flow in flows])
     return [flow.mantissa * scale for flow, scale in zip(flows, scales, strict=True)], exponent
+
+
+@jax.jit
+def _common(exponents: list[Array], filled: list[Array]) -> tuple[Array, list[Array]]:
+    """The largest exponent of the flows that are not empty, and by what each flow is scaled."""
+    common = jnp.int32(_LOWEST)
+    for exponent, is_filled in zip(exponents, filled, strict=True):
+        common = jnp.maximum(common, jnp.where(is_filled, exponent, _LOWEST))
+    common = jnp.where(common == _LOWEST, exponents[0], common)
+    return common, [power_of_two(jnp.minimum(exponent - common, 64)) for exponent in exponents]
 
 
 def largest_exponent(exponents: Array, filled: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -47,6 +48,15 @@ def stages(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...
 SMALL = 2**16
 
 
+# Within a larger program too, what is jitted is traced once for each shape.
+@jax.jit
+def scaling(largest: Array) -> tuple[Array, Array, Array]:
+    """The next power of two above a number, one over it, and its exponent."""
+    power = power_above(largest)
+    return power, inverse(power), exponent_of(power)
+
+
+@jax.jit
 def largest_entry(array: Array) -> Array:
     """The largest entry, or zero if none is above zero; not differentiable.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.powers import inverse, largest_entry, power_above, stages
+from dpai_jax.tools.powers import largest_entry, scaling, stages
 
 # What no magnitude in an array exceeds, or None where that is not known.
 Bound = float | None
@@ -115,8 +115,8 @@ def _below_one(array: Array, below: Bound) -> tuple[Array, Array | float]:
         power = 2.0 ** (math.frexp(below)[1])
         return array * (1 / power), power
     # Second derivatives may be negative.
-    scale = power_above(largest_entry(lax.stop_gradient(jnp.abs(array))))
-    return array * inverse(scale), scale
+    power, inverse, _ = scaling(largest_entry(lax.abs(lax.stop_gradient(array))))
+    return array * inverse, power
 
 
 def _held(n_terms: int) -> float:
@@ -124,6 +124,7 @@ def _held(n_terms: int) -> float:
     return float(2 ** math.ceil(math.log2(max(n_terms, 1))))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
     """The sum over some axes, which keep size one, of terms of magnitude below one."""
     n_terms = math.prod(terms.shape[i] for i in axes)
@@ -176,6 +177,7 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
 
 
 @jax.custom_vjp
+@jax.jit
 def written_out(array: Array) -> tuple[Array, Array]:
     """The array twice, both to be read: so XLA on CPUs does not work it out for every reader.
 
@@ -200,6 +202,7 @@ written_out.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def sum_taps(array: Array, axes: tuple[int, ...]) -> Array:
     """The sum over short axes, such as a filter's taps; they keep size one.
 
