@@ -128,45 +128,70 @@ def direction(
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
     counting, normalize, sharp = objective
-    alpha, beta, gamma = weights
     count = functools.partial(counts.log_count, net, counting=counting, below=1.0)
     floats = [m.astype(jnp.float32) for m in masks]
     log_paths, gradients = jax.value_and_grad(count)(floats)
-    slopes, sizes, open_nodes = [], [], []
-    for layer, m, g in zip(net.layers, masks, gradients, strict=True):
-        kernel = sum_taps(jnp.where(m, g, 0.0), layer.taps)
-        # Sums over taps are read more than once; where there are none, they cost nothing.
-        kernel, again = written_out(kernel) if layer.taps else (kernel, kernel)
-        open_kernels = (kernel > 0).astype(jnp.float32)
-        open_node = jnp.sum(open_kernels, layer.inputs, keepdims=True)
-        if sharp:
-            of_node, of_kernel = (jnp.where(x > 0, 0.0, 1.0) for x in (open_node, again))
-        else:
-            node = jnp.sum(kernel, layer.inputs, keepdims=True)
-            of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
-        push = (1 - beta) * of_node + beta * of_kernel
-        slope = (1 - alpha) + alpha * push
-        slopes.append(slope)
-        sizes.append(slope * sum_taps(g, layer.taps))
-        open_nodes.append(open_node.ravel())
+    slopes, sizes, open_kernels = zip(
+        *(
+            _slopes((layer.inputs, layer.taps), sharp, weights, m, g)
+            for layer, m, g in zip(net.layers, masks, gradients, strict=True)
+        ),
+        strict=True,
+    )
     if normalize:
-        slopes = [
+        slopes = tuple(
             slope * jnp.where(mean > 0, 1 / mean, 0.0)
             for slope, mean in zip(slopes, _means(net, masks, sizes), strict=True)
-        ]
+        )
     directions = [
         slope * g * jnp.sign(s) for slope, g, s in zip(slopes, gradients, scores, strict=True)
     ]
-    nodes = jnp.concatenate(open_nodes).astype(jnp.uint32)
+    kernels = jnp.concatenate([x.ravel() for x in open_kernels]).astype(jnp.uint32)
     measured = {
         "log_paths": log_paths,
-        "nodes": jnp.sum(nodes > 0, dtype=jnp.uint32),
-        "kernels": jnp.sum(nodes, dtype=jnp.uint32),
+        "nodes": jnp.sum(kernels > 0, dtype=jnp.uint32),
+        "kernels": jnp.sum(kernels, dtype=jnp.uint32),
     }
     return directions, measured
 
 
-def _means(net: Network, masks: list[Array], sizes: list[Array]) -> list[Array]:
+# Traced once for layers of one shape.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _slopes(
+    axes: tuple[tuple[int, ...], tuple[int, ...]],
+    sharp: bool,
+    weights: tuple[Any, Any, Any],
+    mask: Array,
+    gradient: Array,
+) -> tuple[Array, Array, Array]:
+    """By what a layer's gradient is multiplied, its products summed over taps, and open kernels.
+
+    Args:
+      axes: those of the input features and of the taps.
+      sharp: see `Objective`.
+      weights: α, β and γ.
+      mask: the layer's mask.
+      gradient: ∂ log R_P/∂m.
+
+    Returns:
+      The factors, and the sums, of which the taps have size one; and of the effective kernels of
+      each node the number, of which the input features have size one, too.
+    """
+    (alpha, beta, gamma), (inputs, taps) = weights, axes
+    kernel = sum_taps(jnp.where(mask, gradient, 0.0), taps)
+    # Sums over taps are read more than once; where there are none, they cost nothing.
+    kernel, again = written_out(kernel) if taps else (kernel, kernel)
+    open_kernels = jnp.sum((kernel > 0).astype(jnp.float32), inputs, keepdims=True)
+    if sharp:
+        of_node, of_kernel = (jnp.where(x > 0, 0.0, 1.0) for x in (open_kernels, again))
+    else:
+        node = jnp.sum(kernel, inputs, keepdims=True)
+        of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
+    slope = (1 - alpha) + alpha * ((1 - beta) * of_node + beta * of_kernel)
+    return slope, slope * sum_taps(gradient, taps), open_kernels
+
+
+def _means(net: Network, masks: list[Array], sizes: Sequence[Array]) -> list[Array]:
     """The mean magnitude of each layer's direction, of each copy of it, from sums over taps."""
     small = are_small(masks)
     in_row = [flag and layer.copies == 1 for flag, layer in zip(small, net.layers, strict=True)]
