@@ -24,7 +24,7 @@ from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.tools import meshes
-from dpai_jax.tools.meshes import device_put_like
+from dpai_jax.tools.meshes import device_put_like, given_up_on_failure
 from dpai_jax.tools.rows import are_small, counts_of, groups_of
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
@@ -139,11 +139,12 @@ def prune(
     line = ProgressLine(name) if progress is True or (progress is None and _at_terminal()) else None
     report = progress if callable(progress) else line or silent
     problem = Problem(net, params, sparsity, key, report, fn, x, data)
-    if hasattr(method, "compile_ahead"):
-        method.compile_ahead(problem)
-    compile_ahead(net, net.leaves(params))
-    check_network(net, params)
-    (result,) = results_of(name, [problem], [method.run(problem)], repair)
+    with given_up_on_failure():
+        if hasattr(method, "compile_ahead"):
+            method.compile_ahead(problem)
+        compile_ahead(net, net.leaves(params))
+        check_network(net, params)
+        (result,) = results_of(name, [problem], [method.run(problem)], repair)
     result = dataclasses.replace(result, seconds=time.perf_counter() - start)
     if line is not None:
         line.close(_summary(name, result))

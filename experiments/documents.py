@@ -62,7 +62,9 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
     store = Store(path.parent / file)
     records = store.read()
     if name != "jobs":
-        records = [record for record in records if record.get("table") == name]
+        own = [record for record in records if record.get("table") == name]
+        # Of rows that were measured again, the last.
+        records = list({record["title"]: record for record in own}.values())
     if not records:
         raise ConfigError(f"{path}: no records for the table {name} in {store.path}.")
     return records

@@ -3,7 +3,9 @@
 import gc
 import importlib
 import pkgutil
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.extend.core import Primitive
 
 import dpai_jax as dpai
 from dpai_jax.paths.interpreter import _RULES
+from dpai_jax.tools import meshes
 from dpai_jax.tools.signatures import signature
 
 PARAMS = {"hidden": jnp.ones((8, 12)), "out": jnp.ones((12, 4))}
@@ -123,6 +126,41 @@ def test_programs_that_differ_in_a_constant_alone_are_two_networks(present):
     net = dpai.trace(fn, params, jnp.ones((1, 3)))
     kept = dpai.effective_weights(net, jax.tree.map(lambda x: jnp.ones(x.shape, bool), params))
     np.testing.assert_array_equal(kept["a"], np.broadcast_to(mask > 0, (3, 4)))
+
+
+def test_a_failure_ends_what_is_compiled_ahead(monkeypatch):
+    """Else a process that fails would go on compiling before it ends."""
+    waiting, running = threading.Event(), threading.Event()
+
+    def compile_slowly():
+        running.set()
+        waiting.wait(30)
+
+    one = ThreadPoolExecutor(1)
+    monkeypatch.setattr(meshes, "_COMPILERS", one)
+    one.submit(compile_slowly)
+    running.wait(30)
+    params = {"hidden": jnp.ones((8, 5)), "out": jnp.full((5, 4), jnp.nan)}
+    threading.Timer(0.5, waiting.set).start()
+
+    class Failing:
+        def compile_ahead(self, problem):
+            dpai.DPaI().compile_ahead(problem)
+            raise KeyboardInterrupt
+
+        def run(self, _):
+            raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        dpai.prune(network(), params, X, 0.5, method=Failing(), progress=False)
+    net = dpai.trace(network(), params, X)
+    under_way = [f for p in net.programs.values() for f in getattr(p, "_compiling", [])]
+    assert under_way
+    assert all(future.cancelled() for future in under_way)
+    # What was given up is compiled where it is called.
+    good = params | {"out": jnp.ones((5, 4))}
+    assert dpai.prune(network(), good, X, 0.5, progress=False).topology.weights == 30
+    one.shutdown()
 
 
 def test_names_and_gates_belong_to_a_network():

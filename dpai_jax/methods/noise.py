@@ -76,9 +76,14 @@ def _normal(net: Network, key: Array) -> list[Array]:
     ends = list(itertools.accumulate(layer.size for layer in net.layers))
     with jax.threefry_partitionable(True):
         noise = jax.random.normal(key, (ends[-1],), jnp.float32)
-    # Twice, for layers to read in turn, so that not each of them draws its part itself.
-    twice = [jnp.split(x, ends[:-1]) for x in written_out(noise)]
-    return [twice[i % 2][i].reshape(layer.shape) for i, layer in enumerate(net.layers)]
+    # Small networks compile faster if the noise is there twice, for layers to read in turn; else
+    # each of them draws its part itself.
+    twice = written_out(noise) if net.size <= _FEW else (noise, noise)
+    parts = [jnp.split(x, ends[:-1]) for x in twice]
+    return [parts[i % 2][i].reshape(layer.shape) for i, layer in enumerate(net.layers)]
+
+
+_FEW = 2**22
 
 
 @functools.lru_cache

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from dpai_jax.paths import values as v
 from dpai_jax.paths.values import Flow, Shape, Spread
-from dpai_jax.tools.sums import product_sum, sum_over
+from dpai_jax.tools.sums import product_sum, sum_over, written_out_backward
 
 # The two sides of a contraction, each its axes, as in the dimension numbers of `lax.dot_general`.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -54,6 +54,10 @@ class Counting:
     def alive(self, flow: Flow) -> Array:
         """One where a unit gives something, zero where it is dead; a constant to gradients."""
         return flow.alive()
+
+    def joined(self, array: Array) -> Array:
+        """The sum of two flows, from which paths may part again."""
+        return array
 
     def sum(self, spread: Spread, axes: Sequence[int]) -> Spread:
         """The sums over some axes, which become uniform axes."""
@@ -96,6 +100,11 @@ class MeanField(Counting):
 
     averages = True
     tracks_constants = False
+
+    def joined(self, array: Array) -> Array:
+        """See `Counting.joined`."""
+        # Else a deep network's gradient would be one long sum, worked out for every weight.
+        return written_out_backward(array)
 
     def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
         return sum_over(array, axes)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
@@ -129,7 +130,9 @@ class _Compiled:
         if key not in self._started:
             self._started.add(key)
             # Traced here, for JAX's switches hold in one thread; XLA works without Python's lock.
-            self._compiling.append(_COMPILERS.submit(self.jitted.lower(*args).compile))
+            compiling = _COMPILERS.submit(self.jitted.lower(*args).compile)
+            self._compiling.append(compiling)
+            _UNDER_WAY.add(compiling)
 
     def __call__(self, *args: Any) -> Any:
         self.is_called = True
@@ -140,6 +143,21 @@ class _Compiled:
 
 
 _COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dpai_jax_compiler")
+_UNDER_WAY: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def given_up_on_failure() -> Iterator[None]:
+    """Where the block fails, compiles no more of what was to be compiled ahead.
+
+    A process waits for its threads before it ends.
+    """
+    try:
+        yield
+    except BaseException:
+        for compiling in list(_UNDER_WAY):
+            compiling.cancel()
+        raise
 
 
 def _traced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -11,6 +12,8 @@ from jax import Array, lax
 from dpai_jax.tools.meshes import layer_shardings
 from dpai_jax.tools.powers import SMALL, inverse, power_above
 from dpai_jax.tools.sums import digits_of, from_digits, sum_over, totals
+
+_MOST_MEMBERS = 2**22
 
 
 class Row:
@@ -34,7 +37,10 @@ class Row:
         n_blocks = [-(-size // self.length) for size in sizes]
         self.array = np.repeat(np.arange(len(sizes)), n_blocks)
         self.first = np.concatenate([np.arange(n) * self.length for n in n_blocks])
-        self._members = self.array == np.arange(len(sizes))[:, None]
+        # Which blocks are of which array; of very many arrays that would be too large.
+        self._members = None
+        if len(self.array) * len(sizes) <= _MOST_MEMBERS:
+            self._members = self.array == np.arange(len(sizes))[:, None]
 
     def blocks(self, arrays: Sequence[Array], padding: float | int) -> Array:
         """The arrays' entries, in C order, (block, length)."""
@@ -47,7 +53,7 @@ class Row:
 
     def arrays(self, blocks: Array) -> list[Array]:
         """The inverse of `blocks`: the arrays, flat."""
-        ends = np.cumsum(np.bincount(self.array))
+        ends = np.cumsum(np.bincount(self.array, minlength=len(self.sizes)))
         pairs = zip([0, *ends], ends, self.sizes, strict=False)
         return [blocks[start:end].ravel()[:size] for start, end, size in pairs]
 
@@ -59,15 +65,21 @@ class Row:
         """Sums of integers (block, length) over the entries of each array, (array,)."""
         terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in terms]
         of_blocks = jnp.stack([x.ravel() for x in totals(terms, (1,))])
-        members = self._members[None]
-        sums = jnp.sum(jnp.where(members, of_blocks[:, None], 0), -1, dtype=of_blocks.dtype)
+        if self._members is None:
+            sums = jax.ops.segment_sum(of_blocks.T, self.array, len(self.sizes), True).T
+        else:
+            own = jnp.where(self._members[None], of_blocks[:, None], 0)
+            sums = jnp.sum(own, -1, dtype=of_blocks.dtype)
         return list(sums)
 
     def largest(self, blocks: Array) -> Array:
         """The largest of the entries of each array, none below zero, (array,)."""
         of_blocks = lax.bitcast_convert_type(blocks, jnp.int32)
         most = jnp.max(of_blocks, 1)
-        found = jnp.max(jnp.where(self._members, most[None], 0), 1)
+        if self._members is None:
+            found = jax.ops.segment_max(most, self.array, len(self.sizes), True)
+        else:
+            found = jnp.max(jnp.where(self._members, most[None], 0), 1)
         return lax.bitcast_convert_type(found, jnp.float32)
 
 

@@ -201,6 +201,17 @@ written_out.defvjp(
 )
 
 
+@jax.custom_vjp
+def written_out_backward(array: Array) -> Array:
+    """The array; its cotangent is written out, where several paths meet in it."""
+    return array
+
+
+written_out_backward.defvjp(
+    lambda array: (array, None), lambda _, cotangent: (jnp.maximum(*written_out(cotangent)),)
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
 def sum_taps(array: Array, axes: tuple[int, ...]) -> Array:

@@ -140,12 +140,16 @@ def _rival(network: Network, name: str) -> Row:
 
 
 def _first_of(network: Network, name: str) -> float:
-    """The seconds of a process's first call of a method, on weights drawn from N(0, 0.05²)."""
+    """The seconds of a process's first call of a method, on kernels drawn from N(0, 0.05²)."""
     fn, shapes, x = network.problem()
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(0, 0.05, s.shape).astype(np.float32)), shapes
-    )
+
+    def leaf(shape: tuple[int, ...]) -> jax.Array:
+        # Scales and variances are vectors.
+        drawn = rng.normal(0, 0.05, shape) if len(shape) > 1 else np.ones(shape)
+        return jnp.asarray(drawn.astype(np.float32))
+
+    params = jax.tree.map(lambda s: leaf(s.shape), shapes)
     images = rng.standard_normal((32, *network.shape)).astype(np.float32)
     batch = images, rng.integers(0, network.classes, 32)
     data = {"loss_fn": functools.partial(_loss, fn), "batches": [batch]}

@@ -177,8 +177,8 @@ def _many(rows: Sequence[Row]) -> Grid:
     columns: Columns = {
         "network": lambda r: r["title"],
         "number": lambda r: f"{r['number']}",
-        "one by one, ms": lambda r: _range(r["one_by_one"], 1e3, 1),
-        "in one program, ms": lambda r: _range(r["together"], 1e3, 1),
+        "one by one, ms": lambda r: _range(r["one_by_one"], 1e-3, 1),
+        "in one program, ms": lambda r: _range(r["together"], 1e-3, 1),
         "times as fast": ratio,
     }
     return _grid("Many at once: milliseconds (least–most)", columns, rows)

@@ -164,7 +164,7 @@ def add(interpreter: Interpreter, a: Flow, b: Flow) -> Flow:
     unit = interpreter.unit("sum", frozenset({a.unit, b.unit}))
     below = None if a.below is None or b.below is None else a.below + b.below
     return interpreter.flow(
-        Spread(x + y, a.shape, below),
+        Spread(interpreter.counting.joined(x + y), a.shape, below),
         exponent,
         unit=unit,
         ancestors=a.lineage & b.lineage,
