@@ -11,6 +11,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from dpai_jax.tools.trees import shown
 
 
+def user_folder() -> pathlib.Path:
+    """`dpai_jax` in the user's cache folder, which is `$XDG_CACHE_HOME` or `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(base).expanduser() / "dpai_jax"
+
+
 def cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Keeps what is compiled from now on in a folder, where the next process finds it.
 
@@ -34,8 +40,7 @@ def cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
       OSError: if it cannot be made or written.
     """
     if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = pathlib.Path(base) / "dpai_jax" / "compiled"
+        folder = user_folder() / "compiled"
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {shown(folder)}")
     path = pathlib.Path(folder).expanduser().absolute()

@@ -15,7 +15,7 @@ from dpai_jax import checks
 from dpai_jax.counts import log_count, reached
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import are_small, counts_of, groups_of
+from dpai_jax.tools.rows import Group, are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
@@ -129,12 +129,12 @@ def topology(net: Network, masks: PyTree) -> Topology:
 def measure(net: Network, masks: Sequence[list[Array]]) -> list[Topology]:
     """`topology` of several masks, each a list of the layers' boolean arrays."""
     # All are under way before the first is read.
-    groups = groups_of(masks[0])
+    groups = groups_of(net, masks[0])
     found = jax.device_get([(_log_paths(net, kept), _counts(net, groups, kept)) for kept in masks])
-    return [_topology(net, log_paths, *_ungrouped(groups, counts)) for log_paths, counts in found]
+    return [_topology(net, log_paths, in_order(groups, counts)) for log_paths, counts in found]
 
 
-def _topology(net: Network, log_paths: np.ndarray, *counts: np.ndarray) -> Topology:
+def _topology(net: Network, log_paths: np.ndarray, counts: list[np.ndarray]) -> Topology:
     layers = (
         LayerTopology(layer.name, layer.size, *map(int, numbers))
         for layer, numbers in zip(net.layers, counts, strict=True)
@@ -147,9 +147,9 @@ def compile_ahead(net: Network, weights: list[Array]) -> None:
     kept: Any = meshes.shapes_like(weights, bool)
     reached.ahead(net, kept)
     _log_paths.ahead(net, kept)
-    for group in groups_of(kept):
-        of_group = [kept[i] for i in group]
-        _count_layers.ahead(*_counted(net, group, of_group, of_group), axes=_axes(net, group))
+    for group in groups_of(net, kept):
+        own, axes = group.of(kept), tuple(group.of(_axes(net)))
+        _count_layers.ahead(group.owner, own, own, axes=axes)
 
 
 @usual_switches()
@@ -184,45 +184,27 @@ def _log_paths(net: Network, kept: list[Array]) -> Array:
     return log_count(net, [m.astype(jnp.float32) for m in kept], "exact", below=1.0)
 
 
-def _counts(net: Network, groups: list[list[int]], kept: list[Array]) -> list[Array]:
+def _counts(net: Network, groups: list[Group], kept: list[Array]) -> list[Array]:
     """For each group of layers what `_count_layers` counts."""
-    found = reached(net, kept)
-    return [
-        _count_layers(
-            *_counted(net, group, [kept[i] for i in group], [found[i] for i in group]),
-            axes=_axes(net, group),
-        )
-        for group in groups
-    ]
+    found, axes = reached(net, kept), _axes(net)
+    return [_count_layers(g.owner, g.of(kept), g.of(found), axes=tuple(g.of(axes))) for g in groups]
 
 
-def _counted(net: Network, group: list[int], kept: list[Any], reached: list[Any]) -> Any:
-    # A program of one layer serves all of its shape, also in other networks.
-    return None if len(group) == 1 else net, kept, reached
-
-
-def _axes(net: Network, group: list[int]) -> tuple[Any, ...]:
+def _axes(net: Network) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The axes of each layer's input features, and of its taps."""
-    return tuple((net.layers[i].inputs, net.layers[i].taps) for i in group)
-
-
-def _ungrouped(groups: list[list[int]], counts: list[np.ndarray]) -> list[np.ndarray]:
-    """Of each layer its numbers."""
-    pairs = zip(groups, counts, strict=True)
-    by_layer = {i: numbers[:, j] for group, numbers in pairs for j, i in enumerate(group)}
-    return [by_layer[i] for i in range(len(by_layer))]
+    return [(layer.inputs, layer.taps) for layer in net.layers]
 
 
 @meshes.program(layers=lambda kept, _: kept)
 def _count_layers(
     _: Network | None, kept: list[Array], reached: list[Array], *, axes: tuple[Any, ...]
 ) -> Array:
-    """The weights kept, the effective weights, nodes and kernels, each a row over the layers."""
+    """The weights kept, the effective weights, nodes and kernels of each layer, (layer, 4)."""
     effective = [k & r for k, r in zip(kept, reached, strict=True)]
     kernels = [_any(e, taps) for e, (_, taps) in zip(effective, axes, strict=True)]
     nodes = [_any(k, inputs) for k, (inputs, _) in zip(kernels, axes, strict=True)]
     counts = counts_of([*kept, *effective, *nodes, *kernels], are_small(kept) * 4)
-    return counts.reshape(4, len(kept))
+    return counts.reshape(4, len(kept)).T
 
 
 def _any(flags: Array, axes: tuple[int, ...]) -> Array:

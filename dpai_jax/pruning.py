@@ -24,8 +24,7 @@ from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.tools import meshes
-from dpai_jax.tools.meshes import device_put_like, given_up_on_failure
-from dpai_jax.tools.rows import are_small, counts_of, groups_of
+from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
 
@@ -139,7 +138,7 @@ def prune(
     line = ProgressLine(name) if progress is True or (progress is None and _at_terminal()) else None
     report = progress if callable(progress) else line or silent
     problem = Problem(net, params, sparsity, key, report, fn, x, data)
-    with given_up_on_failure():
+    with meshes.given_up_on_failure():
         if hasattr(method, "compile_ahead"):
             method.compile_ahead(problem)
         compile_ahead(net, net.leaves(params))
@@ -166,7 +165,7 @@ def results_of(
         if repair:
             rank = pruned.scores if pruned.rank is None else pruned.rank()
             own = repaired_layers(net, own, rank, jax.random.fold_in(problem.key, 1))
-        masks.append(device_put_like([jnp.asarray(m) for m in own], leaves))
+        masks.append(meshes.device_put_like([jnp.asarray(m) for m in own], leaves))
     results = []
     topologies = measure(net, masks)
     for problem, pruned, own, topo in zip(problems, found, masks, topologies, strict=True):
@@ -176,7 +175,7 @@ def results_of(
         if topo.collapsed:
             collapsed = ", ".join(topo.collapsed)
             warnings.warn(f"no path passes {collapsed} any more (layer collapse)", stacklevel=4)
-        scores = device_put_like(pruned.scores, leaves)
+        scores = meshes.device_put_like(pruned.scores, leaves)
         results.append(
             Result(
                 masks=net.tree(own, lambda: one),
@@ -219,11 +218,9 @@ def check_network(net: Network, params: PyTree) -> None:
 
 
 def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "") -> None:
-    groups = groups_of(arrays)
-    found = [_are_nan(None if len(g) == 1 else net, [arrays[i] for i in g]) for g in groups]
-    counts = np.concatenate(jax.device_get(found))
-    order = np.argsort(np.concatenate(groups))
-    for layer, n_nan in zip(net.layers, counts[order], strict=True):
+    groups = groups_of(net, arrays)
+    found = jax.device_get([_are_nan(group.owner, group.of(arrays)) for group in groups])
+    for layer, n_nan in zip(net.layers, in_order(groups, found), strict=True):
         if n_nan:
             raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 

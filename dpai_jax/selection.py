@@ -309,12 +309,12 @@ class _Row:
         threshold, end = (self.row.spread(x[0, self.places]) for x in (cut.thresholds, cut.ends))
         # Twice, for layers to read in turn, so that not each of them compares ranks itself.
         kept = written_out(_is_kept(self.ranks, self.index, threshold, end))
-        twice = [iter(self.row.arrays(blocks)) for blocks in kept]
-        masks = []
+        twice = [self.row.arrays(blocks) for blocks in kept]
+        masks, end_of_copies = [], 0
         for i, layer in enumerate(self.layers):
             order = _copies_first(layer)
-            pairs = [[next(arrays) for arrays in twice] for _ in range(math.prod(layer.shape))]
-            copies = jnp.stack([pair[i % 2] for pair in pairs])
+            first, end_of_copies = end_of_copies, end_of_copies + math.prod(layer.shape)
+            copies = jnp.stack(twice[i % 2][first:end_of_copies])
             mask = copies.reshape([layer.scores.shape[i] for i in order])
             masks.append((layer, mask.transpose(np.argsort(order))))
         return masks

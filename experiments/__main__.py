@@ -3,11 +3,16 @@
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from experiments.config import Config, ConfigError
+
+Table = Literal[
+    "cold", "rivals", "growth", "many", "step", "training", "large", "settings", "quality"
+]
+"""What `bench` measures, in this order."""
 
 # Each command imports what it needs, so that --help does not wait for jax.
 
@@ -117,30 +122,7 @@ def demo(
 
 
 def bench(
-    tables: tuple[
-        Literal[
-            "cold",
-            "rivals",
-            "growth",
-            "many",
-            "step",
-            "training",
-            "large",
-            "settings",
-            "quality",
-        ],
-        ...,
-    ] = (
-        "cold",
-        "rivals",
-        "growth",
-        "many",
-        "step",
-        "training",
-        "large",
-        "settings",
-        "quality",
-    ),
+    tables: tuple[Table, ...] = get_args(Table),
     seeds: int = 3,
     torch: pathlib.Path | None = None,
     folder: pathlib.Path = pathlib.Path("runs/bench"),

@@ -156,7 +156,7 @@ def programs(params, fn, x, optimizer):
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
     masks, _ = method._select(*find)
     step = (net, state, masks, how._weights())
-    axes = measuring._axes(net, list(range(len(masks))))
+    axes = tuple(measuring._axes(net))
     return [
         method._select.lower(*find).compile(),
         method._step.lower(*step, **how._settings()).compile(),

@@ -21,7 +21,7 @@ from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import are_small, groups_of, sums_of
+from dpai_jax.tools.rows import Group, are_small, groups_of, in_order, sums_of
 from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import sum_over, sum_taps, written_out
 from dpai_jax.tools.switches import usual_switches
@@ -194,12 +194,13 @@ def _slopes(
 def _means(net: Network, masks: list[Array], sizes: Sequence[Array]) -> list[Array]:
     """The mean magnitude of each layer's direction, of each copy of it, from sums over taps."""
     small = are_small(masks)
-    in_row = [flag and layer.copies == 1 for flag, layer in zip(small, net.layers, strict=True)]
+    plain = [i for i, layer in enumerate(net.layers) if not layer.stack]
+    sums = sums_of([sizes[i] for i in plain], [small[i] for i in plain])
+    totals = dict(zip(plain, sums, strict=True))
     means = []
-    for layer, x, total in zip(net.layers, sizes, sums_of(sizes, in_row), strict=True):
-        if layer.stack:
-            copy = tuple(i for i in range(x.ndim) if i not in layer.stack)
-            total = sum_over(x, copy)
+    for i, (layer, x) in enumerate(zip(net.layers, sizes, strict=True)):
+        copy = tuple(axis for axis in range(x.ndim) if axis not in layer.stack)
+        total = totals[i] if i in totals else sum_over(x, copy)
         means.append(total * (layer.copies / layer.size))
     return means
 
@@ -315,14 +316,14 @@ class DPaI:
         """
         net = problem.net
         keep = jax.tree.map(as_count, problem.keep(self.allocation))
-        selection = _Selection(net, self._shapes(problem, jnp.float32), keep)
+        selector = _Selector(net, self._shapes(problem, jnp.float32), keep)
         scores = self._start(problem)
         weights, settings = self._weights(), self._settings()
         state = _State(scores, self.optimizer.init(scores))
         ascended = self._ascend(
             net,
             problem.report,
-            selection,
+            selector,
             lambda state, masks: _step(net, state, masks, weights, **settings),
             state,
         )
@@ -361,7 +362,7 @@ class DPaI:
         ascended = method._ascend(
             net,
             problems[0].report,
-            _Selection(net, scores, keep, many=(len(problems),)),
+            _Selector(net, scores, keep, many=(len(problems),)),
             lambda state, masks: _step_many(net, state, masks, weights, **settings),
             _State(scores, _init_many(net, scores, init=init)),
         )
@@ -372,18 +373,18 @@ class DPaI:
         self,
         net: Network,
         report: Report,
-        selection: _Selection,
+        selector: _Selector,
         step: Callable[[_State, list[Array]], tuple[_State, dict[str, Array]]],
         state: _State,
     ) -> _Ascended:
         """Algorithm 1, lines 4 to 8, of one problem or of many that go side by side."""
         measured: list[dict[str, Any]] = []
-        many = selection.many
+        many = selector.many
         stopped, n_steps = np.full(many, "", object), np.full(many, self.steps)
         is_over, paths = np.zeros(many, bool), np.full(many, -math.inf)
         over: list[Array] | None = None
         for t in range(self.steps):
-            masks = selection.masks(state.scores)
+            masks = selector.masks(state.scores)
             state, numbers = step(state, masks)
             del masks  # before there are new ones
             measured.append(numbers)
@@ -409,7 +410,7 @@ class DPaI:
                 break
         del state  # what the optimizer remembers is as large as all the rest
         assert over is not None
-        masks = selection.masks(over)
+        masks = selector.masks(over)
         history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
         return _Ascended(over, masks, history, n_steps, stopped)
 
@@ -446,7 +447,7 @@ class DPaI:
         return counts.rank_last(net, scores, 0.0)
 
 
-class _Selection:
+class _Selector:
     """Line 5 of Algorithm 1: selects the weights of the highest magnitudes, again and again.
 
     Args:
@@ -459,41 +460,29 @@ class _Selection:
     def __init__(
         self, net: Network, scores: list[Any], keep: list[Array] | Array, many: tuple[int, ...] = ()
     ):
-        self.net, self.many = net, many
+        self.many = many
         # One threshold for all layers is found in all of them.
         together = many or not isinstance(keep, list)
-        groups = [list(range(len(scores)))] if together else groups_of(scores)
-        self._groups = [(group, _of(group, keep)) for group in groups]
+        everything = [Group(net, list(range(len(scores))))]
+        self._groups = everything if together else groups_of(net, scores)
+        self._keep = [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
+        sizes = [sum(map(np.size, jax.tree.leaves(numbers))) for numbers in self._keep]
         self._thresholds = [
-            jnp.zeros(
-                (*many, 2, sum(np.size(k) for k in jax.tree.leaves(numbers)) // math.prod(many)),
-                jnp.uint32,
-            )
-            for _, numbers in self._groups
+            jnp.zeros((*many, 2, size // math.prod(many)), jnp.uint32) for size in sizes
         ]
-        for (group, numbers), thresholds in zip(self._groups, self._thresholds, strict=True):
-            if not many:
-                _select.ahead(self._owner(group), _of(group, scores), numbers, thresholds)
+        if not many:
+            for group, *args in zip(self._groups, self._keep, self._thresholds, strict=True):
+                _select.ahead(group.owner, group.of(scores), *args)
 
     def masks(self, scores: list[Array]) -> list[Array]:
         """The masks of the scores."""
-        select = _select_many if self.many else _select
-        found: dict[int, Array] = {}
-        for g, (group, numbers) in enumerate(self._groups):
-            masks, self._thresholds[g] = select(
-                self._owner(group), _of(group, scores), numbers, self._thresholds[g]
+        select, found = _select_many if self.many else _select, []
+        for i, group in enumerate(self._groups):
+            masks, self._thresholds[i] = select(
+                group.owner, group.of(scores), self._keep[i], self._thresholds[i]
             )
-            found |= dict(zip(group, masks, strict=True))
-        return [found[i] for i in range(len(scores))]
-
-    def _owner(self, group: list[int]) -> Network | None:
-        """The network, unless the program serves all layers of a shape."""
-        return None if len(group) == 1 else self.net
-
-
-def _of(group: list[int], values: Any) -> Any:
-    """Those of the layers in a group; one number for all layers as it is."""
-    return [values[i] for i in group] if isinstance(values, list) else values
+            found.append(masks)
+        return in_order(self._groups, found)
 
 
 @meshes.program(like=lambda scores, *_: (scores, None), layers=lambda scores, *_: scores)

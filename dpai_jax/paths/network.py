@@ -21,7 +21,7 @@ from dpai_jax.paths.counting import EXACT, REACH, Counting
 from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
 from dpai_jax.paths.rewriting import unrolled
-from dpai_jax.paths.sameness import Program
+from dpai_jax.paths.sameness import ComparableJaxpr
 from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
@@ -318,14 +318,14 @@ def _trace(
         _is_kernel(leaf) and (prunable is None or bool(prunable(name, leaf)))
         for name, leaf in named
     )
-    program = Program(jaxpr)
+    program = ComparableJaxpr(jaxpr)
     return _network(rules_now, program, names, shapes, kernels, prunable is None, treedef, gates)
 
 
 @functools.lru_cache(maxsize=8)
 def _network(
     _rules: Any,
-    program: Program,
+    program: ComparableJaxpr,
     names: tuple[str, ...],
     shapes: tuple[tuple[int, ...], ...],
     kernels: tuple[bool, ...],

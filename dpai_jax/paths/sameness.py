@@ -15,7 +15,7 @@ from dpai_jax.paths.rewriting import CALLS, called_jaxpr
 from dpai_jax.tools.signatures import signature
 
 
-class Program:
+class ComparableJaxpr:
     """A jaxpr that is equal to others of the same equations.
 
     Of a call only the program that it calls matters, not its derivatives. Equations whose
@@ -27,7 +27,7 @@ class Program:
         self._hash = hash(self._signature)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Program) and self._signature == other._signature
+        return isinstance(other, ComparableJaxpr) and self._signature == other._signature
 
     def __hash__(self) -> int:
         return self._hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import numpy as np
 from jax import Array, lax
 
 from dpai_jax.tools.meshes import layer_shardings
-from dpai_jax.tools.powers import SMALL, inverse, power_above
+from dpai_jax.tools.powers import SMALL, scaling
 from dpai_jax.tools.sums import digits_of, from_digits, sum_over, totals
+
+T = TypeVar("T")
 
 _MOST_MEMBERS = 2**22
 
@@ -89,16 +92,48 @@ def are_small(layers: Sequence[Array]) -> list[bool]:
     return [x.size <= SMALL and sharding is None for x, sharding in pairs]
 
 
-def groups_of(layers: Sequence[Array]) -> list[list[int]]:
+class Group(NamedTuple):
+    """Layers that one program serves.
+
+    Attributes:
+      owner: whose program it is; None if it serves all layers of a shape, also of other owners.
+      places: the layers' places among all.
+    """
+
+    owner: Any
+    places: list[int]
+
+    def of(self, values: Sequence[T]) -> list[T]:
+        """Of values for all layers those of its own."""
+        return [values[i] for i in self.places]
+
+
+def groups_of(owner: Any, layers: Sequence[Array]) -> list[Group]:
     """Which layers to put into one program, where nothing is to be done across layers.
 
     The small ones, for they lie in one row. Each other has a program of its own, which serves all
     of its shape. On a mesh all layers go together.
+
+    Args:
+      owner: who keeps the programs of several layers.
+      layers: an array for each layer, or its shape.
+
+    Returns:
+      The groups.
     """
     if any(layer_shardings(layers)):
-        return [list(range(len(layers)))]
-    small = [i for i, is_in in enumerate(are_small(layers)) if is_in]
-    return [*([small] if small else []), *([i] for i in range(len(layers)) if i not in small)]
+        return [Group(owner, list(range(len(layers))))]
+    flags = are_small(layers)
+    small = [i for i, is_in in enumerate(flags) if is_in]
+    others = [Group(None, [i]) for i, is_in in enumerate(flags) if not is_in]
+    return [Group(owner, small), *others] if small else others
+
+
+def in_order(groups: Sequence[Group], found: Sequence[Sequence[T]]) -> list[T]:
+    """What was found for the layers of each group, in the order of the layers."""
+    pairs = zip(groups, found, strict=True)
+    by_place = {i: x for group, own in pairs for i, x in zip(group.places, own, strict=True)}
+    return [by_place[i] for i in range(len(by_place))]
 
 
 def sums_of(arrays: Sequence[Array], in_row: Sequence[bool]) -> list[Array]:
@@ -141,6 +176,6 @@ def _count(flags: Array) -> Array:
 def _sums_in_row(arrays: Sequence[Array]) -> list[Array]:
     row = Row([x.size for x in arrays])
     blocks = row.blocks(arrays, 0.0)
-    scale = power_above(row.largest(blocks))
-    digits, digit = digits_of(blocks * row.spread(inverse(scale)), max(x.size for x in arrays))
+    scale, inverse, _ = scaling(row.largest(blocks))
+    digits, digit = digits_of(blocks * row.spread(inverse), max(x.size for x in arrays))
     return list(from_digits(row.sums(digits), digit) * scale)

@@ -13,7 +13,7 @@ import numpy as np
 import dpai_jax as dpai
 from experiments.benchmarks import clock, networks
 from experiments.benchmarks.networks import Network
-from experiments.benchmarks.rows import Jobs, Row, isolated
+from experiments.benchmarks.rows import RECIPE, Jobs, Row, isolated
 
 REPEATS = 5
 """Processes in which each first call is timed."""
@@ -93,7 +93,7 @@ def _compiled_training_step(network: Network, batch: int = 128) -> float:
     shape = jax.ShapeDtypeStruct((1, *network.shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), shape)
     masks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, bool), variables["params"])
-    recipe = steps.Recipe(0.1, 0.9, 1e-4, 0, 1000)
+    recipe = steps.Recipe(**RECIPE)
     state = jax.eval_shape(functools.partial(steps.start, recipe), variables, masks)
     images = jax.ShapeDtypeStruct((batch, *network.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -103,8 +103,10 @@ def _compiled_training_step(network: Network, batch: int = 128) -> float:
 
 
 def _loss(fn: Callable[..., jax.Array], params: Any, batch: Any) -> jax.Array:
+    from experiments import steps
+
     images, labels = batch
-    return -jnp.mean(jax.nn.log_softmax(fn(params, images))[jnp.arange(len(labels)), labels])
+    return steps.cross_entropy(fn(params, images), labels)
 
 
 def _prune(method: Any, fn: Any, params: Any, x: Any, data: Any) -> None:
@@ -189,7 +191,7 @@ def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
     from experiments import models, steps
 
     model = models.create(network.model, network.classes, network.width)
-    recipe = steps.Recipe(0.1, 0.9, 1e-4, 0, 1000)
+    recipe = steps.Recipe(**RECIPE)
     rng = np.random.default_rng(0)
 
     def state(seed: int) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dpai_jax.caching import user_folder
 from experiments.config import ConfigError
 from experiments.datasets.digits import Digits
 
@@ -79,8 +80,7 @@ def default_data_dir() -> pathlib.Path:
     """Returns $TFDS_DATA_DIR, or `dpai_jax` in the user's cache folder."""
     if configured := os.environ.get("TFDS_DATA_DIR"):
         return pathlib.Path(configured).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "dpai_jax"
+    return user_folder()
 
 
 def _load_digits(folder: pathlib.Path) -> Dataset:
