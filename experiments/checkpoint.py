@@ -76,7 +76,7 @@ class Checkpoints:
         if document["config"] != self._config.as_dict():
             raise ConfigError(
                 f"workdir {self._folder} holds a checkpoint of another job, "
-                f"{Config(**document['config'])}; this one is {self._config}."
+                f"{Config.of(document['config'])}; this one is {self._config}."
             )
         if document["made_by"] != self._made_by:
             self._manager.close()

@@ -52,7 +52,7 @@ def run(
     """
     for config in todo:
         config.check()
-        methods.recipe(config.method)
+        methods.find(config.method)
     with Board(console, todo) as board:
         return [
             jobs.run(config, folder, again=again, report=board.report(config)) for config in todo

@@ -3,9 +3,17 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any, Self
 
 DTYPES = ("float32", "bfloat16")
 """What a network can compute in."""
+
+OPTIMIZERS = ("sgd", "adamw")
+"""What can update the weights."""
+
+AUGMENTATIONS = ("none", "shift", "crop-flip", "resized-crop-flip")
+"""What can be done to training images."""
 
 DENSE = "dense"
 """The method that removes no weight."""
@@ -27,13 +35,19 @@ class Config:
         method: Name of the pruning method; "dense" prunes nothing.
         sparsity: Fraction of the prunable weights to remove. "dense" sets it to 0.
         seed: Seed of the initial weights, the pruning and the order of the data.
+        init: Checkpoint whose weights the network starts from, instead of random ones.
+        train_images: Train on so many images of the training split only.
+        augmentation: What is done to training images; by default what suits the data set.
         epochs: Passes over the training split.
         batch_size: Images in a training step. An epoch's incomplete last batch is dropped.
-        learning_rate: Peak learning rate of SGD.
+        optimizer: "sgd" or "adamw".
+        learning_rate: Peak learning rate.
         momentum: Momentum of SGD, not Nesterov's.
-        weight_decay: Factor of the weights added to the gradients.
-        warmup: Fraction of the steps in which the learning rate rises, before it falls to zero
-            along a cosine.
+        weight_decay: Of SGD, the factor of the weights added to the gradients; of AdamW, the
+            decoupled decay.
+        warmup: Fraction of the steps in which the learning rate rises from zero.
+        drops: Epochs after which the learning rate falls to a tenth; where there are none it falls
+            to zero along a cosine.
         dtype: What the network computes in, "float32" or "bfloat16"; weights, the optimizer and
             the loss are float32.
     """
@@ -44,12 +58,17 @@ class Config:
     method: str = "dpai"
     sparsity: float = 0.99
     seed: int = 0
+    init: str | None = None
+    train_images: int | None = None
+    augmentation: str | None = None
     epochs: int = 30
     batch_size: int = 64
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
+    drops: tuple[int, ...] = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -89,9 +108,14 @@ class Config:
         parts = [self.dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
         return "-".join([*parts, digest[:8]])
 
-    def as_dict(self) -> dict[str, str | int | float | None]:
+    def as_dict(self) -> dict[str, Any]:
         """The fields by name, as they are written to stores."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"drops": list(self.drops)}
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Returns the configuration that `as_dict` gave these fields of."""
+        return cls(**{**fields, "drops": tuple(fields["drops"])})
 
 
 def percent(fraction: float) -> str:

@@ -17,7 +17,7 @@ RESULTS = "results.jsonl"
 
 def description(config: Config) -> dict[str, Any]:
     """Returns what a job's record is found by: its settings, its method's, and the code."""
-    method = provenance.described(methods.recipe(config.method))
+    method = provenance.described(methods.find(config.method))
     return {"config": config.as_dict(), "method": method, "code": provenance.code()}
 
 

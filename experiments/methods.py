@@ -19,7 +19,7 @@ AFTERWARDS = ("repair", "shuffled")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Pruning:
     """How a network is pruned.
 
     Attributes:
@@ -41,32 +41,32 @@ class Recipe:
         return self.method(train) if callable(self.method) else self.method
 
 
-METHODS: Mapping[str, Recipe] = {
+METHODS: Mapping[str, Pruning] = {
     # Nothing is removed at sparsity 0, whatever the scores.
-    DENSE: Recipe(dpai.Random()),
-    "random": Recipe(dpai.Random(dpai.erk)),
-    "random-er": Recipe(dpai.Random(dpai.er)),
-    "random-uniform": Recipe(dpai.Random(dpai.uniform)),
-    "magnitude": Recipe(dpai.Magnitude()),
-    "magnitude-erk": Recipe(dpai.Magnitude(dpai.erk)),
-    "snip": Recipe(dpai.SNIP(), batches=1),
-    "snip-erk": Recipe(dpai.SNIP(dpai.erk), batches=1),
-    "iterative-snip": Recipe(dpai.IterativeSNIP(), batches=1),
-    "force": Recipe(dpai.FORCE(), batches=1),
-    "grasp": Recipe(dpai.GraSP(), batches=1, temperature=200.0),
-    "synflow": Recipe(dpai.SynFlow()),
-    "synflow-erk": Recipe(dpai.SynFlow(allocation=dpai.erk)),
-    "phew": Recipe(dpai.PHEW()),
-    "npb": Recipe(dpai.NPB()),
-    "ntk-sap": Recipe(dpai.NTKSAP(), images=64),
-    "prospr": Recipe(dpai.ProsPr(), batches=4),
-    "dpai": Recipe(dpai.DPaI()),
-    "dpai-published": Recipe(dpai.DPaI.published()),
-    "imp": Recipe(dpai.IMP),
+    DENSE: Pruning(dpai.Random()),
+    "random": Pruning(dpai.Random(dpai.erk)),
+    "random-er": Pruning(dpai.Random(dpai.er)),
+    "random-uniform": Pruning(dpai.Random(dpai.uniform)),
+    "magnitude": Pruning(dpai.Magnitude()),
+    "magnitude-erk": Pruning(dpai.Magnitude(dpai.erk)),
+    "snip": Pruning(dpai.SNIP(), batches=1),
+    "snip-erk": Pruning(dpai.SNIP(dpai.erk), batches=1),
+    "iterative-snip": Pruning(dpai.IterativeSNIP(), batches=1),
+    "force": Pruning(dpai.FORCE(), batches=1),
+    "grasp": Pruning(dpai.GraSP(), batches=1, temperature=200.0),
+    "synflow": Pruning(dpai.SynFlow()),
+    "synflow-erk": Pruning(dpai.SynFlow(allocation=dpai.erk)),
+    "phew": Pruning(dpai.PHEW()),
+    "npb": Pruning(dpai.NPB()),
+    "ntk-sap": Pruning(dpai.NTKSAP(), images=64),
+    "prospr": Pruning(dpai.ProsPr(), batches=4),
+    "dpai": Pruning(dpai.DPaI()),
+    "dpai-published": Pruning(dpai.DPaI.published()),
+    "imp": Pruning(dpai.IMP),
 }
 
 
-def recipe(name: str) -> Recipe:
+def find(name: str) -> Pruning:
     """Returns what a name stands for.
 
     Raises:

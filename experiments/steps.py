@@ -32,8 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The numbers of the optimizer, in steps: hashable, so one compiled step serves many jobs."""
+class Optimizer:
+    """How weights are updated, in steps: hashable, so one compiled step serves many jobs."""
 
     learning_rate: float
     momentum: float
@@ -41,19 +41,18 @@ class Recipe:
     warmup_steps: int
     steps: int
 
-
-def make_optimizer(recipe: Recipe, masks: Any) -> optax.GradientTransformation:
-    """SGD with momentum, weight decay, linear warm-up and cosine decay; pruned weights stay 0."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        decay_steps=recipe.steps,
-    )
-    optimizer = optax.chain(
-        optax.add_decayed_weights(recipe.weight_decay), optax.sgd(schedule, recipe.momentum)
-    )
-    return dpai.keep_pruned(optimizer, masks)
+    def under(self, masks: Any) -> optax.GradientTransformation:
+        """SGD with momentum, weight decay, warm-up and cosine decay; pruned weights stay 0."""
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.steps,
+        )
+        sgd = optax.sgd(schedule, self.momentum)
+        return dpai.keep_pruned(
+            optax.chain(optax.add_decayed_weights(self.weight_decay), sgd), masks
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "image_shape"))
@@ -64,33 +63,33 @@ def initialize(model: nn.Module, seed: jax.Array | int, image_shape: tuple[int, 
     return model.init(key, jnp.zeros((1, *image_shape)), train=False)
 
 
-def start(recipe: Recipe, variables: Any, masks: Any) -> TrainState:
+def start(optimizer: Optimizer, variables: Any, masks: Any) -> TrainState:
     """Returns the state before the first step."""
     params = dpai.apply_masks(variables["params"], masks)
-    opt_state = make_optimizer(recipe, masks).init(params)
+    opt_state = optimizer.under(masks).init(params)
     return TrainState(params, batch_stats(variables), opt_state, masks)
 
 
 def train_step(
-    model: nn.Module, recipe: Recipe, state: TrainState, images: jax.Array, labels: jax.Array
+    model: nn.Module, optimizer: Optimizer, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of SGD. The masks are data, so jobs that differ in them share one program.
 
     It is called from Python, never inside another transformation: inside `lax.scan` XLA runs
     convolutions on one core.
     """
-    return _jitted_step()(model, recipe, state, images, labels)
+    return _jitted_step()(model, optimizer, state, images, labels)
 
 
 # The platform is asked for at the first step, not at import, which would start JAX's backend.
 @functools.cache
 def _jitted_step() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     options = cpu.compiler_options()
-    return jax.jit(_step, static_argnames=("model", "recipe"), compiler_options=options)
+    return jax.jit(_step, static_argnames=("model", "optimizer"), compiler_options=options)
 
 
 def _step(
-    model: nn.Module, recipe: Recipe, state: TrainState, images: jax.Array, labels: jax.Array
+    model: nn.Module, optimizer: Optimizer, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -98,8 +97,8 @@ def _step(
         return cross_entropy(logits, labels), (logits, batch_stats(updated))
 
     (loss, (logits, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    optimizer = make_optimizer(recipe, state.masks)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    transformation = optimizer.under(state.masks)
+    updates, opt_state = transformation.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"train_loss": loss, "train_accuracy": jnp.mean(logits.argmax(-1) == labels)}
     return TrainState(params, statistics, opt_state, state.masks), metrics

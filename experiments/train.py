@@ -19,7 +19,7 @@ import dpai_jax as dpai
 from experiments import cpu, datasets, devices, methods, models, steps
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, ConfigError
-from experiments.steps import Recipe, TrainState
+from experiments.steps import Optimizer, TrainState
 
 Metrics = dict[str, Any]
 Report = Callable[[str, int, int, Metrics], None]
@@ -39,15 +39,15 @@ class Job:
         data: Its data set.
         model: Its network.
         pruning: How it is pruned.
-        recipe: Its optimizer's numbers.
+        optimizer: Its optimizer's numbers.
         mesh: The devices that share its batches.
     """
 
     config: Config
     data: datasets.Dataset
     model: nn.Module
-    pruning: methods.Recipe
-    recipe: Recipe
+    pruning: methods.Pruning
+    optimizer: Optimizer
     mesh: Mesh
 
 
@@ -122,7 +122,7 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
         ConfigError: A value makes no sense, or a name is unknown.
     """
     config.check()
-    pruning = methods.recipe(config.method)
+    pruning = methods.find(config.method)
     data = datasets.load(config.dataset)
     if mesh is None:
         cpu.use_all_cores(config.batch_size, data.image_shape)
@@ -135,14 +135,14 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
             f"batch_size must not exceed the {images} training images; got {config.batch_size}."
         )
     total = config.epochs * (images // config.batch_size)
-    recipe = Recipe(
+    optimizer = Optimizer(
         learning_rate=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         warmup_steps=int(config.warmup * total),
         steps=total,
     )
-    return Job(config, data, model, pruning, recipe, mesh)
+    return Job(config, data, model, pruning, optimizer, mesh)
 
 
 def _dtype(config: Config) -> Any:
@@ -189,7 +189,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
 
 def train_variables(job: Job, variables: Any, masks: Any) -> Any:
     """Trains a network under masks from the given variables; returns the trained ones."""
-    state = steps.start(job.recipe, *devices.on_each(job.mesh, (variables, masks["params"])))
+    state = steps.start(job.optimizer, *devices.on_each(job.mesh, (variables, masks["params"])))
     for epoch in range(job.config.epochs):
         state, _ = train_epoch(job, state, epoch)
     return variables | {"params": state.params, "batch_stats": state.batch_stats}
@@ -207,7 +207,7 @@ def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Me
     measured = []
     for batch in batches:
         images, labels = devices.split(job.mesh, *batch)
-        state, metrics = steps.train_step(job.model, job.recipe, state, images, labels)
+        state, metrics = steps.train_step(job.model, job.optimizer, state, images, labels)
         measured.append(metrics)
     means = jax.tree.map(lambda *values: float(np.mean(jax.device_get(values))), *measured)
     return state, means
@@ -298,7 +298,7 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
     variables = steps.initialize(job.model, job.config.seed, job.data.image_shape)
     if (progress := checkpoints.progress()) is not None:
         masks = devices.on_each(job.mesh, checkpoints.masks())
-        fresh = steps.start(job.recipe, devices.on_each(job.mesh, variables), masks)
+        fresh = steps.start(job.optimizer, devices.on_each(job.mesh, variables), masks)
         template = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.whole(job.mesh)),
             fresh.replace(masks=None),
@@ -315,7 +315,7 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "history": [],
     }
     variables, masks = devices.on_each(job.mesh, (variables, result.masks["params"]))
-    state = steps.start(job.recipe, variables, masks)
+    state = steps.start(job.optimizer, variables, masks)
     _save(job.config, checkpoints, state, progress)
     return state, progress
 

@@ -13,7 +13,7 @@ import numpy as np
 import dpai_jax as dpai
 from experiments.benchmarks import clock, networks
 from experiments.benchmarks.networks import Network
-from experiments.benchmarks.rows import RECIPE, Jobs, Row, isolated
+from experiments.benchmarks.rows import OPTIMIZER, Jobs, Row, isolated
 
 REPEATS = 5
 """Processes in which each first call is timed."""
@@ -93,12 +93,12 @@ def _compiled_training_step(network: Network, batch: int = 128) -> float:
     shape = jax.ShapeDtypeStruct((1, *network.shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), shape)
     masks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, bool), variables["params"])
-    recipe = steps.Recipe(**RECIPE)
-    state = jax.eval_shape(functools.partial(steps.start, recipe), variables, masks)
+    optimizer = steps.Optimizer(**OPTIMIZER)
+    state = jax.eval_shape(functools.partial(steps.start, optimizer), variables, masks)
     images = jax.ShapeDtypeStruct((batch, *network.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     start = time.perf_counter()
-    jax.jit(functools.partial(steps._step, model, recipe)).lower(state, images, labels).compile()
+    jax.jit(functools.partial(steps._step, model, optimizer)).lower(state, images, labels).compile()
     return time.perf_counter() - start
 
 
@@ -191,23 +191,23 @@ def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
     from experiments import models, steps
 
     model = models.create(network.model, network.classes, network.width)
-    recipe = steps.Recipe(**RECIPE)
+    optimizer = steps.Optimizer(**OPTIMIZER)
     rng = np.random.default_rng(0)
 
     def state(seed: int) -> Any:
         variables = steps.initialize(model, seed, network.shape)
         masks = jax.tree.map(lambda leaf: rng.random(leaf.shape) < 0.1, variables["params"])
-        return steps.start(recipe, variables, masks)
+        return steps.start(optimizer, variables, masks)
 
     states = [state(seed) for seed in range(number)]
     images = rng.standard_normal((number, batch, *network.shape)).astype(np.float32)
     labels = rng.integers(0, network.classes, (number, batch))
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *states)
-    step = jax.jit(jax.vmap(functools.partial(steps._step, model, recipe)))
+    step = jax.jit(jax.vmap(functools.partial(steps._step, model, optimizer)))
 
     def one_by_one() -> list[Any]:
         pairs = zip(states, images, labels, strict=True)
-        return [steps.train_step(model, recipe, s, x, y)[1] for s, x, y in pairs]
+        return [steps.train_step(model, optimizer, s, x, y)[1] for s, x, y in pairs]
 
     return {
         "number": number,

@@ -36,14 +36,14 @@ TIMED = {"default": (dpai.DPaI(), 10), "adam": (ADAM, 26)}
 """Those whose steps are timed, and the bytes that a step must move for each weight: the score, read
 and written as float32, and the mask; Adam's two moments besides."""
 
-RECIPE: Mapping[str, Any] = {
+OPTIMIZER: Mapping[str, Any] = {
     "learning_rate": 0.1,
     "momentum": 0.9,
     "weight_decay": 1e-4,
     "warmup_steps": 0,
     "steps": 1000,
 }
-"""What training steps are timed by: the arguments of `experiments.steps.Recipe`."""
+"""What training steps are timed by: the arguments of `experiments.steps.Optimizer`."""
 
 PUBLISHED = {"resnet20": 0.044, "resnet18": 1.7, "vgg19": 2.8}
 """Seconds a step of the published PyTorch code on two cores such as these."""
@@ -239,15 +239,15 @@ def _training(network: Network, batch: int = 128) -> Row:
     model = models.create(network.model, network.classes, network.width)
     variables = steps.initialize(model, 0, network.shape)
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), variables["params"])
-    recipe = steps.Recipe(**RECIPE)
-    state = steps.start(recipe, *devices.on_each(mesh, (variables, masks)))
+    optimizer = steps.Optimizer(**OPTIMIZER)
+    state = steps.start(optimizer, *devices.on_each(mesh, (variables, masks)))
     rng = np.random.default_rng(0)
     pictures = rng.standard_normal((batch, *network.shape)).astype(np.float32)
     images, labels = devices.split(mesh, pictures, rng.integers(0, network.classes, batch))
 
     def run() -> Any:
         nonlocal state
-        state, metrics = steps.train_step(model, recipe, state, images, labels)
+        state, metrics = steps.train_step(model, optimizer, state, images, labels)
         return metrics
 
     return {"seconds": clock.call_seconds(run)}

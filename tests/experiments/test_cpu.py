@@ -89,10 +89,10 @@ def test_a_step_works_out_no_residual_sum_anew_for_a_kernel():
     x = jnp.zeros((4, 8, 8, 3))
     variables = steps.initialize(model, 0, x.shape[1:])
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), variables["params"])
-    recipe = steps.Recipe(0.1, 0.9, 0.0, 0, 2)
-    state = steps.start(recipe, variables, masks)
+    optimizer = steps.Optimizer(0.1, 0.9, 0.0, 0, 2)
+    state = steps.start(optimizer, variables, masks)
     labels = jnp.zeros(4, jnp.int32)
-    program = steps._jitted_step().lower(model, recipe, state, x, labels).compile().as_text()
+    program = steps._jitted_step().lower(model, optimizer, state, x, labels).compile().as_text()
     bodies = re.split(r"\n}\n", program)
     transposing = [body for body in bodies if " transpose(" in body and "ENTRY" not in body]
     assert transposing

@@ -25,7 +25,7 @@ def start(config, mesh):
     job = train.resolve(config, mesh)
     variables = steps.initialize(job.model, config.seed, job.data.image_shape)
     masks = train.prune(job, variables, lambda *_: None).masks
-    state = steps.start(job.recipe, *devices.on_each(mesh, (variables, masks["params"])))
+    state = steps.start(job.optimizer, *devices.on_each(mesh, (variables, masks["params"])))
     return job, state
 
 
@@ -64,7 +64,7 @@ def test_a_step_on_eight_devices_is_one_over_the_whole_batch():
         images, labels = devices.split(job.mesh, *batch(job))
         assert len(images.sharding.device_set) == count
         assert images.addressable_shards[0].data.shape[0] == 64 // count
-        results.append(steps.train_step(job.model, job.recipe, state, images, labels))
+        results.append(steps.train_step(job.model, job.optimizer, state, images, labels))
     (one, loss), (eight, other_loss) = results
     assert other_loss["train_loss"] == pytest.approx(float(loss["train_loss"]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
@@ -116,7 +116,7 @@ def test_bfloat16_is_what_networks_compute_in_and_float32_what_is_kept():
     assert logits.dtype == jnp.bfloat16
     losses = []
     for _ in range(12):
-        state, metrics = steps.train_step(job.model, job.recipe, state, images, labels)
+        state, metrics = steps.train_step(job.model, job.optimizer, state, images, labels)
         assert metrics["train_loss"].dtype == jnp.float32
         losses.append(float(metrics["train_loss"]))
     assert losses[-1] < 0.8 * losses[0]

@@ -121,7 +121,7 @@ def test_a_job_is_found_by_the_settings_of_its_method_and_by_the_code(records, m
     config = Config(method="dpai")
     records.append(jobs.description(config))
     with monkeypatch.context() as patch:
-        patch.setitem(methods.METHODS, "dpai", methods.Recipe(dpai.DPaI(alpha=0.5)))
+        patch.setitem(methods.METHODS, "dpai", methods.Pruning(dpai.DPaI(alpha=0.5)))
         assert records.find(jobs.description(config)) is None
     with monkeypatch.context() as patch:
         patch.setattr(provenance, "code", lambda: "other")
@@ -144,7 +144,7 @@ def test_settings_are_described_by_what_they_do():
     )
     scores = {"w": [1.0, 2.0]}
     assert described(scores) != described({"w": [1.0, 3.0]})
-    every = [described(methods.recipe(name)) for name in methods.METHODS]
+    every = [described(methods.find(name)) for name in methods.METHODS]
     assert all(json.loads(json.dumps(one, allow_nan=False)) == one for one in every)
     # A dense network is pruned by the random method at sparsity 0.
     assert len({json.dumps(one) for one in every}) == len(every) - 1

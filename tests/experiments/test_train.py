@@ -224,11 +224,11 @@ def test_the_check_finds_a_weight_that_came_back_and_a_wrong_count():
 
 
 def test_the_optimizer_is_sgd_with_momentum_decay_warmup_and_cosine():
-    recipe = steps.Recipe(0.4, momentum=0.9, weight_decay=0.01, warmup_steps=2, steps=6)
+    optimizer = steps.Optimizer(0.4, momentum=0.9, weight_decay=0.01, warmup_steps=2, steps=6)
     masks = {"kernel": jnp.array([[True, False, True]])}
     params = {"kernel": jnp.array([[1.0, 0.0, -2.0]])}
-    optimizer = steps.make_optimizer(recipe, masks)
-    state = optimizer.init(params)
+    transformation = optimizer.under(masks)
+    state = transformation.init(params)
     expected, velocity = np.array([[1.0, 0.0, -2.0]]), np.zeros((1, 3))
     mask = np.array([[1.0, 0.0, 1.0]])
     cosine = [0.5 * (1 + np.cos(np.pi * step / 4)) for step in range(4)]
@@ -237,7 +237,7 @@ def test_the_optimizer_is_sgd_with_momentum_decay_warmup_and_cosine():
         velocity = 0.9 * velocity + (gradient + 0.01 * expected) * mask
         expected = expected - 0.4 * factor * velocity
         grads = {"kernel": jnp.asarray(gradient, jnp.float32)}
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = transformation.update(grads, state, params)
         params = jax.tree.map(jnp.add, params, updates)
     np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
 
@@ -254,20 +254,20 @@ class Counted(nn.Module):
         return nn.Dense(10, name="head")(x.reshape(len(x), -1))
 
 
-def _linear_state(recipe, keep_rows):
+def _linear_state(optimizer, keep_rows):
     variables = steps.initialize(Counted(), 0, (8, 8, 1))
     kept = jnp.broadcast_to(jnp.arange(64)[:, None] < keep_rows, (64, 10))
     masks = {"head": {"kernel": kept, "bias": jnp.array(True)}}
-    return steps.start(recipe, variables, masks)
+    return steps.start(optimizer, variables, masks)
 
 
 def test_jobs_that_differ_in_their_masks_share_one_compiled_step(digits):
-    recipe = steps.Recipe(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
+    optimizer = steps.Optimizer(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
     images, labels = digits.train.images[:32], digits.train.labels[:32]
-    states = [_linear_state(recipe, keep_rows) for keep_rows in (20, 40)]
+    states = [_linear_state(optimizer, keep_rows) for keep_rows in (20, 40)]
     TRACED.clear()
     for keep_rows, state in zip((20, 40), states, strict=True):
-        after, _ = steps.train_step(Counted(), recipe, state, images, labels)
+        after, _ = steps.train_step(Counted(), optimizer, state, images, labels)
         kernel = after.params["head"]["kernel"]
         assert not np.any(kernel[keep_rows:])
         assert np.any(kernel[:keep_rows])
@@ -289,8 +289,8 @@ def test_jobs_that_share_a_network_share_its_trace():
 
 
 def test_accuracy_is_the_fraction_of_right_labels_whatever_the_batch(digits):
-    recipe = steps.Recipe(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
-    state = _linear_state(recipe, 64)
+    optimizer = steps.Optimizer(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
+    state = _linear_state(optimizer, 64)
     head = jax.tree.map(np.asarray, state.params["head"])
     logits = digits.test.images.reshape(360, 64) @ head["kernel"] + head["bias"]
     expected = np.mean(logits.argmax(-1) == digits.test.labels)
