@@ -13,6 +13,7 @@ One call turns a network function, its parameters and a sparsity into masks:
 from dpai_jax.allocation import Allocation, er, erk, global_threshold, uniform, weights_to_keep
 from dpai_jax.caching import cache
 from dpai_jax.counts import log_paths
+from dpai_jax.files import load, save
 from dpai_jax.flax_nnx import from_nnx
 from dpai_jax.many import prune_many
 from dpai_jax.masks import apply_masks, binarize, shuffled
@@ -74,11 +75,13 @@ __all__ = [
     "from_nnx",
     "global_threshold",
     "keep_pruned",
+    "load",
     "log_paths",
     "prune",
     "prune_many",
     "register_rule",
     "repair",
+    "save",
     "shuffled",
     "topology",
     "trace",

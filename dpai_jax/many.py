@@ -111,7 +111,7 @@ def prune_many(
         check_network(net, params)
         methods: list[Any] = [jobs[i][1] for i in group]
         found = methods[0].run_many(methods, [problems[i] for i in group])
-        many = results_of(type(methods[0]).__name__, [problems[i] for i in group], found, repair)
+        many = results_of(methods, [problems[i] for i in group], found, repair)
         results |= dict(zip(group, many, strict=True))
     each = (time.perf_counter() - start) / max(len(jobs), 1)
     return [dataclasses.replace(results[i], seconds=each) for i in range(len(jobs))]

@@ -60,6 +60,11 @@ class Topology:
     layers: tuple[LayerTopology, ...]
 
     @property
+    def size(self) -> int:
+        """The number of prunable weights."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
     def weights(self) -> int:
         """The number of weights kept."""
         return sum(layer.weights for layer in self.layers)
@@ -93,7 +98,7 @@ class Topology:
             f" {r.nodes:>7,} {r.kernels:>9,}"
             for r in self.layers
         ]
-        density = self.weights / sum(layer.size for layer in self.layers)
+        density = self.weights / self.size
         total = f"{'all layers':<{width}} {self.weights:>11,} {density:>8.4f} {self.effective:>10,}"
         total += f" {self.nodes:>7,} {self.kernels:>9,}"
         return "\n".join([head, *rows, total, f"log-paths {self.log_paths:.2f}"])

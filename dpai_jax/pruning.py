@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import sys
 import time
 import warnings
@@ -25,6 +26,7 @@ from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
+from dpai_jax.tools.settings import described
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
 
@@ -44,7 +46,9 @@ class Result:
         `log_paths`, R_N as `nodes`, and R_C as `kernels`).
       stopped: why the method ended before its last step, or an empty string.
       seconds: the time that it took, compilation included.
-      net: the traced network; None in a result that was pickled.
+      settings: what the call was given, in JSON's terms: the method with all of its settings, the
+        sparsity, the key, `repair` and `gates`, and the release of the library.
+      net: the traced network; None in a result that was pickled or loaded.
     """
 
     masks: PyTree
@@ -53,12 +57,13 @@ class Result:
     history: Mapping[str, np.ndarray]
     stopped: str
     seconds: float
+    settings: Mapping[str, Any]
     net: Network
 
     def __repr__(self) -> str:
         topo = self.topology
         return (
-            f"Result({topo.weights:,} of {sum(layer.size for layer in topo.layers):,} weights kept,"
+            f"Result({topo.weights:,} of {topo.size:,} weights kept,"
             f" {topo.effective:,} effective, {topo.nodes:,} nodes, {topo.kernels:,} kernels,"
             f" log_paths={topo.log_paths:.2f})"
         )
@@ -143,7 +148,7 @@ def prune(
             method.compile_ahead(problem)
         compile_ahead(net, net.leaves(params))
         check_network(net, params)
-        (result,) = results_of(name, [problem], [method.run(problem)], repair)
+        (result,) = results_of([method], [problem], [method.run(problem)], repair)
     result = dataclasses.replace(result, seconds=time.perf_counter() - start)
     if line is not None:
         line.close(_summary(name, result))
@@ -151,10 +156,10 @@ def prune(
 
 
 def results_of(
-    name: str, problems: Sequence[Problem], found: Sequence[Pruned], repair: bool
+    methods: Sequence[Method], problems: Sequence[Problem], found: Sequence[Pruned], repair: bool
 ) -> list[Result]:
     """What `prune` returns for each of several problems of one network, but for the seconds."""
-    problem, net = problems[0], problems[0].net
+    problem, net, name = problems[0], problems[0].net, type(methods[0]).__name__
     if problem.given.is_given and not problem.given.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=4)
     leaves, one = net.leaves(problem.params), jnp.ones((), bool)
@@ -168,7 +173,9 @@ def results_of(
         masks.append(meshes.device_put_like([jnp.asarray(m) for m in own], leaves))
     results = []
     topologies = measure(net, masks)
-    for problem, pruned, own, topo in zip(problems, found, masks, topologies, strict=True):
+    for method, problem, pruned, own, topo in zip(
+        methods, problems, found, masks, topologies, strict=True
+    ):
         asked = weights_to_keep(net, problem.sparsity)
         if topo.weights != asked:
             raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
@@ -184,10 +191,22 @@ def results_of(
                 history=pruned.history,
                 stopped=pruned.stopped,
                 seconds=0.0,
+                settings=_settings(method, problem, repair),
                 net=net,
             )
         )
     return results
+
+
+def _settings(method: Method, problem: Problem, repair: bool) -> dict[str, Any]:
+    return {
+        "method": described(method),
+        "sparsity": float(problem.sparsity),
+        "key": np.asarray(jax.random.key_data(problem.key)).tolist(),
+        "repair": bool(repair),
+        "gates": problem.net.gates,
+        "dpai_jax": importlib.metadata.version("dpai_jax"),
+    }
 
 
 def check_arguments(
@@ -241,7 +260,7 @@ def silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
 
 def _summary(name: str, result: Result) -> str:
     topo = result.topology
-    line = f"{name}  kept {topo.weights:,} of {result.net.size:,} weights"
+    line = f"{name}  kept {topo.weights:,} of {topo.size:,} weights"
     line += f"  log-paths {topo.log_paths:.2f}  nodes {topo.nodes:,}  kernels {topo.kernels:,}"
     line += f"  {result.seconds:.1f} s"
     return line + (f"  (stopped: {result.stopped})" if result.stopped else "")

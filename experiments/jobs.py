@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from dpai_jax.tools.settings import described
 from experiments import methods, provenance, train
 from experiments.config import Config
 from experiments.store import Record, Store, locked
@@ -17,7 +18,7 @@ RESULTS = "results.jsonl"
 
 def description(config: Config) -> dict[str, Any]:
     """Returns what a job's record is found by: its settings, its method's, and the code."""
-    method = provenance.described(methods.find(config.method))
+    method = described(methods.find(config.method))
     return {"config": config.as_dict(), "method": method, "code": provenance.code()}
 
 

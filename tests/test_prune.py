@@ -53,7 +53,7 @@ def given(**masks):
 def test_the_result_holds_masks_scores_topology_history_and_the_network():
     result = dpai.prune(mlp, PARAMS, X, 0.75, method=SHORT, progress=False)
     assert {field.name for field in dataclasses.fields(result)} == {
-        "masks", "scores", "topology", "history", "stopped", "seconds", "net",
+        "masks", "scores", "topology", "history", "stopped", "seconds", "settings", "net",
     }  # fmt: skip
     assert jax.tree.map(jnp.shape, result.masks) == SHAPES | {"bias": ()}
     assert jax.tree.map(jnp.shape, result.scores) == SHAPES | {"bias": ()}

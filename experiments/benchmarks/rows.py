@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import dpai_jax as dpai
+from dpai_jax.tools.settings import described
 from experiments import provenance
 from experiments.benchmarks import clock, networks
 from experiments.benchmarks.networks import Network
@@ -152,7 +153,7 @@ def measure(table: str, rows: Jobs, store: Store) -> Iterator[Row]:
         what = {
             "table": table,
             "title": title,
-            "call": provenance.described(run),
+            "call": described(run),
             "code": provenance.code(),
         }
         yield store.find(what) or store.append(what | run() | provenance.origin())

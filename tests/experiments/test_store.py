@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import dpai_jax as dpai
+from dpai_jax.tools.settings import described
 from experiments import jobs, methods, provenance, store
 from experiments.config import Config, ConfigError
 from experiments.store import Store
@@ -130,8 +131,6 @@ def test_a_job_is_found_by_the_settings_of_its_method_and_by_the_code(records, m
 
 
 def test_settings_are_described_by_what_they_do():
-    described = provenance.described
-
     def with_rate(rate):
         return dpai.DPaI(optimizer=optax.adam(rate))
 

@@ -1,0 +1,71 @@
+"""What a setting is, in JSON's terms, for files and records."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import types
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def described(value: Any) -> Any:
+    """What a setting is, in JSON's terms: equal for settings that do the same.
+
+    A function is its name and all that it closes over; an array is its hash.
+
+    Args:
+      value: a dataclass such as a pruning method, a function, an array, or a container of such.
+    """
+    return _described(value, ())
+
+
+def _described(value: Any, enclosing: tuple[int, ...]) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return repr(value)  # JSON has no infinity
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        array = np.asarray(value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        return {"array": f"{array.dtype}{list(array.shape)}", "sha256": digest}
+    if id(value) in enclosing:  # a function that closes over itself
+        return "itself"
+    inside = (*enclosing, id(value))
+    parts = _parts(value)
+    if isinstance(parts, dict):
+        return {str(name): _described(part, inside) for name, part in parts.items()}
+    return [_described(part, inside) for part in parts]
+
+
+def _parts(value: Any) -> dict[Any, Any] | tuple[Any, ...]:
+    """What a value is made of."""
+    if isinstance(value, type):
+        return {"class": value.__qualname__}
+    if dataclasses.is_dataclass(value):
+        fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return {"type": type(value).__name__} | fields
+    if isinstance(value, types.FunctionType):
+        return {"function": f"{value.__module__}.{value.__qualname__}"} | _bound(value)
+    if isinstance(value, functools.partial):
+        return {"partial": value.func, "args": value.args} | value.keywords
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(value)
+    return {"type": type(value).__qualname__}
+
+
+def _bound(function: types.FunctionType) -> dict[str, Any]:
+    """What a function closes over, and its arguments' default values."""
+    closed = inspect.getclosurevars(function).nonlocals
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return defaults | dict(closed)
