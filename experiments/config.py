@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -105,7 +106,9 @@ class Config:
     def name(self) -> str:
         """A name for files, one per configuration."""
         digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
-        parts = [self.dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
+        # A file's own name, without the folders of its path.
+        dataset = pathlib.PurePath(self.dataset.replace(":", "/")).name
+        parts = [dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
         return "-".join([*parts, digest[:8]])
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """All that is done for CPUs alone. On accelerators none of it does anything."""
 
 import ctypes
+import math
 import os
 import sys
 from typing import Any
@@ -27,10 +28,9 @@ def use_all_cores(batch_size: int, image_shape: tuple[int, ...]) -> None:
 
     Args:
         batch_size: Images in a batch; the devices are as many as divide it, one a core at most.
-        image_shape: Shape of an image, (height, width, channels).
+        image_shape: Shape of an image, (height, width, channels); of a text (length,).
     """
-    height, width, _ = image_shape
-    if height * width < _SMALL or "device_count" in os.environ.get("XLA_FLAGS", ""):
+    if math.prod(image_shape[:2]) < _SMALL or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     number = max(n for n in range(1, (cores or 1) + 1) if batch_size % n == 0)

@@ -55,12 +55,17 @@ class Optimizer:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
-def initialize(model: nn.Module, seed: jax.Array | int, image_shape: tuple[int, ...]) -> Any:
+@functools.partial(jax.jit, static_argnames=("model", "image_shape", "dtype"))
+def initialize(
+    model: nn.Module,
+    seed: jax.Array | int,
+    image_shape: tuple[int, ...],
+    dtype: Any = jnp.float32,
+) -> Any:
     """Returns the network's variables: "params" and, where it has them, "batch_stats"."""
     # The default generator compiles anew for each kernel, three times slower in all.
     key = jax.random.key(seed, impl="rbg")
-    return model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    return model.init(key, jnp.zeros((1, *image_shape), dtype), train=False)
 
 
 def start(optimizer: Optimizer, variables: Any, masks: Any) -> TrainState:
@@ -137,11 +142,14 @@ def pruning_loss(model: nn.Module, temperature: float) -> Callable[[Any, Any], j
 @functools.partial(jax.jit, static_argnames="model")
 def count_correct(
     model: nn.Module, state: TrainState, images: jax.Array, labels: jax.Array
-) -> jax.Array:
-    """Returns how many images the network labels rightly, by its running statistics."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how many labels the network finds by its running statistics, and how many there are.
+
+    Labels of -1 don't count.
+    """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits: Any = model.apply(variables, images, train=False)
-    return jnp.sum(logits.argmax(-1) == labels)
+    return jnp.sum(logits.argmax(-1) == labels), jnp.sum(labels >= 0)
 
 
 def batch_stats(variables: Any) -> Any:

@@ -37,6 +37,7 @@ class Job:
     Attributes:
         config: The configuration.
         data: Its data set.
+        feeds: The batches of each split, by name.
         model: Its network.
         pruning: How it is pruned.
         optimizer: Its optimizer's numbers.
@@ -45,6 +46,7 @@ class Job:
 
     config: Config
     data: datasets.Dataset
+    feeds: Mapping[str, datasets.Feed]
     model: nn.Module
     pruning: methods.Pruning
     optimizer: Optimizer
@@ -123,7 +125,7 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
     """
     config.check()
     pruning = methods.find(config.method)
-    data = datasets.load(config.dataset)
+    data = datasets.load(config.dataset, train_images=config.train_images)
     if mesh is None:
         cpu.use_all_cores(config.batch_size, data.image_shape)
         mesh = devices.data_mesh()
@@ -142,7 +144,16 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
         warmup_steps=int(config.warmup * total),
         steps=total,
     )
-    return Job(config, data, model, pruning, optimizer, mesh)
+    return Job(config, data, _feeds(config, data, mesh), model, pruning, optimizer, mesh)
+
+
+def _feeds(config: Config, data: datasets.Dataset, mesh: Mesh) -> dict[str, datasets.Feed]:
+    feed = functools.partial(datasets.feed, data, batch_size=config.batch_size, mesh=mesh)
+    return {
+        "train": feed(data.train, augmentation=config.augmentation, seed=config.seed),
+        "validation": feed(data.validation),
+        "test": feed(data.test),
+    }
 
 
 def _dtype(config: Config) -> Any:
@@ -156,14 +167,12 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     apply, key, pruning = job.model.apply, jax.random.key(job.config.seed), job.pruning
 
     def images(number: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((number, *job.data.image_shape), jnp.float32)
+        return jax.ShapeDtypeStruct((number, *job.data.image_shape), job.data.dtype)
 
     data: dict[str, Any] = {}
     if pruning.batches:
         data["loss_fn"] = steps.pruning_loss(job.model, pruning.temperature)
-        data["batches"] = datasets.samples(
-            job.data.train, job.data.num_classes, pruning.batches, seed=job.config.seed
-        )
+        data["batches"] = datasets.samples(job.data, pruning.batches, seed=job.config.seed)
     try:
         result = dpai.prune(
             # On images of its own making a method would meet running statistics of nothing.
@@ -197,16 +206,8 @@ def train_variables(job: Job, variables: Any, masks: Any) -> Any:
 
 def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Metrics]:
     """Takes one pass over the training split; returns the means of the steps' metrics."""
-    batches = datasets.batches(
-        job.data.train,
-        job.config.batch_size,
-        seed=job.config.seed,
-        epoch=epoch,
-        shift=job.data.shift,
-    )
     measured = []
-    for batch in batches:
-        images, labels = devices.split(job.mesh, *batch)
+    for images, labels in job.feeds["train"].epoch(epoch):
         state, metrics = steps.train_step(job.model, job.optimizer, state, images, labels)
         measured.append(metrics)
     means = jax.tree.map(lambda *values: float(np.mean(jax.device_get(values))), *measured)
@@ -216,30 +217,21 @@ def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Me
 def evaluate(job: Job, state: TrainState, history: list[Metrics]) -> Metrics:
     """Measures the validation split and, where its result may be reported, the test split."""
 
-    def measure(split: datasets.Split) -> float:
-        return accuracy(job.model, state, split, job.config.batch_size, job.mesh)
+    def measure(split: str) -> float:
+        return accuracy(job.model, state, job.feeds[split])
 
-    metrics = {"validation_accuracy": measure(job.data.validation)}
+    metrics = {"validation_accuracy": measure("validation")}
     best = max((past["validation_accuracy"] for past in history), default=-1.0)
     if metrics["validation_accuracy"] > best or len(history) + 1 == job.config.epochs:
-        metrics["test_accuracy"] = measure(job.data.test)
+        metrics["test_accuracy"] = measure("test")
     return metrics
 
 
-def accuracy(
-    model: nn.Module, state: TrainState, split: datasets.Split, batch_size: int, mesh: Mesh
-) -> float:
-    """Returns the fraction of a split that the network labels rightly."""
-    # Padded to whole batches, so that one compiled program serves every split; no class is -1.
-    missing = -len(split.labels) % batch_size
-    images = np.pad(split.images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(split.labels, (0, missing), constant_values=-1)
-    slices = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
-    correct = [
-        steps.count_correct(model, state, *devices.split(mesh, images[i], labels[i]))
-        for i in slices
-    ]
-    return int(sum(jax.device_get(correct))) / len(split.labels)
+def accuracy(model: nn.Module, state: TrainState, feed: datasets.Feed) -> float:
+    """Returns the fraction of a split's labels that the network finds."""
+    counts = [steps.count_correct(model, state, images, labels) for images, labels in feed.once()]
+    correct, labels = np.sum(jax.device_get(counts), axis=0).tolist()
+    return correct / labels
 
 
 def summarize(history: list[Metrics]) -> Metrics:
@@ -295,7 +287,7 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
 
 def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainState, dict[str, Any]]:
     """Returns the checkpoint's state and progress, or prunes and starts."""
-    variables = steps.initialize(job.model, job.config.seed, job.data.image_shape)
+    variables = steps.initialize(job.model, job.config.seed, job.data.image_shape, job.data.dtype)
     if (progress := checkpoints.progress()) is not None:
         masks = devices.on_each(job.mesh, checkpoints.masks())
         fresh = steps.start(job.optimizer, devices.on_each(job.mesh, variables), masks)

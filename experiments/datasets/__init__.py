@@ -1,6 +1,7 @@
-"""Data sets in memory: `load` one by name, `batches` of a split for training."""
+"""Data sets: `load` one by name, `feed` batches of its splits to devices."""
 
-from experiments.datasets.batches import batches, samples
-from experiments.datasets.loading import LOADERS, Dataset, Split, default_data_dir, load
+from experiments.datasets.feed import Feed, feed, samples
+from experiments.datasets.loading import NAMES, default_data_dir, load
+from experiments.datasets.types import Dataset, Split
 
-__all__ = ["LOADERS", "Dataset", "Split", "batches", "default_data_dir", "load", "samples"]
+__all__ = ["NAMES", "Dataset", "Feed", "Split", "default_data_dir", "feed", "load", "samples"]

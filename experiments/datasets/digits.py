@@ -1,13 +1,31 @@
 """TFDS builder of the handwritten digits that come with scikit-learn."""
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.datasets.prepared import prepared
+from experiments.datasets.splitting import stratified_order
+from experiments.datasets.types import Split, Splits
+
 VALIDATION_SIZE = 180
 TEST_SIZE = 360
+
+
+def read(folder: pathlib.Path) -> Splits:
+    """Reads the prepared digits of a folder, all three splits."""
+    builder = prepared(Digits, folder)
+    splits = {}
+    for name in ("train", "validation", "test"):
+        source = builder.as_data_source(split=name)
+        examples = source.__getitems__(range(len(source)))
+        images = np.stack([example["image"] for example in examples])
+        labels = np.asarray([example["label"] for example in examples], np.int32)
+        splits[name] = Split(images, labels)
+    return splits
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -56,17 +74,3 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         """Yields pairs of a row in scikit-learn's arrays and its example."""
         for row in rows:
             yield int(row), {"image": images[row], "label": int(labels[row])}
-
-
-def stratified_order(labels: np.ndarray) -> np.ndarray:
-    """Returns a shuffled order of the examples of which every stretch holds all classes alike.
-
-    Each example's place is its random rank within its class, as a fraction of the class.
-    """
-    # RandomState's stream is frozen across numpy's versions, so the splits never change.
-    shuffled = np.random.RandomState(0).permutation(len(labels))
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return np.lexsort((labels, place))

@@ -1,79 +1,84 @@
-"""Reads prepared TFDS builders into memory, without TensorFlow."""
+"""Data sets by name."""
 
-import contextlib
-import dataclasses
-import io
 import os
 import pathlib
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dpai_jax.caching import user_folder
 from experiments.config import ConfigError
-from experiments.datasets.digits import Digits
+from experiments.datasets import cifar, digits, idx, imagenet, mnist, npz, text, tiny_imagenet
+from experiments.datasets.photos import Photos
+from experiments.datasets.splitting import held_out, limited
+from experiments.datasets.types import Dataset, Normalization, Split, Splits
+
+NAMES: dict[str, tuple[Callable[[pathlib.Path], Splits], str]] = {
+    "digits": (digits.read, "shift"),
+    "mnist": (mnist.read_mnist, "none"),
+    "fashion_mnist": (mnist.read_fashion_mnist, "none"),
+    "cifar10": (cifar.read_cifar10, "crop-flip"),
+    "cifar100": (cifar.read_cifar100, "crop-flip"),
+    "tiny_imagenet": (tiny_imagenet.read, "crop-flip"),
+    "imagenet": (imagenet.read, "resized-crop-flip"),
+}
+"""Reads each published data set in a folder; and what suits its training images."""
+
+FILES: dict[str, Callable[[pathlib.Path], Splits]] = {
+    "npz": npz.read,
+    "idx": idx.read,
+    "text": text.read,
+}
+"""Reads a user's own file or folder, named after a colon."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """A part of a data set.
-
-    Attributes:
-        images: float32 of shape (count, height, width, channels).
-        labels: int32 of shape (count,).
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set in memory, each channel with mean 0 and variance 1 over the training split.
-
-    Attributes:
-        name: Its name in the registry.
-        train: What the weights are fitted to.
-        validation: What the best epoch is chosen by.
-        test: What results are reported on.
-        num_classes: Number of labels.
-        shift: Pixels by which an image may move without changing its meaning.
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    num_classes: int
-    shift: int
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(height, width, channels) of an image."""
-        return self.train.images.shape[1:]
-
-
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    train_images: int | None = None,
+) -> Dataset:
     """Loads a data set, preparing it on disk the first time.
 
+    Where no validation split was published, it is a tenth of the training images, always the same.
     Any number of processes may call this at once.
 
     Args:
-        name: Name of the data set, one of `LOADERS`.
-        data_dir: Folder of prepared data sets; by default `default_data_dir()`.
-
-    Returns:
-        The data set, normalized.
+        name: One of `NAMES`; or "npz:FILE", "idx:FOLDER" or "text:FILE".
+        data_dir: Folder of data sets; by default `default_data_dir()`.
+        train_images: Keep so many images of the training split, shared out among the classes.
 
     Raises:
-        ConfigError: No data set has this name.
+        ConfigError: No data set has this name, or it can't be read.
     """
-    if name not in LOADERS:
-        raise ConfigError(f"dataset must be one of {sorted(LOADERS)}; got {name!r}.")
     folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
-    return LOADERS[name](folder)
+    kind, colon, path = name.partition(":")
+    if colon and kind in FILES:
+        augmentation = "none"
+        splits = dict(FILES[kind](pathlib.Path(path).expanduser()))
+    elif name in NAMES:
+        reader, augmentation = NAMES[name]
+        splits = dict(reader(folder))
+    else:
+        raise ConfigError(
+            f"dataset must be one of {sorted(NAMES)}, npz:FILE, idx:FOLDER or text:FILE; "
+            f"got {name!r}."
+        )
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = held_out(splits["train"])
+    tokens = kind == "text"
+    number = text.CLASSES if tokens else 1 + int(splits["train"].labels.max())
+    if train_images is not None:
+        splits["train"] = limited(splits["train"], train_images)
+    if not tokens:
+        _check(name, splits, number)
+    return Dataset(
+        name=name,
+        num_classes=number,
+        augmentation=augmentation,
+        normalization=None if tokens else _normalization(splits["train"]),
+        **splits,
+    )
 
 
 def default_data_dir() -> pathlib.Path:
@@ -83,69 +88,34 @@ def default_data_dir() -> pathlib.Path:
     return user_folder()
 
 
-def _load_digits(folder: pathlib.Path) -> Dataset:
-    builder = _prepared(Digits, folder)
-    splits = {name: _read(builder, name) for name in ("train", "validation", "test")}
-    return Dataset(name="digits", num_classes=10, shift=1, **_normalized(splits))
+def _check(name: str, splits: Splits, classes: int) -> None:
+    """Checks that the splits fit together, and that every class can be learned."""
+    shapes = {split.images.shape[1:] for split in splits.values()}
+    if len(shapes) > 1:
+        raise ConfigError(f"{name}: all images must have one shape; got {sorted(shapes)}.")
+    missing = np.flatnonzero(np.bincount(splits["train"].labels, minlength=classes) == 0)
+    if len(missing):
+        raise ConfigError(
+            f"{name}: each of the {classes} classes must occur in the training split; "
+            f"class {missing[0]} does not."
+        )
+    largest = max(int(split.labels.max()) for split in splits.values())
+    if largest >= classes:
+        raise ConfigError(
+            f"{name}: the test labels must be among the {classes} training labels; got {largest}."
+        )
 
 
-LOADERS: dict[str, Callable[[pathlib.Path], Dataset]] = {"digits": _load_digits}
-
-
-def _prepared(
-    builder_class: type[tfds.core.GeneratorBasedBuilder], folder: pathlib.Path
-) -> tfds.core.DatasetBuilder:
-    """Returns a builder whose files are on disk."""
-    target = folder / builder_class.name / str(builder_class.VERSION)
-    if not target.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and moved there in one step, so that of several processes one
-        # wins and none sees half a data set.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            with _silenced(), _temporary_files_in(scratch):
-                draft = builder_class(data_dir=scratch, file_format="array_record")
-                draft.download_and_prepare()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                pathlib.Path(draft.data_dir).rename(target)
-            except OSError:
-                if not target.is_dir():
-                    raise
-    return builder_class(data_dir=folder, file_format="array_record")
-
-
-@contextlib.contextmanager
-def _temporary_files_in(folder: str) -> Iterator[None]:
-    """Gathers temporary files in a folder: TFDS leaves one behind for each data set it prepares."""
-    before, tempfile.tempdir = tempfile.tempdir, folder
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Keeps TFDS's prints and progress bars off the terminal."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def _read(builder: tfds.core.DatasetBuilder, split: str) -> Split:
-    """Reads a whole split into memory."""
-    source = builder.as_data_source(split=split)
-    examples = source.__getitems__(range(len(source)))
-    images = np.stack([example["image"] for example in examples]).astype(np.float32)
-    labels = np.asarray([example["label"] for example in examples], np.int32)
-    return Split(images, labels)
-
-
-def _normalized(splits: dict[str, Split]) -> dict[str, Split]:
-    """Shifts and scales each channel by the training split's mean and deviation."""
-    train = splits["train"].images.astype(np.float64)
-    mean, deviation = train.mean((0, 1, 2)), train.std((0, 1, 2))
-
-    def normalize(split: Split) -> Split:
-        return Split(((split.images - mean) / deviation).astype(np.float32), split.labels)
-
-    return {name: normalize(split) for name, split in splits.items()}
+def _normalization(train: Split) -> Normalization:
+    """Returns the mean and deviation of each channel; of photos those published for ImageNet."""
+    images = train.images
+    if isinstance(images, Photos):
+        return imagenet.NORMALIZATION
+    # A part at a time, as float64 would be eight times as large.
+    parts = np.array_split(images, -(-len(images) // 1000))
+    pixels = images[..., 0].size
+    mean = sum(part.sum((0, 1, 2), dtype=np.float64) for part in parts) / pixels
+    variance = sum(np.square(part - mean).sum((0, 1, 2)) for part in parts) / pixels
+    # A channel of one value stays as it is, not divided by zero.
+    deviation = np.where(variance > 0, np.sqrt(variance), 1.0)
+    return Normalization(mean.astype(np.float32), deviation.astype(np.float32))

@@ -1,0 +1,157 @@
+"""Batches on devices, from a split in memory or on disk."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments import devices
+from experiments.datasets import augment
+from experiments.datasets.augment import Augmentation
+from experiments.datasets.photos import Photos
+from experiments.datasets.stream import Stream
+from experiments.datasets.types import Batch, Dataset, Normalization, Split, network_input
+
+
+class Feed(Protocol):
+    """Gives the batches of a split, all of one shape."""
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yields the shuffled, augmented batches of an epoch, the same whenever it is asked.
+
+        What is left over at the end of the epoch is dropped.
+        """
+
+    def once(self) -> Iterator[Batch]:
+        """Yields the split in its own order, its last batch filled up with labels of -1."""
+
+
+def feed(
+    data: Dataset,
+    split: Split,
+    batch_size: int,
+    *,
+    mesh: Mesh | None = None,
+    augmentation: str | None = "none",
+    seed: int = 0,
+) -> Feed:
+    """Returns the batches of a split: of arrays in memory on the devices, of photos streamed.
+
+    Args:
+        data: The data set of the split.
+        split: Images and labels.
+        batch_size: Images in a batch.
+        mesh: The devices that share a batch; by default all of them.
+        augmentation: What is done to the images of an epoch; None for what suits the data set.
+        seed: Of the order and the augmentation. Both are a function of the seed and the epoch
+            alone, on any number of devices and processes.
+
+    Raises:
+        ConfigError: There is no such augmentation of these images.
+    """
+    mesh = devices.data_mesh() if mesh is None else mesh
+    name = data.augmentation if augmentation is None else augmentation
+    transform = augment.named(name, data.image_shape)
+    make = Stream if isinstance(split.images, Photos) else Resident
+    return make(split, batch_size, mesh, transform, data.normalization, seed)
+
+
+class Resident:
+    """The feed of a split in memory, which lies whole on each device of a mesh.
+
+    The host sends the rows of a batch and a few random numbers for each image.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        mesh: Mesh,
+        augmentation: Augmentation,
+        normalization: Normalization | None,
+        seed: int,
+    ) -> None:
+        sharding = devices.whole(mesh)
+        self._images, self._labels = (
+            jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+            for x in (np.asarray(split.images), split.labels)
+        )
+        self._batch_size, self._mesh, self._seed = batch_size, mesh, seed
+        self._augmentation, self._normalization = augmentation, normalization
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yields the shuffled, augmented batches of an epoch."""
+        rng = np.random.default_rng((self._seed, number))
+        order = rng.permutation(len(self._labels)).astype(np.int32)
+        for start in range(0, len(order) - self._batch_size + 1, self._batch_size):
+            draws = self._augmentation.draw(rng, self._batch_size, self._images.shape[1:])
+            yield self._batch(order[start : start + self._batch_size], draws, self._augmentation)
+
+    def once(self) -> Iterator[Batch]:
+        """Yields the split in its own order, its last batch filled up."""
+        rows = np.arange(len(self._labels), dtype=np.int32)
+        filled = np.pad(rows, (0, -len(rows) % self._batch_size), constant_values=-1)
+        for batch in filled.reshape(-1, self._batch_size):
+            yield self._batch(batch, {}, Augmentation())
+
+    def _batch(self, rows: np.ndarray, draws: augment.Draws, augmentation: Augmentation) -> Batch:
+        chosen, *values = devices.split(self._mesh, rows, *draws.values())
+        return _gathered(
+            self._images,
+            self._labels,
+            chosen,
+            dict(zip(draws, values, strict=True)),
+            self._normalization,
+            augmentation=augmentation,
+            sharding=NamedSharding(self._mesh, PartitionSpec(devices.DATA)),
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("augmentation", "sharding"))
+def _gathered(
+    images: jax.Array,
+    labels: jax.Array,
+    rows: jax.Array,
+    draws: dict[str, jax.Array],
+    normalization: Normalization | None,
+    *,
+    augmentation: Augmentation,
+    sharding: NamedSharding,
+) -> Batch:
+    """Returns the batch of some rows; those of -1 get labels of -1."""
+    chosen, labels = images[jnp.maximum(rows, 0)], labels[jnp.maximum(rows, 0)]
+    missing = (rows < 0).reshape(rows.shape + (1,) * (labels.ndim - 1))
+    batch = network_input(augmentation(chosen, draws), normalization)
+    labels = jnp.where(missing, -1, labels)
+    shared: Any = jax.lax.with_sharding_constraint((batch, labels), sharding)
+    return shared
+
+
+def samples(data: Dataset, number: int, *, seed: int, per_class: int = 10) -> list[Batch]:
+    """Returns batches that hold as many images of each class, for methods that prune by data.
+
+    No image is in two batches, unless a class has too few. A text has no classes: a batch of it is
+    64 sequences.
+
+    Args:
+        data: Its training split is drawn from.
+        number: How many batches.
+        seed: Seed of the draw.
+        per_class: Images of each class in a batch.
+    """
+    rng = np.random.default_rng(seed)
+    split = data.train
+    if split.labels.ndim > 1:
+        chosen = np.resize(rng.permutation(len(split.labels)), (number, 64))
+    else:
+        members = (np.flatnonzero(split.labels == label) for label in range(data.num_classes))
+        wanted = number * per_class
+        columns = [np.resize(rng.permutation(rows), wanted) for rows in members]
+        chosen = np.stack(columns, axis=1).reshape(number, -1)
+    return [
+        (data.normalized(split.images[rows]), jnp.asarray(split.labels[rows])) for rows in chosen
+    ]
