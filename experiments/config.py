@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import pathlib
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 DTYPES = ("float32", "bfloat16")
@@ -15,6 +17,16 @@ OPTIMIZERS = ("sgd", "adamw")
 
 AUGMENTATIONS = ("none", "shift", "crop-flip", "resized-crop-flip")
 """What can be done to training images."""
+
+_NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
+    "sparsity": (lambda x: 0.0 <= x < 1.0, "lie in [0, 1)"),
+    "learning_rate": (lambda x: 0.0 < x < math.inf, "be positive and finite"),
+    "momentum": (lambda x: 0.0 <= x < 1.0, "lie in [0, 1)"),
+    "weight_decay": (lambda x: 0.0 <= x < math.inf, "be finite and not negative"),
+    "warmup": (lambda x: 0.0 <= x < 1.0, "lie in [0, 1)"),
+}
+"""What the number of a field must be, as a test and in words."""
 
 DENSE = "dense"
 """The method that removes no weight."""
@@ -39,16 +51,18 @@ class Config:
         init: Checkpoint whose weights the network starts from, instead of random ones.
         train_images: Train on so many images of the training split only.
         augmentation: What is done to training images; by default what suits the data set.
+        image_size: Images are resized to so many pixels along both axes, bilinearly, on their way
+            into the network; by default they stay as they are.
         epochs: Passes over the training split.
         batch_size: Images in a training step. An epoch's incomplete last batch is dropped.
         optimizer: "sgd" or "adamw".
         learning_rate: Peak learning rate.
         momentum: Momentum of SGD, not Nesterov's.
         weight_decay: Of SGD, the factor of the weights added to the gradients; of AdamW, the
-            decoupled decay.
+            decoupled decay. Biases and norms decay too, as they do by default in PyTorch.
         warmup: Fraction of the steps in which the learning rate rises from zero.
         drops: Epochs after which the learning rate falls to a tenth; where there are none it falls
-            to zero along a cosine.
+            to zero along a cosine. None falls within the warm-up.
         dtype: What the network computes in, "float32" or "bfloat16"; weights, the optimizer and
             the loss are float32.
     """
@@ -62,6 +76,7 @@ class Config:
     init: str | None = None
     train_images: int | None = None
     augmentation: str | None = None
+    image_size: int | None = None
     epochs: int = 30
     batch_size: int = 64
     optimizer: str = "sgd"
@@ -78,24 +93,32 @@ class Config:
 
     def check(self) -> None:
         """Raises a `ConfigError` that names the first field whose value makes no sense."""
-        for name in ("width", "epochs", "batch_size"):
+        for name in ("width", "epochs", "batch_size", "train_images", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; got {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must lie in [0, 2**32); got {self.seed}.")
-        if not 0.0 <= self.sparsity < 1.0:
-            raise ConfigError(f"sparsity must lie in [0, 1); got {self.sparsity}.")
-        if not self.learning_rate > 0.0:
-            raise ConfigError(f"learning_rate must be positive; got {self.learning_rate}.")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ConfigError(f"momentum must lie in [0, 1); got {self.momentum}.")
-        if not self.weight_decay >= 0.0:
-            raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}.")
-        if not 0.0 <= self.warmup < 1.0:
-            raise ConfigError(f"warmup must lie in [0, 1); got {self.warmup}.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {DTYPES}; got {self.dtype!r}.")
+        choices = {"optimizer": OPTIMIZERS, "augmentation": AUGMENTATIONS, "dtype": DTYPES}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed and (name, value) != ("augmentation", None):
+                raise ConfigError(f"{name} must be one of {allowed}; got {value!r}.")
+        for name, (is_right, demand) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not is_right(value):
+                raise ConfigError(f"{name} must {demand}; got {value}.")
+        self._check_drops()
+
+    def _check_drops(self) -> None:
+        rising = all(a < b for a, b in itertools.pairwise(self.drops))
+        if not rising or not all(1 <= epoch < self.epochs for epoch in self.drops):
+            raise ConfigError(
+                f"drops must rise and lie in [1, {self.epochs}), the epochs; got {self.drops}."
+            )
+        if self.drops and self.drops[0] < self.warmup * self.epochs:
+            raise ConfigError(
+                f"drops must come after the warm-up, which takes {self.warmup * self.epochs:g} "
+                f"epochs; got {self.drops}."
+            )
 
     @property
     def label(self) -> str:
@@ -106,10 +129,10 @@ class Config:
     def name(self) -> str:
         """A name for files, one per configuration."""
         digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
-        # A file's own name, without the folders of its path.
-        dataset = pathlib.PurePath(self.dataset.replace(":", "/")).name
-        parts = [dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
-        return "-".join([*parts, digest[:8]])
+        parts = [self.dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
+        # Data sets may be files, and methods have settings.
+        plain = [re.sub(r"[^\w.+=-]+", "_", part)[-40:] for part in parts]
+        return "-".join([*plain, digest[:8]])
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as they are written to stores."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from dpai_jax.tools.settings import described
-from experiments import methods, provenance, train
+from experiments import methods, pretrained, provenance, train
 from experiments.config import Config
 from experiments.store import Record, Store, locked
 
@@ -17,9 +17,13 @@ RESULTS = "results.jsonl"
 
 
 def description(config: Config) -> dict[str, Any]:
-    """Returns what a job's record is found by: its settings, its method's, and the code."""
+    """Returns what a job's record is found by: its settings, its method's, and the code.
+
+    The content of a checkpoint to start from, too, where there is one.
+    """
     method = described(methods.find(config.method))
-    return {"config": config.as_dict(), "method": method, "code": provenance.code()}
+    start = {} if config.init is None else {"init": pretrained.digest(config.init)}
+    return {"config": config.as_dict(), "method": method, "code": provenance.code()} | start
 
 
 def run(

@@ -21,7 +21,8 @@ _HERE = pathlib.Path(__file__).parent
 _COMPUTING = (
     pathlib.Path(inspect.getfile(dpai)).parent,
     *(_HERE / name for name in ("datasets", "models", "benchmarks", "config.py", "cpu.py")),
-    *(_HERE / name for name in ("devices.py", "methods.py", "steps.py", "train.py")),
+    *(_HERE / name for name in ("devices.py", "methods.py", "pretrained.py", "steps.py")),
+    _HERE / "train.py",
 )
 """The code that numbers are made by; all else shows or stores them."""
 

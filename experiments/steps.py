@@ -33,26 +33,45 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How weights are updated, in steps: hashable, so one compiled step serves many jobs."""
+    """How weights are updated, in steps: hashable, so one compiled step serves many jobs.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Of SGD, added to the gradients; of AdamW, decoupled. Of all parameters.
+        warmup_steps: Steps in which the learning rate rises from zero along a line.
+        steps: Steps in all.
+        drops: Steps after which the learning rate falls to a tenth; where there are none it falls
+            to zero along a cosine.
+        name: One of `config.OPTIMIZERS`.
+    """
 
     learning_rate: float
     momentum: float
     weight_decay: float
     warmup_steps: int
     steps: int
+    drops: tuple[int, ...] = ()
+    name: str = "sgd"
+
+    def schedule(self) -> optax.Schedule:
+        """Returns the learning rate as a function of the steps done."""
+        rise = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+        if self.drops:
+            tenths = {step - self.warmup_steps: 0.1 for step in self.drops}
+            fall = optax.piecewise_constant_schedule(self.learning_rate, tenths)
+        else:
+            fall = optax.cosine_decay_schedule(self.learning_rate, self.steps - self.warmup_steps)
+        return optax.join_schedules([rise, fall], [self.warmup_steps])
 
     def under(self, masks: Any) -> optax.GradientTransformation:
-        """SGD with momentum, weight decay, warm-up and cosine decay; pruned weights stay 0."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.steps,
-        )
-        sgd = optax.sgd(schedule, self.momentum)
-        return dpai.keep_pruned(
-            optax.chain(optax.add_decayed_weights(self.weight_decay), sgd), masks
-        )
+        """Returns the optimizer under which pruned weights stay 0."""
+        if self.name == "adamw":
+            dense = optax.adamw(self.schedule(), weight_decay=self.weight_decay)
+        else:
+            sgd = optax.sgd(self.schedule(), self.momentum)
+            dense = optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
+        return dpai.keep_pruned(dense, masks)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "image_shape", "dtype"))
@@ -78,7 +97,7 @@ def start(optimizer: Optimizer, variables: Any, masks: Any) -> TrainState:
 def train_step(
     model: nn.Module, optimizer: Optimizer, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one step of SGD. The masks are data, so jobs that differ in them share one program.
+    """Takes one step. The masks are data, so jobs that differ in them share one program.
 
     It is called from Python, never inside another transformation: inside `lax.scan` XLA runs
     convolutions on one core.

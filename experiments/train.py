@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import dpai_jax as dpai
-from experiments import cpu, datasets, devices, methods, models, steps
+from experiments import cpu, datasets, devices, methods, models, pretrained, steps
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, ConfigError
 from experiments.steps import Optimizer, TrainState
@@ -51,6 +51,11 @@ class Job:
     pruning: methods.Pruning
     optimizer: Optimizer
     mesh: Mesh
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(height, width, channels) of an image as the network sees it."""
+        return models.resized_shape(self.data.image_shape, self.config.image_size)
 
 
 def train_and_evaluate(
@@ -124,25 +129,33 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
         ConfigError: A value makes no sense, or a name is unknown.
     """
     config.check()
+    if config.init is not None:
+        pretrained.check_exists(config.init)
     pruning = methods.find(config.method)
     data = datasets.load(config.dataset, train_images=config.train_images)
     if mesh is None:
-        cpu.use_all_cores(config.batch_size, data.image_shape)
+        shape = models.resized_shape(data.image_shape, config.image_size)
+        cpu.use_all_cores(config.batch_size, shape)
         mesh = devices.data_mesh()
     devices.check_batch_size(mesh, config.batch_size)
-    model = models.create(config.model, data.num_classes, config.width, _dtype(config))
+    model = models.create(
+        config.model, data.num_classes, config.width, _dtype(config), config.image_size
+    )
     images = len(data.train.labels)
     if config.batch_size > images:
         raise ConfigError(
             f"batch_size must not exceed the {images} training images; got {config.batch_size}."
         )
-    total = config.epochs * (images // config.batch_size)
+    steps_per_epoch = images // config.batch_size
+    total = config.epochs * steps_per_epoch
     optimizer = Optimizer(
         learning_rate=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         warmup_steps=int(config.warmup * total),
         steps=total,
+        drops=tuple(epoch * steps_per_epoch for epoch in config.drops),
+        name=config.optimizer,
     )
     return Job(config, data, _feeds(config, data, mesh), model, pruning, optimizer, mesh)
 
@@ -161,13 +174,25 @@ def _dtype(config: Config) -> Any:
     return None if config.dtype == "float32" else jnp.dtype(config.dtype)
 
 
+def initial_variables(job: Job) -> Any:
+    """Returns the weights that a job starts from: random ones, or those of its checkpoint.
+
+    Raises:
+        ConfigError: The checkpoint is another network's.
+    """
+    variables = steps.initialize(job.model, job.config.seed, job.image_shape, job.data.dtype)
+    if job.config.init is None:
+        return variables
+    return pretrained.load_variables(job.config.init, variables)
+
+
 def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
-    """Prunes a job's freshly initialized network: masks parallel to its variables."""
+    """Prunes a job's network before its training: masks parallel to its variables."""
     # The bare method, not a closure: jobs that share a network then share its trace.
     apply, key, pruning = job.model.apply, jax.random.key(job.config.seed), job.pruning
 
     def images(number: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((number, *job.data.image_shape), job.data.dtype)
+        return jax.ShapeDtypeStruct((number, *job.image_shape), job.data.dtype)
 
     data: dict[str, Any] = {}
     if pruning.batches:
@@ -287,7 +312,7 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
 
 def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainState, dict[str, Any]]:
     """Returns the checkpoint's state and progress, or prunes and starts."""
-    variables = steps.initialize(job.model, job.config.seed, job.data.image_shape, job.data.dtype)
+    variables = initial_variables(job)
     if (progress := checkpoints.progress()) is not None:
         masks = devices.on_each(job.mesh, checkpoints.masks())
         fresh = steps.start(job.optimizer, devices.on_each(job.mesh, variables), masks)

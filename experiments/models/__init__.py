@@ -9,7 +9,9 @@ import flax.linen as nn
 from experiments.config import ConfigError
 from experiments.models.efficientnet import EfficientNet
 from experiments.models.gpt2 import GPT2
-from experiments.models.lenet import LeNet
+from experiments.models.lenet import LeNet, LeNet5
+from experiments.models.mlp import MLP
+from experiments.models.resized import Resized, resized_shape
 from experiments.models.resnet import ImageNetResNet, ResNet
 from experiments.models.vgg import VGG
 from experiments.models.vit import ViT
@@ -26,10 +28,14 @@ def _vit(size: str, patch: int) -> Callable[..., nn.Module]:
     return functools.partial(ViT, width=width, heads=heads, patch=patch)
 
 
-# The ResNets of 18 layers and more have a small image's stem, or by name ImageNet's. Patches of
-# 4, 8 and 16 pixels make 64 or 196 tokens of the images of CIFAR, Tiny-ImageNet and ImageNet.
+# "mlp" has three layers, "lenet" is LeNet-300-100. The ResNets of 18 layers and more have a small
+# image's stem, or by name ImageNet's. Patches of 4, 8 and 16 pixels make 64 or 196 tokens of the
+# images of CIFAR, Tiny-ImageNet and ImageNet.
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    **{f"mlp{depth}": functools.partial(MLP, depth=depth) for depth in (2, 4, 8)},
     "lenet": LeNet,
+    "lenet5": LeNet5,
     **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
     **{f"resnet{depth}": _resnet(depth, "small") for depth in (18, 34, 50)},
     **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
@@ -42,7 +48,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 @functools.lru_cache
-def create(name: str, num_classes: int, width: int | None = None, dtype: Any = None) -> nn.Module:
+def create(
+    name: str,
+    num_classes: int,
+    width: int | None = None,
+    dtype: Any = None,
+    image_size: int | None = None,
+) -> nn.Module:
     """Makes a network, or returns the very module made before of the same arguments.
 
     Whatever is cached by the module's methods, such as traces of `apply`, then serves again.
@@ -53,6 +65,7 @@ def create(name: str, num_classes: int, width: int | None = None, dtype: Any = N
         width: Channels of the first stage, or features of a token or of the first hidden layer;
             None for the published number.
         dtype: Of the computation; None for that of images and parameters.
+        image_size: Resizes images to so many pixels along both axes; None leaves them.
 
     Returns:
         A Linen module called as `module.apply(variables, images, train=...)`.
@@ -64,17 +77,22 @@ def create(name: str, num_classes: int, width: int | None = None, dtype: Any = N
         raise ConfigError(f"model must be one of {sorted(MODELS)}; got {name!r}.")
     given = {"width": width, "dtype": dtype}
     settings = {field: value for field, value in given.items() if value is not None}
-    return MODELS[name](num_classes=num_classes, **settings)
+    model = MODELS[name](num_classes=num_classes, **settings)
+    return model if image_size is None else Resized(model, image_size)
 
 
 __all__ = [
     "GPT2",
+    "MLP",
     "MODELS",
     "VGG",
     "EfficientNet",
     "ImageNetResNet",
     "LeNet",
+    "LeNet5",
     "ResNet",
+    "Resized",
     "ViT",
     "create",
+    "resized_shape",
 ]

@@ -1,0 +1,149 @@
+"""Weights to start from, read from a checkpoint of Flax, of safetensors or of orbax."""
+
+import functools
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+
+from experiments.config import ConfigError
+
+_COLLECTIONS = ("params", "batch_stats")
+
+# Where orbax puts a checkpoint: in the folder itself, or as an item of a step.
+_ITEMS = (".", "default", "state", "params")
+_MARK = "_METADATA"
+
+
+def load_variables(path: str | os.PathLike[str], variables: Any) -> Any:
+    """Returns a network's variables with the values of a checkpoint.
+
+    Names are joined by "/" or ".", with "params" in front or without. Whatever else the file holds
+    beside "params" and "batch_stats", such as an optimizer's state, is left out. Where it has no
+    running statistics at all, they stay as they are.
+
+    Args:
+        path: A file that `flax.serialization` wrote (`.msgpack`), a file of safetensors
+            (`.safetensors`), or a folder of orbax: of one checkpoint, or of a manager, whose
+            newest is read; a job's own folder of checkpoints, too.
+        variables: Dict of "params" and, where the network has them, "batch_stats".
+
+    Returns:
+        New variables of the same structure, shapes and dtypes.
+
+    Raises:
+        ConfigError: There is no such file, it can't be read, or a name or shape differs.
+    """
+    found = _read(check_exists(path))
+    own = jax.tree.leaves(variables)
+    names = _names(variables)
+    if not any(name.startswith("batch_stats/") for name in found):
+        kept = {n: x for n, x in zip(names, own, strict=True) if n.startswith("batch_stats/")}
+        found = found | kept
+    differences = {
+        "lacks": [name for name in names if name not in found],
+        "has besides": [name for name in found if name not in names],
+        "has another shape of": [
+            f"{name} ({np.shape(found[name])}, not {x.shape})"
+            for name, x in zip(names, own, strict=True)
+            if name in found and np.shape(found[name]) != x.shape
+        ],
+    }
+    said = [f"{what} {_some(those)}" for what, those in differences.items() if those]
+    if said:
+        raise ConfigError(f"init {path} holds another network: it {' and '.join(said)}.")
+    loaded = [jnp.asarray(found[name], x.dtype) for name, x in zip(names, own, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(variables), loaded)
+
+
+def check_exists(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path of a checkpoint.
+
+    Raises:
+        ConfigError: Nothing is there, or it is no kind of checkpoint.
+    """
+    place = pathlib.Path(path).expanduser()
+    if not place.exists():
+        raise ConfigError(f"init must be a file or folder that exists; got {os.fspath(path)!r}.")
+    if not place.is_dir() and place.suffix not in (".msgpack", ".safetensors"):
+        raise ConfigError(
+            "init must be a .msgpack or .safetensors file or a folder of orbax; "
+            f"got {os.fspath(path)!r}."
+        )
+    return place
+
+
+# Once a process: a sweep asks for the same file's with each job.
+@functools.cache
+def digest(path: str) -> str:
+    """Returns a hash of a checkpoint's content, a changed file being another job's start.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    place, content = check_exists(path), hashlib.sha256()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+            content.update(f"{file.relative_to(place)} {sha256}\n".encode())
+    return content.hexdigest()[:16]
+
+
+def _read(place: pathlib.Path) -> dict[str, Any]:
+    """Returns a checkpoint's params and statistics by names such as "params/head/kernel"."""
+    try:
+        if place.is_dir():
+            tree = _read_orbax(place)
+        elif place.suffix == ".safetensors":
+            tree = safetensors.numpy.load_file(place)
+        else:
+            tree = flax.serialization.msgpack_restore(place.read_bytes())
+        flat = flax.traverse_util.flatten_dict(tree)
+    except OSError:
+        raise
+    except Exception as error:  # each format has its own
+        raise ConfigError(f"init {place} can't be read: {error}".splitlines()[0]) from error
+    named = {"/".join(map(str, path)).replace(".", "/"): leaf for path, leaf in flat.items()}
+    if not any(name.startswith("params/") for name in named):
+        statistics = "batch_stats/"
+        named = {n if n.startswith(statistics) else f"params/{n}": x for n, x in named.items()}
+    return {name: x for name, x in named.items() if name.split("/")[0] in _COLLECTIONS}
+
+
+def _read_orbax(folder: pathlib.Path) -> Any:
+    steps = [place for place in folder.iterdir() if place.name.isdecimal()]
+    newest_first = sorted(steps, key=lambda step: int(step.name), reverse=True)
+    for place in (folder, *newest_first):
+        for item in _ITEMS:
+            if (place / item / _MARK).exists():
+                return _restore((place / item).absolute())
+    raise ValueError("it has no checkpoint of orbax")
+
+
+def _restore(folder: pathlib.Path) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        # As NumPy's, arrays come back whatever the devices.
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def _names(variables: Any) -> list[str]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    joined = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return [name.replace(".", "/") for name in joined]
+
+
+def _some(names: list[str]) -> str:
+    """The first three of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
