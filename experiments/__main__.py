@@ -1,13 +1,18 @@
 """The commands of `python -m experiments`."""
 
+import contextlib
+import functools
+import io
+import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from experiments.config import Config, ConfigError
+from experiments.processes import Share, join
 
 Table = Literal[
     "cold", "rivals", "growth", "many", "step", "training", "large", "settings", "quality"
@@ -21,23 +26,30 @@ def train(
     config: Annotated[Config, tyro.conf.OmitArgPrefixes],
     folder: pathlib.Path = pathlib.Path("runs"),
     again: bool = False,
+    json: bool = False,
 ) -> None:
     """Prune and train one network, and append its result to a results file.
 
     A job that was interrupted resumes from its checkpoint; one that has a result is not run again.
 
+    Example: python -m experiments train --method dpai --sparsity 0.98 --seed 1
+
     Args:
         config: The job.
         folder: Where results.jsonl and the checkpoints go.
         again: Run the job from the start even if it has a result.
+        json: Print the record as a line of JSON, and nothing else.
     """
     from experiments import jobs, report
     from experiments.board import Board
 
     keep_compiled()
-    console = _console()
+    console = _console(json)
     with Board(console, [config]) as board:
         record = jobs.run(config, folder, again=again, report=board.report(config))
+    if json:
+        _print_records([record])
+        return
     metrics = record["metrics"]
     console.print(report.table([record], f"{config.model} on {config.dataset}").rich())
     if metrics["diverged"] is None:
@@ -50,57 +62,86 @@ test accuracy {metrics["best_test_accuracy"]:.1%}."""
     console.print(closing, soft_wrap=True, highlight=False, markup=False)
 
 
-def compare(
-    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
-        "random",
-        "random+repair",
-        "magnitude",
-        "snip",
-        "grasp",
-        "synflow",
-        "dpai",
-        "dpai+repair",
-    ),
-    sparsities: tuple[float, ...] = (0.9, 0.99),
-    seeds: int = 3,
-    epochs: int = 20,
-    folder: pathlib.Path = pathlib.Path("runs/compare"),
+def sweep(
+    recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE ...")],
+    scale: Literal["full", "small"] = "full",
+    dataset: str | None = None,
+    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...")] = None,
+    sparsities: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="FLOAT ...")] = None,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    folder: pathlib.Path | None = None,
     again: bool = False,
+    json: bool = False,
+    share: Share = "jobs",
+    processes: int | None = None,
+    process: int | None = None,
+    coordinator: str | None = None,
 ) -> None:
-    """Compare any methods on digits and ResNet-20: a table of means and deviations over seeds.
+    """Compare methods over sparsities and seeds on the networks and data of recipes.
 
-    After an interruption the same command goes on where it stopped.
+    After an interruption the same command goes on where it stopped. Started several times on one
+    folder, it shares out the jobs. A job that fails is reported at the end, and tried again by the
+    next call.
+
+    Example: python -m experiments sweep digits_resnet20 --methods snip dpai --sparsities 0.9 0.99
 
     Args:
-        methods: Names of methods, each with +repair or +shuffled if you like; "all" stands for
-            all of them.
-        sparsities: Fractions of the prunable weights to remove.
-        seeds: Repetitions of each job, with other weights and masks.
-        epochs: Passes over the training split in each job.
-        folder: Where results.jsonl and the checkpoints go.
+        recipes: Names of recipes, or Python files that define `sweep(scale)`.
+        scale: The recipe as published, or at a size for two cores.
+        dataset: Data set in place of the recipe's.
+        methods: Methods in place of the recipe's, each with +repair or +shuffled if you like; "all"
+            stands for all of them.
+        sparsities: Fractions of the prunable weights to remove, in place of the recipe's.
+        seeds: Repetitions of each job in place of the recipe's, with other weights and masks.
+        epochs: Passes over the training split in place of the recipe's.
+        folder: Where results.jsonl and the checkpoints go; by default runs/RECIPE.
         again: Run every job from the start even if it has a result.
+        json: Print the records as lines of JSON, and nothing else.
+        share: "jobs": each process trains jobs of its own. "batch": all processes train each job
+            together under `jax.distributed`, on all of their devices.
+        processes: How many processes there are. To share jobs it is only needed where they have no
+            folder in common; to share batches, where JAX does not find the cluster by itself.
+        process: Which of them this one is, from 0.
+        coordinator: Address of process 0 as HOST:PORT, to share batches.
     """
-    import dataclasses
-
-    from experiments import compare as comparison
     from experiments import jobs, report
+    from experiments import sweep as sweeps
     from experiments.methods import METHODS
 
+    if methods is not None:
+        methods = tuple(m for name in methods for m in (METHODS if name == "all" else (name,)))
+    todo = sweeps.configs(
+        recipes,
+        scale,
+        dataset=dataset,
+        methods=methods,
+        sparsities=sparsities,
+        seeds=seeds,
+        epochs=epochs,
+    )
+    todo = join(todo, share, processes, process, coordinator)
+    if folder is None:
+        folder = pathlib.Path("runs", "+".join(pathlib.Path(name).stem for name in recipes))
     keep_compiled()
-    names = [name for given in methods for name in (METHODS if given == "all" else (given,))]
-    base = dataclasses.replace(comparison.BASE, epochs=epochs)
-    todo = comparison.configs(names, sparsities, seeds, base)
-    console = _console()
-    records = comparison.run(todo, folder, again, console)
-    console.print()
-    console.print(
-        report.table(
-            records, f"{base.model} on {base.dataset}, {seeds} seed{'s'[: seeds > 1]}"
-        ).rich()
-    )
-    console.print(
-        f"Results:  {folder / jobs.RESULTS}", soft_wrap=True, highlight=False, markup=False
-    )
+    console = _console(json)
+    outcome = jobs.run_all(todo, folder, console, again=again)
+    if not jobs.decides():
+        return
+    if json:
+        _print_records(outcome.records)
+    else:
+        _print_tables(outcome.records, report.table, console)
+        console.print(
+            f"Results:  {folder / jobs.RESULTS}", soft_wrap=True, highlight=False, markup=False
+        )
+    for config, why in outcome.failures.items():
+        print(f"failed: {config.title}: {why}", file=sys.stderr)
+    if outcome.failures:
+        sys.exit(
+            f"error: {len(outcome.failures)} of {len(todo)} jobs failed; "
+            "the same command tries them again."
+        )
 
 
 def demo(
@@ -109,6 +150,8 @@ def demo(
     """Compare dense, random and DPaI networks on digits: a table and a picture in minutes.
 
     After an interruption the same command goes on where it stopped.
+
+    Example: python -m experiments demo --seeds 3
 
     Args:
         folder: Where results.jsonl, the checkpoints and demo.png go.
@@ -132,6 +175,8 @@ def bench(
     Keep the machine quiet meanwhile. After an interruption the same command goes on where it
     stopped.
 
+    Example: python -m experiments bench --tables step training
+
     Args:
         tables: What to measure: first calls of DPaI, of the other methods and against the depth,
             many calls at once; steps of DPaI, steps of training, large networks, settings of DPaI,
@@ -153,6 +198,8 @@ def documents(
 ) -> None:
     """Write the tables in documents anew, from the records that each of them names.
 
+    Example: python -m experiments documents docs/performance.md
+
     Args:
         files: The documents.
     """
@@ -172,12 +219,37 @@ def keep_compiled() -> None:
         print(f"What is compiled is not kept: {error}", file=sys.stderr)
 
 
-def _console() -> Any:
-    """Returns where commands show what they do; in files, tables have room."""
+def _console(json: bool = False) -> Any:
+    """Returns where commands show what they do; in files, tables have room.
+
+    Args:
+        json: Leave standard output to records.
+    """
     import rich.console
 
-    console = rich.console.Console()
-    return console if console.is_terminal else rich.console.Console(width=160)
+    console = rich.console.Console(stderr=json)
+    return console if console.is_terminal else rich.console.Console(width=160, stderr=json)
+
+
+def _print_records(records: Sequence[dict[str, Any]]) -> None:
+    """Prints records as lines of JSON."""
+    for record in records:
+        print(json.dumps(record))
+
+
+def _print_tables(
+    records: Sequence[dict[str, Any]],
+    table: Callable[[Sequence[dict[str, Any]], str], Any],
+    console: Any,
+) -> None:
+    """Prints a table for each network and data set."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        config = record["config"]
+        groups.setdefault(f"{config['model']} on {config['dataset']}", []).append(record)
+    for title, own in groups.items():
+        console.print()
+        console.print(table(own, title).rich())
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -187,23 +259,51 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The command line; by default that of the process.
     """
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "train": train,
-                "compare": compare,
-                "demo": demo,
-                "bench": bench,
-                "documents": documents,
-            },
-            prog="python -m experiments",
-            description="Prune networks at initialization, train them, compare them.",
-            args=args,
-        )
-    except (ConfigError, OSError) as error:  # what can't be run; a folder, a full disk
+        _parsed(args)()
+    except ConfigError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a folder, a full disk
+        what = "" if error.filename is None else f": {error.filename}"
+        sys.exit(f"error: {error.strerror or error}{what}")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         sys.exit(130)
+
+
+def _parsed(args: Sequence[str] | None) -> Callable[[], None]:
+    """Returns the call that a command line asks for; a wrong one ends the process in one line."""
+    commands = (train, sweep, demo, bench, documents)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                {command.__name__: _later(command) for command in commands},
+                prog="python -m experiments",
+                description="Prune networks at initialization, train them, compare them.",
+                args=args,
+            )
+    except SystemExit as end:
+        if end.code:
+            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Returns a function of the same arguments that returns the call to be made."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return call
+
+
+def _one_line(panel: str) -> str:
+    """Returns what tyro's panel says above its first ruler, and where more is said."""
+    lines = [line.strip("│ ") for line in panel.splitlines()[1:]]
+    rulers = [number for number, line in enumerate(lines) if line.startswith("─")]
+    what = " ".join(lines[: rulers[0] if rulers else len(lines)])
+    return f"{what.rstrip('.')}; see python -m experiments --help"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Shows how jobs go: bars on a terminal, plain lines anywhere else."""
+"""Shows how jobs go: bars on a terminal, a line for each job anywhere else."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Self
 
 import rich.console
@@ -10,29 +10,41 @@ import rich.progress
 from experiments.config import Config
 from experiments.train import Metrics, Report
 
-LINE_SECONDS = 10.0
-"""Least time between two plain lines of one job."""
+LINE_SECONDS = 60.0
+"""Least time between two plain lines while a job runs."""
 
 _STAGES = {"start": "setting up", "prune": "pruning"}
 
 
 class Board:
-    """A row for each job that has begun. Use it as a context manager.
+    """A line for each job that has ended, and bars for the current one and for all. A context.
 
     Args:
         console: Where to show them.
         configs: The jobs, in the order in which they run.
+        known: Those of them that had ended before.
     """
 
-    def __init__(self, console: rich.console.Console, configs: Sequence[Config]) -> None:
+    def __init__(
+        self,
+        console: rich.console.Console,
+        configs: Sequence[Config],
+        known: Collection[Config] = (),
+    ) -> None:
         several = len({config.seed for config in configs}) > 1
+        recipes = len({(config.dataset, config.model) for config in configs}) > 1
         self._labels = {
             config: f"{number}/{len(configs)} {config.label}"
             + (f", seed {config.seed}" if several else "")
+            + (f", {config.model} on {config.dataset}" if recipes else "")
             for number, config in enumerate(configs, start=1)
         }
+        self._known = frozenset(known) if len(configs) > 1 else frozenset()
+        self._left = {config: float(config.epochs) for config in configs if config not in known}
+        self._epochs = sum(self._left.values())
         self._console = console
-        self._begin = time.monotonic()
+        self._begin = self._last_line = time.monotonic()
+        self._waiting = False
         self._bars = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=16),
@@ -40,10 +52,18 @@ class Board:
             rich.progress.TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
+            transient=True,
+        )
+        # Without a total a bar pulses, until the first step.
+        self._job = self._bars.add_task("", total=None, visible=False, note="")
+        self._all = self._bars.add_task(
+            "all jobs", total=self._epochs, visible=len(configs) > 1, note=""
         )
 
     def __enter__(self) -> Self:
         self._bars.start()
+        if self._known:
+            self._print(f"{len(self._known)} of {len(self._labels)} jobs finished before.")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -51,39 +71,85 @@ class Board:
 
     def report(self, config: Config) -> Report:
         """Returns the function that a job tells how it goes."""
-        row: rich.progress.TaskID | None = None
-        last_line = -LINE_SECONDS
 
         def update(stage: str, done: int, total: int, metrics: Metrics) -> None:
-            nonlocal row, last_line
-            note = _note(stage, done, total, metrics)
-            if row is None:
-                # Without a total the bar pulses, until the first step.
-                row = self._bars.add_task(self._labels[config], total=None, note=note)
-            if done or stage not in _STAGES:
-                self._bars.update(row, total=total, completed=done, note=note)
-            else:
-                self._bars.update(row, note=note)
-            now = time.monotonic()
-            ends = done == total or (stage in _STAGES and not done)
-            if ends or now - last_line >= LINE_SECONDS:
-                last_line = now
-                self._line(config, note)
+            if stage == "known" and config in self._known:
+                return
+            ended = stage == "known" or (stage == "train" and _ended(done, total, metrics))
+            if stage == "train" or ended:
+                self._left[config] = 0.0 if ended else float(total - done)
+            self._show(config, stage, done, total, _note(stage, done, total, metrics), ended)
 
         return update
 
-    def _line(self, config: Config, note: str) -> None:
-        if not self._console.is_terminal:
-            elapsed = time.monotonic() - self._begin
-            line = f"{elapsed:5.0f} s  {self._labels[config]}: {note}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def failed(self, config: Config, why: str) -> None:
+        """Shows that a job failed."""
+        self._left[config] = 0.0
+        self._show(config, "failed", 1, 1, f"failed: {why}", True)
+
+    def waiting(self, number: int) -> None:
+        """Shows that all that is left is run by other processes."""
+        note = f"waiting for {number} job{'s'[: number > 1]} of other processes"
+        self._bars.update(self._job, description="", total=None, visible=True, note=note)
+        if not self._waiting:
+            self._waiting = True
+            self._print(f"{self._elapsed()}  {note}")
+
+    def _show(
+        self, config: Config, stage: str, done: int, total: int, note: str, ended: bool
+    ) -> None:
+        left = self._time_left()
+        running = None if stage in _STAGES and not done else total
+        self._bars.update(
+            self._job,
+            description=self._labels[config],
+            total=running,
+            completed=done,
+            visible=not ended,
+            note=note if len(self._labels) > 1 else f"{note}{left}",
+        )
+        ahead = self._epochs - sum(self._left.values())
+        self._bars.update(self._all, completed=ahead, note=left.removeprefix(", "))
+        now = time.monotonic()
+        if ended or (not self._console.is_terminal and now - self._last_line >= LINE_SECONDS):
+            self._last_line = now
+            self._print(f"{self._elapsed()}  {self._labels[config]}: {note}{left}")
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._begin:5.0f} s"
+
+    def _time_left(self) -> str:
+        """What the epochs that are left take, at the pace of those that ended since the begin.
+
+        Those that other processes have taken count as well, so their pace does.
+        """
+        left = sum(self._left.values())
+        ended = self._epochs - left
+        if not left or not ended:
+            return ""
+        return f", {_duration((time.monotonic() - self._begin) * left / ended)} left"
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ended(done: int, total: int, metrics: Metrics) -> bool:
+    return done == total or (done > 0 and "validation_accuracy" not in metrics)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
 
 
 def _note(stage: str, done: int, total: int, metrics: Metrics) -> str:
     if stage in _STAGES:
         return f"{_STAGES[stage]}, step {done}/{total}" if done else _STAGES[stage]
     if stage == "known":
-        accuracy = metrics["test_accuracy"]
+        accuracy = metrics.get("test_accuracy")
         return f"finished before, {'diverged' if accuracy is None else f'test {accuracy:.1%}'}"
     note = f"epoch {done}/{total}"
     if done and "validation_accuracy" not in metrics:

@@ -126,6 +126,11 @@ class Config:
         return self.method if self.method == DENSE else f"{self.method} {percent(self.sparsity)}"
 
     @property
+    def title(self) -> str:
+        """What tells the job from all others of a sweep, but for its recipe's settings."""
+        return f"{self.label}, seed {self.seed}, {self.model} on {self.dataset}"
+
+    @property
     def name(self) -> str:
         """A name for files, one per configuration."""
         digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()

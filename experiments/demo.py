@@ -6,16 +6,17 @@ import time
 
 import rich.console
 
-from experiments import compare, jobs, report
-from experiments.config import Config
+from experiments import jobs, report
+from experiments.config import Config, ConfigError
+from experiments.sweep import Sweep
 
-SPARSITIES = (0.9, 0.99)
-METHODS = ("random", "dpai")
+BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
+"""What all jobs have in common."""
 
 
 def configs(seeds: int) -> list[Config]:
     """Returns the demo's jobs, seed by seed."""
-    return compare.configs(METHODS, SPARSITIES, seeds)
+    return Sweep(BASE, methods=("random", "dpai"), sparsities=(0.9, 0.99), seeds=seeds).configs()
 
 
 def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Console) -> None:
@@ -26,11 +27,17 @@ def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Con
         seeds: How often each job is run, each time with other weights and masks.
         again: Run finished jobs again.
         console: Where to show it all.
+
+    Raises:
+        ConfigError: A job failed.
     """
     todo = configs(seeds)
     begin = time.monotonic()
     console.print(f"ResNet-20 on 8x8 digits: {len(todo)} jobs, a few minutes on two cores.")
-    records = compare.run(todo, folder, again, console)
+    outcome = jobs.run_all(todo, folder, console, again=again)
+    for config, why in outcome.failures.items():
+        raise ConfigError(f"{config.title}: {why}")
+    records = outcome.records
     title = "ResNet-20 on digits"
     picture = folder / "demo.png"
     report.draw(records, picture, title)
@@ -50,8 +57,7 @@ def next_command() -> str:
     python = pathlib.Path(sys.executable)
     if python.is_relative_to(pathlib.Path.cwd()):
         python = python.relative_to(pathlib.Path.cwd())
-    base = compare.BASE
     return (
-        f"{python} -m experiments train --dataset {base.dataset} --model {base.model} "
+        f"{python} -m experiments train --dataset {BASE.dataset} --model {BASE.model} "
         "--method dpai --sparsity 0.98 --seed 1"
     )

@@ -1,19 +1,45 @@
 """Runs jobs once: what a store already holds is not run again."""
 
 import contextlib
+import dataclasses
 import pathlib
 import shutil
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+import rich.console
+from jax.experimental import multihost_utils
 
 from dpai_jax.tools.settings import described
 from experiments import methods, pretrained, provenance, train
-from experiments.config import Config
-from experiments.store import Record, Store, locked
+from experiments.board import Board
+from experiments.config import DENSE, Config, ConfigError
+from experiments.store import BusyError, Record, Store, locked
 
 RESULTS = "results.jsonl"
 """Name of the store in a folder of runs."""
+
+POLL_SECONDS = 0.2
+"""Between two looks at jobs that other processes run."""
+
+_FAILURES = (ValueError, RuntimeError, ArithmeticError, MemoryError)
+"""What ends a job and not the sweep; among them `ConfigError` and what XLA raises."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of jobs.
+
+    Attributes:
+        records: The records, in the order of the jobs.
+        failures: Why each of the other jobs failed, in one line.
+    """
+
+    records: list[Record]
+    failures: dict[Config, str]
 
 
 def description(config: Config) -> dict[str, Any]:
@@ -42,22 +68,139 @@ def run(
         report: Told how the job goes.
 
     Raises:
-        ConfigError: Another process runs this job, or what `train.train_and_evaluate` raises.
+        BusyError: Another process runs this job.
+        ConfigError: What `train.train_and_evaluate` raises.
     """
     config.check()
-    store, job = Store(folder / RESULTS), description(config)
-    workdir = folder / "checkpoints" / config.name
-    busy = f"another process is running {config.label}, seed {config.seed}, in {folder}."
-    # Processes that train one job together share its folder; they are started on purpose.
-    together = jax.distributed.is_initialized()
-    lock = locked(workdir.with_suffix(".lock"), busy)
-    with contextlib.nullcontext() if together else lock:
-        if not again and (record := store.find(job)) is not None:
+    store = Store(folder / RESULTS)
+    return _run(config, store, store.size() if again else None, report)
+
+
+def run_all(
+    todo: Sequence[Config],
+    folder: pathlib.Path,
+    console: rich.console.Console,
+    *,
+    again: bool = False,
+) -> Outcome:
+    """Runs the jobs that have no record yet, together with all processes that do the same.
+
+    A process takes the next job that nobody runs. At the end it waits for the jobs of the others,
+    and takes over those of a process that died. A job that fails ends neither.
+
+    Args:
+        todo: The jobs.
+        folder: Holds the store and the checkpoints, for all processes.
+        console: Where to show how it goes.
+        again: Run even the jobs that have a record by now.
+
+    Raises:
+        ConfigError: A job can't be run as it is configured; found out before the first one starts.
+    """
+    check(todo)
+    store = Store(folder / RESULTS)
+    since = store.size() if again else None
+    known = {config for config in todo if store.find(description(config), since or 0)}
+    records: dict[Config, Record] = {}
+    failures: dict[Config, str] = {}
+    # Processes that share a batch must stay in step: only what all of them meet is no end.
+    survived = (ConfigError,) if jax.distributed.is_initialized() else _FAILURES
+    left = list(dict.fromkeys(todo))
+    if not decides():
+        console = rich.console.Console(quiet=True)
+    with Board(console, left, known) as board:
+        while left:
+            busy = []
+            for config in left:
+                try:
+                    records[config] = _run(config, store, since, board.report(config))
+                except BusyError:
+                    busy.append(config)
+                except survived as error:
+                    failures[config] = _line(error)
+                    board.failed(config, failures[config])
+            if len(busy) == len(left):
+                board.waiting(len(busy))
+                time.sleep(POLL_SECONDS)
+            left = busy
+    return Outcome([records[config] for config in todo if config in records], failures)
+
+
+def check(todo: Sequence[Config]) -> None:
+    """Checks all that can be known of jobs before they run.
+
+    Raises:
+        ConfigError: A value makes no sense, a name is unknown, or data is missing.
+    """
+    for config in todo:
+        config.check()
+        methods.find(config.method)
+    for config in dict.fromkeys(dataclasses.replace(c, method=DENSE, seed=0) for c in todo):
+        train.resolve(config)
+
+
+def decides() -> bool:
+    """Returns whether this process decides, writes and speaks for those that train with it."""
+    # Asking for the index starts JAX's devices, whose number a job may still have to set.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def _run(config: Config, store: Store, since: int | None, report: train.Report | None) -> Record:
+    """Returns a job's record, running the job where there is none.
+
+    Args:
+        config: The job.
+        store: Where the record is, or goes.
+        since: Counts only records that were appended when the store had this size, and forgets the
+            job's checkpoint.
+        report: Told how the job goes.
+    """
+    job = description(config)
+    workdir = store.path.parent / "checkpoints" / config.name
+    with _claimed(config, job, workdir, store, since) as record:
+        if record is not None:
             if report is not None:
-                report("known", config.epochs, config.epochs, record["metrics"])
+                report("known", config.epochs, config.epochs, record.get("metrics", {}))
             return record
-        if again and workdir.exists():
-            shutil.rmtree(workdir)
         metrics = train.train_and_evaluate(config, workdir, job=job, report=report)
         record = job | {"metrics": metrics} | provenance.origin()
-        return store.append(record) if jax.process_index() == 0 else record
+        return store.append(record) if decides() else record
+
+
+@contextlib.contextmanager
+def _claimed(
+    config: Config, job: Record, workdir: pathlib.Path, store: Store, since: int | None
+) -> Iterator[Record | None]:
+    """Holds a job's lock. Gives the job's record, if there is one.
+
+    Of processes that train each job together, the first decides for all.
+    """
+    free, record = True, None
+    reason = f"another process is running {config.title}, in {workdir.parent.parent}."
+    with contextlib.ExitStack() as held:
+        if decides():
+            try:
+                held.enter_context(locked(workdir.with_name(f"{workdir.name}.lock"), reason))
+            except BusyError:
+                free = False
+            else:
+                record = store.find(job, since or 0)
+                if since is not None and record is None and workdir.exists():
+                    shutil.rmtree(workdir)
+        free, known = _agreed(free, record is not None)
+        if not free:
+            raise BusyError(reason)
+        yield record or job if known else None
+
+
+def _agreed(*decisions: bool) -> tuple[bool, ...]:
+    """Returns the decisions of the process that decides."""
+    if not jax.distributed.is_initialized():
+        return decisions
+    return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(decisions))))
+
+
+def _line(error: BaseException) -> str:
+    """Returns what an error says, in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -3,16 +3,39 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.config import ConfigError
 
 Record = dict[str, Any]
+
+_LOG = logging.getLogger(__name__)
+
+
+class BusyError(ConfigError):
+    """Another process holds a lock."""
+
+
+@dataclasses.dataclass
+class _Index:
+    """Where the newest record of each content is, in the lines up to a certain one.
+
+    Attributes:
+        lines: How many lines have been looked at.
+        end: The place in the file where they end.
+        places: Where a record begins, by the digest of what it is found by.
+    """
+
+    lines: int = 0
+    end: int = 0
+    places: dict[bytes, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +47,10 @@ class Store:
     """
 
     path: pathlib.Path
+    # One for each set of keys that records are found by.
+    _indexes: dict[tuple[str, ...], _Index] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def append(self, record: Record) -> Record:
         """Adds a record, whole or not at all, and waits until it is on disk.
@@ -50,35 +77,55 @@ class Store:
         return json.loads(line)
 
     def read(self) -> list[Record]:
-        """Returns the records in order; none where there is no file.
+        """Returns the records in order; none where there is no file. Damaged lines are left out."""
+        return [record for _, record in self._records(_Index()) if record is not None]
 
-        Raises:
-            ConfigError: A line is no record.
+    def find(self, what: Mapping[str, Any], since: int = 0) -> Record | None:
+        """Returns the newest record that says all of this; None where there is none yet.
+
+        Each line is parsed once in the life of this object, however many records are asked for.
+
+        Args:
+            what: Some keys of the record, with their values.
+            since: Looks only at records that were appended when the file had this size.
         """
-        if not self.path.exists():
-            return []
-        # A line without its newline was cut off by a crash: what it told did not finish.
-        lines = self.path.read_bytes().split(b"\n")[:-1]
-        records = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                raise ConfigError(
-                    f"{self.path}, line {number} is damaged; delete that line, or the file."
-                )
-            records.append(record)
-        return records
+        keys = tuple(sorted(what))
+        wanted = _digest(what, keys)
+        index = self._indexes.setdefault(keys, _Index())
+        if self.size() < index.end:  # another file took its place
+            index = self._indexes[keys] = _Index()
+        for place, record in self._records(index):
+            if record is not None and record.keys() >= set(keys):
+                index.places[_digest(record, keys)] = place
+        place = index.places.get(wanted, -1)
+        return self._at(place) if place >= since else None
 
-    def find(self, what: Mapping[str, Any]) -> Record | None:
-        """Returns the newest record that says all of this; None where there is none yet."""
-        wanted = json.loads(json.dumps(plain(what)))
-        for record in reversed(self.read()):
-            if all(record.get(key) == value for key, value in wanted.items()):
-                return record
-        return None
+    def size(self) -> int:
+        """Returns the bytes of the file; 0 where there is none."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def _at(self, place: int) -> Record:
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return json.loads(file.readline())
+
+    def _records(self, index: _Index) -> Iterator[tuple[int, Record | None]]:
+        """Yields what follows the lines of an index, each with its place, and counts it there."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(index.end)
+            for line in file:
+                # One without its newline is being written, or was cut off by a crash.
+                if not line.endswith(b"\n"):
+                    return
+                place = index.end
+                index.end += len(line)
+                index.lines += 1
+                record = _record(line)
+                if record is None:
+                    _LOG.warning("%s, line %d is damaged and left out.", self.path, index.lines)
+                yield place, record
 
 
 @contextlib.contextmanager
@@ -87,14 +134,14 @@ def locked(path: pathlib.Path, busy: str) -> Iterator[None]:
 
     Args:
         path: The file; made if need be, and left behind.
-        busy: What to raise as a `ConfigError` where another process holds it.
+        busy: What to raise as a `BusyError` where another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(busy) from None
+            raise BusyError(busy) from None
         yield
 
 
@@ -107,6 +154,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _record(line: bytes) -> Record | None:
+    """Returns the record of a line; None of a damaged one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _digest(record: Mapping[str, Any], keys: Sequence[str]) -> bytes:
+    """A hash of some of a record's keys and values."""
+    text = json.dumps(plain({key: record[key] for key in keys}), sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _end_of_last_line(file: int) -> int:

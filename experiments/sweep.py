@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Self
 
+from experiments import recipes
 from experiments.config import DENSE, Config, ConfigError
 
 
@@ -44,3 +46,49 @@ class Sweep:
             for seed in range(self.seeds)
             for method, sparsity in [(DENSE, 0.0), *pruned]
         ]
+
+    def changed(
+        self,
+        *,
+        dataset: str | None = None,
+        methods: Sequence[str] | None = None,
+        sparsities: Sequence[float] | None = None,
+        seeds: int | None = None,
+        epochs: int | None = None,
+    ) -> Self:
+        """Returns the sweep with what is given in place of its own.
+
+        With other epochs the learning rate falls at the same fractions of them.
+        """
+        base = self.base
+        if dataset is not None:
+            base = dataclasses.replace(base, dataset=dataset)
+        if epochs is not None:
+            drops = tuple(round(epoch * epochs / base.epochs) for epoch in base.drops)
+            base = dataclasses.replace(base, epochs=epochs, drops=drops)
+        given = {"methods": methods, "sparsities": sparsities, "seeds": seeds}
+        changes: dict[str, Any] = {
+            name: value for name, value in given.items() if value is not None
+        }
+        return dataclasses.replace(self, base=base, **changes)
+
+
+def configs(names: Sequence[str], scale: str, **changes: Any) -> list[Config]:
+    """Returns the jobs of recipes.
+
+    Args:
+        names: Names of recipes, or files.
+        scale: "full" or "small".
+        **changes: What replaces the recipes' own; see `Sweep.changed`.
+
+    Raises:
+        ConfigError: There is no such recipe, or it gives no jobs.
+    """
+    if not names:
+        raise ConfigError("recipes must name at least one; got none.")
+    found: list[Config] = []
+    for name in names:
+        sweeps = recipes.find(name).sweep(scale)
+        for one in [sweeps] if isinstance(sweeps, Sweep) else sweeps:
+            found += one.changed(**changes).configs()
+    return found
