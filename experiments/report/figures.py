@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import matplotlib.figure
 import matplotlib.lines
 import matplotlib.ticker
@@ -20,7 +20,7 @@ from experiments.report import style
 from experiments.report.records import Group, Panel
 from experiments.store import Record
 
-Figure = matplotlib.figure.Figure
+Figure = mpl.figure.Figure
 
 _SETTINGS = {
     "font.size": 9.5,
@@ -46,8 +46,10 @@ _SETTINGS = {
     "svg.fonttype": "path",  # no font needs to be there where it is looked at
     "svg.hashsalt": "report",  # the same bytes for the same records
 }
+_styled = mpl.rc_context(_SETTINGS)
 
 
+@_styled
 def accuracy(panels: Sequence[Panel]) -> Figure:
     """Draws the paper's figure: test accuracy against sparsity, one panel beside the other."""
     columns = min(len(panels), 3)
@@ -59,13 +61,13 @@ def accuracy(panels: Sequence[Panel]) -> Figure:
         if panel is None:
             axes.set_axis_off()
         else:
-            with matplotlib.rc_context(_SETTINGS):
-                _draw_accuracy(axes, panel)
-                axes.set_title(panel.title, loc="left", weight="bold")
+            _draw_accuracy(axes, panel)
+            axes.set_title(panel.title, loc="left", weight="bold")
     _legend(figure, dict.fromkeys(name for panel in panels for name in panel.methods))
     return figure
 
 
+@_styled
 def paths(panel: Panel) -> Figure:
     """Draws nodes and kernels against log-paths: a row for each sparsity, a point for each job."""
 
@@ -81,12 +83,13 @@ def paths(panel: Panel) -> Figure:
     figure = _by_sparsity(panel, columns, "log-paths")
     for axes in figure.axes:
         axes.margins(0.12)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
+@_styled
 def layers(panel: Panel) -> Figure:
     """Draws each layer's effective share of its weights, and of its outputs those on a path."""
 
@@ -107,8 +110,8 @@ def layers(panel: Panel) -> Figure:
     for axes in figure.axes:
         axes.set_ylim(0, 1.04)
         axes.set_yticks((0, 0.5, 1))
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
     return figure
 
 
@@ -122,6 +125,7 @@ def shares_by_layer(group: Group, part: str, whole: str) -> np.ndarray:
     return np.mean(shares, axis=0)
 
 
+@_styled
 def draw(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
     """Writes a PNG: test accuracy by sparsity, and how much of each layer lies on a path.
 
@@ -132,26 +136,26 @@ def draw(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
     """
     (panel,) = own.panels(records)
     figure = _figure(9.6, 3.6)
-    with matplotlib.rc_context(_SETTINGS):
-        figure.suptitle(title, x=0.012, ha="left", fontsize=13, weight="bold")
-        left, right = figure.subplots(1, 2)
-        _draw_accuracy(left, panel)
-        left.set_title("Test accuracy after the last epoch", loc="left")
-        highest = panel.sparsities[-1]
-        for group in panel.at(highest):
-            shares = shares_by_layer(group, "nodes", "outputs")
-            look = style.look(group.method)
-            order = np.arange(1, len(shares) + 1)
-            right.plot(order, shares, color=look.color, ls=look.line, **look.markers)
-        right.set_ylim(0, 1.04)
-        right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-        right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        right.set_xlabel("layer, from input to output")
-        right.set_title(f"Outputs of each layer on a path, at {percent(highest)}", loc="left")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, weight="bold")
+    left, right = figure.subplots(1, 2)
+    _draw_accuracy(left, panel)
+    left.set_title("Test accuracy after the last epoch", loc="left")
+    highest = panel.sparsities[-1]
+    for group in panel.at(highest):
+        shares = shares_by_layer(group, "nodes", "outputs")
+        look = style.look(group.method)
+        order = np.arange(1, len(shares) + 1)
+        right.plot(order, shares, color=look.color, ls=look.line, **look.markers)
+    right.set_ylim(0, 1.04)
+    right.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+    right.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    right.set_xlabel("layer, from input to output")
+    right.set_title(f"Outputs of each layer on a path, at {percent(highest)}", loc="left")
     _legend(figure, panel.methods)
     save(figure, path)
 
 
+@_styled
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure as what the file's name says: PNG, or SVG that is dark in the dark."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,10 +163,10 @@ def save(figure: Figure, path: pathlib.Path) -> None:
         text = svg(figure, path.stem).replace(">", f"><style>{dark_rules()}</style>", 1)
         path.write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n')
     else:
-        with matplotlib.rc_context(_SETTINGS):
-            figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=200)
 
 
+@_styled
 def svg(figure: Figure, name: str) -> str:
     """Returns a figure as an SVG element, to stand in a page beside others.
 
@@ -170,7 +174,7 @@ def svg(figure: Figure, name: str) -> str:
         figure: The figure.
         name: Goes before the ids in it, so that those of two figures differ.
     """
-    with matplotlib.rc_context(_SETTINGS), io.StringIO() as file:
+    with io.StringIO() as file:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=nothing)
         text = file.getvalue()
@@ -195,8 +199,7 @@ def dark_rules() -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    with matplotlib.rc_context(_SETTINGS):
-        return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_accuracy(axes: Any, panel: Panel) -> None:
@@ -219,7 +222,8 @@ def _draw_accuracy(axes: Any, panel: Panel) -> None:
             if len(group.accuracies) < group.seeds:
                 axes.annotate(
                     f"{len(group.accuracies)} of {group.seeds}", (at, mean), (5, -8),
-                    textcoords="offset points", fontsize=7, color=style.MUTED,
+                    textcoords="offset points", fontsize=7, color=style.INK,
+                    bbox={"color": style.PAPER, "pad": 0.5},
                 )  # fmt: skip
     if panel.dense is not None and panel.dense.accuracies:
         (mean,), (deviation,) = _means([panel.dense.accuracies.values()])
@@ -228,8 +232,8 @@ def _draw_accuracy(axes: Any, panel: Panel) -> None:
         axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
     axes.set_xticks(list(places.values()), [percent(sparsity) for sparsity in places])
     axes.minorticks_off()
-    axes.margins(x=0.07)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=None))
+    axes.margins(x=0.09)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.set_xlabel("sparsity")
     axes.set_ylabel("test accuracy")
 
@@ -246,17 +250,17 @@ def _by_sparsity(
 ) -> Figure:
     """A row of axes for each sparsity, the columns drawn by a function each."""
     sparsities = panel.sparsities
-    figure = _figure(5.2, 1.55 * len(sparsities) + 1.0)
-    with matplotlib.rc_context(_SETTINGS):
-        grid = figure.subplots(len(sparsities), len(columns), squeeze=False)
-        for row, sparsity in zip(grid, sparsities, strict=True):
-            for axes, (title, draw_group) in zip(row, columns.items(), strict=True):
-                for group in panel.at(sparsity):
-                    draw_group(axes, group)
-                axes.tick_params(labelsize=8)
-                axes.set_title(f"{title}, at {percent(sparsity)}", loc="left", fontsize=9)
-        for axes in grid[-1]:
-            axes.set_xlabel(xlabel)
+    figure = _figure(5.2, 1.55 * len(sparsities) + 1.2)
+    figure.suptitle(panel.title, x=0.01, ha="left", fontsize=10, weight="bold")
+    grid = figure.subplots(len(sparsities), len(columns), squeeze=False)
+    for row, sparsity in zip(grid, sparsities, strict=True):
+        for axes, (title, draw_group) in zip(row, columns.items(), strict=True):
+            for group in panel.at(sparsity):
+                draw_group(axes, group)
+            axes.tick_params(labelsize=8)
+            axes.set_title(f"{title}, at {percent(sparsity)}", loc="left", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel(xlabel)
     _legend(figure, [method for method in panel.methods if method != DENSE])
     return figure
 
@@ -267,11 +271,10 @@ def _legend(figure: Figure, methods: Iterable[str]) -> None:
         look = style.look(method)
         line = (0, (5, 2)) if method == DENSE else look.line
         handles.append(
-            matplotlib.lines.Line2D([], [], color=look.color, ls=line, label=method, **look.markers)
+            mpl.lines.Line2D([], [], color=look.color, ls=line, label=method, **look.markers)
         )
     ncols = max(2, int(figure.get_figwidth() // 1.3))
-    with matplotlib.rc_context(_SETTINGS):
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=ncols, fontsize=9,
-            handlelength=2.2, columnspacing=1.4,
-        )  # fmt: skip
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=ncols, fontsize=9,
+        handlelength=2.2, columnspacing=1.4,
+    )  # fmt: skip

@@ -25,7 +25,7 @@ h2{font-size:1.3rem;margin:2.75rem 0 .5rem;padding-top:.75rem;border-top:1px sol
 h3{font-size:1.05rem;margin:1.75rem 0 .5rem}
 p,ul{max-width:46rem;margin:.5rem 0}
 ul{padding-left:1.2rem}
-.muted,figcaption,.note{color:var(--muted);font-size:.875rem}
+.muted,.note{color:var(--muted);font-size:.875rem}
 code,pre{font:.85em/1.45 ui-monospace,monospace;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;border:1px solid var(--rule);border-radius:6px;padding:.6rem .8rem}
 .figures{display:grid;gap:2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
@@ -70,7 +70,11 @@ def html_page(
         "one sample deviation to each side. “2 of 3” beside a point says how many of its seeds it "
         "stands on.</p>",
         _figures(drawn, "accuracy", "Test accuracy against sparsity"),
-        *(_scroll(tables.results(panel)) for panel in panels),
+        *(
+            f"{_scroll(tables.accuracies(panel))}<details><summary>Validation-selected accuracy, "
+            f"topology, seeds and records</summary>{_scroll(tables.results(panel))}</details>"
+            for panel in panels
+        ),
         "<h2>Which differences are real</h2>",
         f"<p>{_METHOD}</p>",
         *(_verdicts(panel, differences[panel.title]) for panel in panels),
@@ -227,7 +231,7 @@ def _figures(drawn: Mapping[str, Mapping[str, figures.Figure]], kind: str, capti
             label = _text(f"{caption}: {title}")
             text = figures.svg(by_kind[kind], f"{kind}{number}")
             text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-            parts.append(f"<figure>{text}<figcaption>{_text(title)}</figcaption></figure>")
+            parts.append(f"<figure>{text}</figure>")
     return f'<div class="figures">{"".join(parts)}</div>'
 
 

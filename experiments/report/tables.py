@@ -33,6 +33,32 @@ def results(panel: Panel) -> Grid:
     return _results(panel.groups, panel.title, detailed=True)
 
 
+def accuracies(panel: Panel) -> Grid:
+    """Makes the paper's table of a panel: test accuracy by method and sparsity."""
+    by_cell = {(group.method, group.sparsity): group for group in panel.groups}
+    rows = [
+        (method, *(_cell(by_cell.get((method, sparsity))) for sparsity in panel.sparsities))
+        for method in panel.methods
+        if method != DENSE
+    ]
+    caption = ["percent, last epoch"]
+    caption += [f"dense: {_cell(panel.dense)}"] * (panel.dense is not None)
+    caption += [f"{FEWER} fewer seeds than others"] * any(FEWER in cell for r in rows for cell in r)
+    return Grid(
+        f"{panel.title}: test accuracy",
+        ("method", *map(percent, panel.sparsities)),
+        tuple(rows),
+        left=("method",),
+        caption="; ".join(caption),
+    )
+
+
+def _cell(group: Group | None) -> str:
+    if group is None:
+        return "–"
+    return _accuracy(group, own.last) + f" {FEWER}" * bool(group.missing)
+
+
 def _results(groups: Sequence[Group], title: str, detailed: bool) -> Grid:
     rows: list[Cells | None] = []
     for number, row in enumerate(groups):
@@ -42,7 +68,7 @@ def _results(groups: Sequence[Group], title: str, detailed: bool) -> Grid:
             "sparsity": percent(row.sparsity),
             "method": row.method + f" {FEWER}" * bool(row.missing),
             "test %": _accuracy(row, own.last),
-            "best %": _accuracy(row, own.best),
+            "best %": _finite(row, own.best),
             "nodes": _whole(row, "nodes"),
             "kernels": _whole(row, "kernels"),
             "log-paths": _log_paths(row),
@@ -177,12 +203,14 @@ def _one(accuracy: float | None) -> str:
 
 def _accuracy(row: Group, pick: Pick) -> str:
     """The mean and the deviation of the runs that did not diverge, and how many did."""
+    lost = f" ({row.diverged} of {len(row.records)} diverged)" if row.diverged else ""
+    return f"{_finite(row, pick)}{lost}"
+
+
+def _finite(row: Group, pick: Pick) -> str:
     values = row.values(pick)
-    finite = values[np.isfinite(values)]
-    lost = f"{row.diverged} of {len(values)} diverged"
-    if not len(finite):
-        return lost
-    return mean_and_deviation(finite, 100.0, 1) + f" ({lost})" * bool(row.diverged)
+    values = values[np.isfinite(values)]
+    return mean_and_deviation(values, 100.0, 1) if len(values) else "–"
 
 
 def _whole(row: Group, key: str) -> str:
