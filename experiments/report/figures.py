@@ -1,16 +1,18 @@
 """Pictures of finished jobs."""
 
+import functools
 import io
 import itertools
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.figure
 import matplotlib.lines
+import matplotlib.patheffects
 import matplotlib.ticker
 import numpy as np
 
@@ -22,7 +24,7 @@ from experiments.store import Record
 
 Figure = mpl.figure.Figure
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.edgecolor": style.MUTED,
@@ -76,10 +78,7 @@ def paths(panel: Panel) -> Figure:
         points = group.values(own.topology("log_paths")), group.values(own.topology(key))
         axes.plot(*points, ls="none", color=look.color, alpha=0.85, **look.markers)
 
-    columns = {
-        name: lambda axes, group, name=name: draw(axes, group, name)
-        for name in ("nodes", "kernels")
-    }
+    columns = {name: functools.partial(draw, key=name) for name in ("nodes", "kernels")}
     figure = _by_sparsity(panel, columns, "log-paths")
     for axes in figure.axes:
         axes.margins(0.12)
@@ -102,9 +101,9 @@ def layers(panel: Panel) -> Figure:
             **look.markers | {"markeredgewidth": 0.7},
         )  # fmt: skip
 
-    columns: dict[str, Callable[[Any, Group], None]] = {
-        "effective weights / kept": lambda axes, group: draw(axes, group, "effective", "weights"),
-        "outputs on a path / all": lambda axes, group: draw(axes, group, "nodes", "outputs"),
+    columns = {
+        "effective weights / kept": functools.partial(draw, part="effective", whole="weights"),
+        "outputs on a path / all": functools.partial(draw, part="nodes", whole="outputs"),
     }
     figure = _by_sparsity(panel, columns, "layer, from input to output")
     for axes in figure.axes:
@@ -206,6 +205,7 @@ def _draw_accuracy(axes: Any, panel: Panel) -> None:
     """Means over seeds with their sample deviations; sparsities 1 − 10^−c are evenly spaced."""
     places = {sparsity: -math.log10(1.0 - sparsity) for sparsity in panel.sparsities}
     methods = [method for method in panel.methods if method != DENSE]
+    halo = mpl.patheffects.withStroke(linewidth=2, foreground=style.PAPER)
     span = max(places.values(), default=1.0) - min(places.values(), default=0.0) or 1.0
     for number, method in enumerate(methods):
         look = style.look(method)
@@ -223,7 +223,7 @@ def _draw_accuracy(axes: Any, panel: Panel) -> None:
                 axes.annotate(
                     f"{len(group.accuracies)} of {group.seeds}", (at, mean), (5, -8),
                     textcoords="offset points", fontsize=7, color=style.INK,
-                    bbox={"color": style.PAPER, "pad": 0.5},
+                    path_effects=[halo],
                 )  # fmt: skip
     if panel.dense is not None and panel.dense.accuracies:
         (mean,), (deviation,) = _means([panel.dense.accuracies.values()])
@@ -246,7 +246,7 @@ def _means(samples: Iterable[Iterable[float]]) -> tuple[list[float], list[float]
 
 
 def _by_sparsity(
-    panel: Panel, columns: dict[str, Callable[[Any, Group], None]], xlabel: str
+    panel: Panel, columns: Mapping[str, Callable[[Any, Group], None]], xlabel: str
 ) -> Figure:
     """A row of axes for each sparsity, the columns drawn by a function each."""
     sparsities = panel.sparsities

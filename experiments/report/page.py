@@ -5,11 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import percent
+from experiments.config import DENSE, percent
 from experiments.grid import Grid
 from experiments.report import figures, style, tables
 from experiments.report import records as own
-from experiments.report.records import Panel
+from experiments.report.records import Group, Panel
 from experiments.report.statistics import LEVEL, Difference
 from experiments.store import Record
 
@@ -18,7 +18,7 @@ _CSS = """
 @media (prefers-color-scheme:dark){:root{DARK}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
-overflow-wrap:break-word}
+overflow-wrap:break-word;-webkit-text-size-adjust:100%}
 main{max-width:76rem;margin:auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem}
 h2{font-size:1.3rem;margin:2.75rem 0 .5rem;padding-top:.75rem;border-top:1px solid var(--rule)}
@@ -66,33 +66,23 @@ def html_page(
         f'<p class="muted">{_text(titles)}</p>',
         _summary(records, panels),
         "<h2>Accuracy against sparsity</h2>",
-        "<p>Test accuracy after the last epoch: means over seeds, bars and the dense network's band "
-        "one sample deviation to each side. “2 of 3” beside a point says how many of its seeds it "
-        "stands on.</p>",
+        f"<p>{_ACCURACY}</p>",
         _figures(drawn, "accuracy", "Test accuracy against sparsity"),
-        *(
-            f"{_scroll(tables.accuracies(panel))}<details><summary>Validation-selected accuracy, "
-            f"topology, seeds and records</summary>{_scroll(tables.results(panel))}</details>"
-            for panel in panels
-        ),
+        *(_accuracies(panel) for panel in panels),
         "<h2>Which differences are real</h2>",
-        f"<p>{_METHOD}</p>",
+        f"<p>{_DIFFERENCES}</p>",
         *(_verdicts(panel, differences[panel.title]) for panel in panels),
         "<h2>Time of pruning</h2>",
         _scroll(tables.pruning_times(panels)),
         "<h2>Topology</h2>",
-        "<h3>Nodes and kernels against log-paths</h3>",
-        "<p>Each point is one job. The dense network is left out, as are networks without a path "
-        "from input to output.</p>",
+        f"<p>{_PATHS}</p>",
         _figures(drawn, "paths", "Nodes and kernels against log-paths"),
-        "<h3>Layers</h3>",
-        "<p>Left, the share of a layer's kept weights that lie on a path, 0 where none is kept; "
-        "right, the share of its outputs that do. Means over seeds.</p>",
+        f"<p>{_LAYERS}</p>",
         _figures(drawn, "layers", "Effective weights and outputs of each layer"),
         "<h2>Where the numbers come from</h2>",
         _origin(records, panels, command),
         *(_settings(panel) for panel in panels),
-        f"<details><summary>Every job</summary>{_scroll(tables.jobs(panels))}</details>",
+        _folded("Every job", _scroll(tables.jobs(panels))),
     ]
     return f"""\
 <!doctype html>
@@ -110,12 +100,35 @@ def html_page(
 """
 
 
-_METHOD = f"""\
+_ACCURACY = """\
+Test accuracy after the last epoch: means over seeds, with one sample deviation to each side. The
+dashed line is the dense network. “2 of 3” beside a point: so many of its seeds have an accuracy."""
+
+_DIFFERENCES = f"""\
 A paired t-test over seeds, as jobs of one seed share their initial weights and data order. It
 assumes that the differences are normally distributed; tests that do not assume so cannot fall below
-p = 0.25 with three seeds. p is then corrected by Holm's method over all pairs at one sparsity of one
-network, so the chance of any false “apart” among those is at most {100 * LEVEL:.0f} %. Each interval is
-for its own difference alone. “Not told apart” does not mean equal."""
+p = 0.25 with three seeds. Holm's method then corrects p for all pairs at one sparsity of one
+network: the chance of any false “apart” among these is at most {100 * LEVEL:.0f} %. Each interval
+is for its own difference alone. “Not told apart” does not mean equal."""
+
+_PATHS = """\
+Nodes and kernels against log-paths: each point is one job. The dense network is left out, as are
+networks without a path from input to output."""
+
+_LAYERS = """\
+Layer by layer, means over seeds. Left: the share of the kept weights that lie on a path, 0 where
+none is kept. Right: the width, as the share of the outputs that lie on a path."""
+
+
+def _accuracies(panel: Panel) -> str:
+    folded = _folded(
+        "Validation-selected accuracy, topology, seeds and records", _scroll(tables.results(panel))
+    )
+    return _scroll(tables.accuracies(panel)) + folded
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>{content}</details>"
 
 
 def _summary(records: Sequence[Record], panels: Sequence[Panel]) -> str:
@@ -124,7 +137,10 @@ def _summary(records: Sequence[Record], panels: Sequence[Panel]) -> str:
     finished = sum(len(group.records) for _, group in groups)
     failed = own.failed(records)
     missing = sum(len(group.missing) for _, group in groups)
-    lines = [f"{finished} finished jobs"]
+    lost = sum(group.diverged for _, group in groups)
+    lines = [
+        f"{finished} jobs finished; diverged: {lost}, failed: {len(failed)}, seeds missing: {missing}"
+    ]
     lines += [
         f"{_name(panel, group)}: {group.diverged} of {len(group.records)} diverged"
         for panel, group in groups
@@ -136,11 +152,11 @@ def _summary(records: Sequence[Record], panels: Sequence[Panel]) -> str:
         if group.missing
     ]
     lines += [
-        f"{_name(panel, None)}: {method} at {percent(sparsity)} has no result"
+        f"{panel.title}: {method} at {percent(sparsity)} has no result"
         for panel in panels
         for sparsity in panel.sparsities
         for method in panel.methods
-        if method != own.DENSE and all(group.method != method for group in panel.at(sparsity))
+        if method != DENSE and all(group.method != method for group in panel.at(sparsity))
     ]
     lines += [
         f"failed: {record['config']['model']} on {record['config']['dataset']}, "
@@ -149,14 +165,10 @@ def _summary(records: Sequence[Record], panels: Sequence[Panel]) -> str:
         f"({record['source']})"
         for record in failed
     ]
-    lost = sum(group.diverged for _, group in groups)
-    lines[0] += f"; {lost} diverged, {len(failed)} failed, {missing} seeds missing."
     return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
 
 
-def _name(panel: Panel, group: own.Group | None) -> str:
-    if group is None:
-        return panel.title
+def _name(panel: Panel, group: Group) -> str:
     return f"{panel.title}: {group.method} at {percent(group.sparsity)}"
 
 
@@ -167,16 +179,19 @@ def _verdicts(panel: Panel, found: Sequence[Difference]) -> str:
         pairs = [pair for pair in found if pair.sparsity == sparsity]
         if not pairs:
             continue
-        unsure = [f"{pair.better} and {pair.other}" for pair in pairs if not pair.apart]
-        told = f"<b>{percent(sparsity)}</b>: {len(pairs) - len(unsure)} of {len(pairs)} pairs apart"
-        lines.append(told + (f"; not told apart: {_text(', '.join(unsure))}." if unsure else "."))
+        unsure: dict[str, list[str]] = {}
+        for pair in pairs:
+            if not pair.apart:
+                unsure.setdefault(pair.better, []).append(pair.other)
+        apart = sum(pair.apart for pair in pairs)
+        told = f"<b>{percent(sparsity)}</b>: {apart} of {len(pairs)} pairs told apart."
+        listed = "; ".join(f"{name} and {', '.join(others)}" for name, others in unsure.items())
+        lines.append(told + (f" Not told apart: {_text(listed)}." if unsure else ""))
     if not lines:
         return f"<h3>{_text(panel.title)}</h3><p>There is one method alone.</p>"
     items = "".join(f"<li>{line}</li>" for line in lines)
-    return (
-        f"<h3>{_text(panel.title)}</h3><ul>{items}</ul><details><summary>All differences</summary>"
-        f"{_scroll(tables.differences(panel, found))}</details>"
-    )
+    folded = _folded("All differences", _scroll(tables.differences(panel, found)))
+    return f"<h3>{_text(panel.title)}</h3><ul>{items}</ul>{folded}"
 
 
 def _origin(records: Sequence[Record], panels: Sequence[Panel], command: str) -> str:
@@ -209,18 +224,13 @@ def _words(facts: Mapping[str, Any]) -> str:
 def _settings(panel: Panel) -> str:
     """The recipe, and the settings of each method."""
     recipe = {name: value for name, value in panel.settings.items() if value is not None}
-    methods = {
-        group.records[0]["config"]["method"]: group.records[0].get("method", {})
-        for group in panel.groups
-    }
+    methods = {group.method: group.records[0].get("method", {}) for group in panel.groups}
+    texts = {name: json.dumps(found, ensure_ascii=False) for name, found in methods.items()}
     terms = "".join(
-        f"<dt>{_text(name)}</dt><dd><code>{_text(json.dumps(settings, ensure_ascii=False))}</code></dd>"
-        for name, settings in methods.items()
+        f"<dt>{_text(name)}</dt><dd><code>{_text(text)}</code></dd>" for name, text in texts.items()
     )
-    return (
-        f"<h3>{_text(panel.title)}</h3><p>{_text(_words(recipe))}</p>"
-        f"<details><summary>Settings of each method</summary><dl>{terms}</dl></details>"
-    )
+    folded = _folded("Settings of each method", f"<dl>{terms}</dl>")
+    return f"<h3>{_text(panel.title)}</h3><p>{_text(_words(recipe))}</p>{folded}"
 
 
 def _figures(drawn: Mapping[str, Mapping[str, figures.Figure]], kind: str, caption: str) -> str:
