@@ -156,13 +156,9 @@ def draw(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
 
 @_styled
 def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes a figure as what the file's name says: PNG, or SVG that is dark in the dark."""
+    """Writes a figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".svg":
-        text = svg(figure, path.stem).replace(">", f"><style>{dark_rules()}</style>", 1)
-        path.write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n')
-    else:
-        figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200)
 
 
 @_styled
@@ -182,6 +178,12 @@ def svg(figure: Figure, name: str) -> str:
     # Its size is that of the place where it stands.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1).strip()
+
+
+def standalone(element: str) -> str:
+    """Returns an SVG element of `svg` as a file that turns dark where its viewer is."""
+    styled = element.replace(">", f"><style>{dark_rules()}</style>", 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{styled}\n'
 
 
 def dark_rules() -> str:

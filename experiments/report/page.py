@@ -48,7 +48,7 @@ def html_page(
     records: Sequence[Record],
     panels: Sequence[Panel],
     differences: Mapping[str, Sequence[Difference]],
-    drawn: Mapping[str, Mapping[str, figures.Figure]],
+    drawn: Mapping[str, Mapping[str, str]],
     command: str,
 ) -> str:
     """Returns the page.
@@ -57,7 +57,7 @@ def html_page(
         records: All records that were read.
         panels: What they hold.
         differences: Those between methods, by the panels' titles.
-        drawn: The figures of each panel by their names, by the panels' titles.
+        drawn: The figures of each panel as SVG, by their kinds, by the panels' titles.
         command: What makes the page again.
     """
     titles = ", ".join(panel.title for panel in panels)
@@ -67,7 +67,7 @@ def html_page(
         _summary(records, panels),
         "<h2>Accuracy against sparsity</h2>",
         f"<p>{_ACCURACY}</p>",
-        _figures(drawn, "accuracy", "Test accuracy against sparsity"),
+        _figures(panels, drawn, "accuracy", "Test accuracy against sparsity"),
         *(_accuracies(panel) for panel in panels),
         "<h2>Which differences are real</h2>",
         f"<p>{_DIFFERENCES}</p>",
@@ -76,9 +76,9 @@ def html_page(
         _scroll(tables.pruning_times(panels)),
         "<h2>Topology</h2>",
         f"<p>{_PATHS}</p>",
-        _figures(drawn, "paths", "Nodes and kernels against log-paths"),
+        _figures(panels, drawn, "paths", "Nodes and kernels against log-paths"),
         f"<p>{_LAYERS}</p>",
-        _figures(drawn, "layers", "Effective weights and outputs of each layer"),
+        _figures(panels, drawn, "layers", "Effective weights and outputs of each layer"),
         "<h2>Where the numbers come from</h2>",
         _origin(records, panels, command),
         *(_settings(panel) for panel in panels),
@@ -138,9 +138,9 @@ def _summary(records: Sequence[Record], panels: Sequence[Panel]) -> str:
     failed = own.failed(records)
     missing = sum(len(group.missing) for _, group in groups)
     lost = sum(group.diverged for _, group in groups)
-    lines = [
-        f"{finished} jobs finished; diverged: {lost}, failed: {len(failed)}, seeds missing: {missing}"
-    ]
+    counts = {"diverged": lost, "failed": len(failed), "seeds missing": missing}
+    told = ", ".join(f"{what}: {count}" for what, count in counts.items())
+    lines = [f"{finished} jobs finished; {told}"]
     lines += [
         f"{_name(panel, group)}: {group.diverged} of {len(group.records)} diverged"
         for panel, group in groups
@@ -233,15 +233,18 @@ def _settings(panel: Panel) -> str:
     return f"<h3>{_text(panel.title)}</h3><p>{_text(_words(recipe))}</p>{folded}"
 
 
-def _figures(drawn: Mapping[str, Mapping[str, figures.Figure]], kind: str, caption: str) -> str:
+def _figures(
+    panels: Sequence[Panel], drawn: Mapping[str, Mapping[str, str]], kind: str, caption: str
+) -> str:
     """One figure for each panel: side by side where there is room."""
     parts = []
-    for number, (title, by_kind) in enumerate(drawn.items()):
-        if kind in by_kind:
-            label = _text(f"{caption}: {title}")
-            text = figures.svg(by_kind[kind], f"{kind}{number}")
-            text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-            parts.append(f"<figure>{text}</figure>")
+    for panel in panels:
+        if kind in drawn[panel.title]:
+            label = _text(f"{caption}: {panel.title}")
+            svg = drawn[panel.title][kind].replace(
+                "<svg", f'<svg role="img" aria-label="{label}"', 1
+            )
+            parts.append(f"<figure>{svg}</figure>")
     return f'<div class="figures">{"".join(parts)}</div>'
 
 

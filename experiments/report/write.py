@@ -3,7 +3,7 @@
 import pathlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,16 @@ def write(paths: Sequence[pathlib.Path], folder: pathlib.Path | None = None) -> 
         ]
         for panel in panels
     }
-    drawn = {panel.title: _draw(panel) for panel in panels}
-    files = {"accuracy": figures.accuracy(panels)} if len(panels) > 1 else {}
-    for title, by_kind in drawn.items():
-        slug = re.sub(r"\W+", "-", title.lower()).strip("-")
-        files |= {f"{kind}-{slug}": figure for kind, figure in by_kind.items()}
+    target.mkdir(parents=True, exist_ok=True)
     written = [target / PAGE]
-    for name, figure in files.items():
-        for ending in ("png", "svg"):
-            written.append(target / f"{name}.{ending}")
-            figures.save(figure, written[-1])
+    drawn: dict[str, dict[str, str]] = {}
+    for title, kind, figure in _draw(panels):
+        name = "-".join([kind, *re.findall(r"\w+", title.lower())])
+        svg = drawn.setdefault(title, {})[kind] = figures.svg(figure, name)
+        picture = target / f"{name}.png"
+        figures.save(figure, picture)
+        picture.with_suffix(".svg").write_text(figures.standalone(svg))
+        written += [picture, picture.with_suffix(".svg")]
     text = page.html_page(records, panels, differences, drawn, shlex.join(command))
     written[0].write_text(text)
     document = {
@@ -80,11 +80,15 @@ def show(records: Sequence[Record], files: Sequence[str], console: rich.console.
     console.print("\n".join(files), soft_wrap=True, highlight=False, markup=False)
 
 
-def _draw(panel: Panel) -> dict[str, figures.Figure]:
-    drawn = {"accuracy": figures.accuracy([panel])}
-    if panel.sparsities:
-        drawn |= {"paths": figures.paths(panel), "layers": figures.layers(panel)}
-    return drawn
+def _draw(panels: Sequence[Panel]) -> Iterator[tuple[str, str, figures.Figure]]:
+    """Draws all figures; gives the panel's title, none for one of all panels, and the kind."""
+    if len(panels) > 1:
+        yield "", "accuracy", figures.accuracy(panels)
+    for panel in panels:
+        yield panel.title, "accuracy", figures.accuracy([panel])
+        if panel.sparsities:
+            yield panel.title, "paths", figures.paths(panel)
+            yield panel.title, "layers", figures.layers(panel)
 
 
 def _panel(panel: Panel, differences: Sequence[statistics.Difference]) -> dict[str, Any]:

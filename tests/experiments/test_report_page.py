@@ -327,8 +327,9 @@ def test_a_browser_shows_the_page_on_a_phone_in_the_dark_without_overflow(page, 
     )
     (tmp_path / "phone.html").write_text(frame)
     options = """--headless --no-sandbox --disable-gpu --no-first-run --disable-sync
-        --disable-background-networking --disable-component-update --allow-file-access-from-files --hide-scrollbars
-        --blink-settings=preferredColorScheme=0 --dump-dom""".split()
+        --disable-background-networking --disable-component-update --hide-scrollbars
+        --allow-file-access-from-files --blink-settings=preferredColorScheme=0
+        --dump-dom""".split()
     done = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={tmp_path}", f"file://{tmp_path}/phone.html"],
         capture_output=True, text=True, check=True, timeout=60,
