@@ -14,7 +14,7 @@ from experiments.report.statistics import LEVEL, Difference
 from experiments.store import Record
 
 _CSS = """
-:root{color-scheme:light dark;--paper:PAPER;--ink:INK;--muted:MUTED;--rule:RULE;--link:LINK}
+:root{color-scheme:light dark;LIGHT}
 @media (prefers-color-scheme:dark){:root{DARK}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
@@ -223,7 +223,7 @@ def _words(facts: Mapping[str, Any]) -> str:
 
 def _settings(panel: Panel) -> str:
     """The recipe, and the settings of each method."""
-    recipe = {name: value for name, value in panel.settings.items() if value is not None}
+    recipe = {name: value for name, value in panel.settings.items() if value != []}
     methods = {group.method: group.records[0].get("method", {}) for group in panel.groups}
     texts = {name: json.dumps(found, ensure_ascii=False) for name, found in methods.items()}
     terms = "".join(
@@ -259,10 +259,9 @@ def _scroll(grid: Grid) -> str:
 def _css() -> str:
     names = {"paper": style.PAPER, "ink": style.INK, "muted": style.MUTED, "rule": style.RULE}
     names["link"] = style.BLUE
-    text = _CSS.replace("DARK", ";".join(f"--{n}:{style.DARK[c]}" for n, c in names.items()))
-    for name, color in names.items():
-        text = text.replace(name.upper(), color)
-    return text + figures.dark_rules()
+    light = ";".join(f"--{name}:{color}" for name, color in names.items())
+    dark = ";".join(f"--{name}:{style.DARK[color]}" for name, color in names.items())
+    return _CSS.replace("LIGHT", light).replace("DARK", dark) + figures.dark_rules()
 
 
 def _text(text: str) -> str:

@@ -145,17 +145,18 @@ def newest(records: Sequence[Record]) -> list[Record]:
     by_job: dict[str, Record] = {}
     for record in records:
         if "metrics" in record and "config" in record:
-            by_job[json.dumps(record["config"], sort_keys=True)] = record
+            by_job[json.dumps(_given(record["config"]), sort_keys=True)] = record
     return list(by_job.values())
 
 
 def failed(records: Sequence[Record]) -> list[Record]:
     """Returns the records of jobs that failed and have not finished since."""
-    finished = [record["config"] for record in newest(records)]
+    finished = [_given(record["config"]) for record in newest(records)]
     return [
         record
         for record in records
-        if "config" in record and "metrics" not in record and record["config"] not in finished
+        if "config" in record and "metrics" not in record
+        if _given(record["config"]) not in finished
     ]
 
 
@@ -190,7 +191,9 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     """
     recipes: dict[str, list[Record]] = {}
     for record in newest(records):
-        recipes.setdefault(json.dumps(_recipe(record)), []).append(record)
+        given = _given(record["config"]).items()
+        recipe = {name: value for name, value in given if name not in VARIED}
+        recipes.setdefault(json.dumps(recipe, sort_keys=True), []).append(record)
     settings = [json.loads(recipe) for recipe in recipes]
     return [
         Panel(_title(own, settings), own, tuple(group(members)))
@@ -198,15 +201,16 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     ]
 
 
-def _recipe(record: Record) -> dict[str, Any]:
-    return {name: value for name, value in record["config"].items() if name not in VARIED}
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that have a value: a record may be older than a setting."""
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _title(own: dict[str, Any], settings: Sequence[dict[str, Any]]) -> str:
     names = ("model", "dataset")
     alike = [other for other in settings if all(other[name] == own[name] for name in names)]
     differing = [
-        f"{name} {own.get(name)}"
+        f"{name} {own.get(name, 'by default')}"
         for name in dict.fromkeys(name for other in alike for name in other)
         if any(other.get(name) != own.get(name) for other in alike)
     ]

@@ -125,6 +125,15 @@ def test_the_picture_is_written_as_png(tmp_path):
     assert width > height > 400
 
 
+def test_the_figure_of_a_document_is_drawn_from_the_records_of_jobs(tmp_path):
+    store = Store(tmp_path / "jobs.jsonl")
+    store.append(_record("dpai", 0.9))
+    document = tmp_path / "page.md"
+    document.write_text("<!-- plot accuracy of jobs.jsonl -->\n![What it shows](accuracy.png)\n")
+    documents.update(document)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_control_codes_go_to_terminals_only(terminal):
     console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=100)

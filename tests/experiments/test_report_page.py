@@ -284,6 +284,14 @@ def test_recipes_on_one_network_are_told_apart_by_what_differs():
     assert titles == ["resnet20 on digits, epochs 10", "resnet20 on digits, epochs 20"]
 
 
+def test_a_record_that_is_older_than_a_setting_is_of_the_same_job():
+    job = stores.record(Config(sparsity=0.9), 0.9, best=0.9)
+    older = stores.record(Config(sparsity=0.9), 0.8, best=0.8)
+    del older["config"]["init"]
+    (panel,) = records.panels([older, job])
+    assert panel.groups[0].records == (job,)
+
+
 def test_the_command_prints_tables_or_json(tmp_path, capsys):
     store = Store(tmp_path / "jobs.jsonl")
     for seed in range(2):
@@ -298,6 +306,17 @@ def test_the_command_prints_tables_or_json(tmp_path, capsys):
     again = (tmp_path / "out" / "report.html").read_bytes()
     main(["report", str(store.path), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "report.html").read_bytes() == again
+
+
+@pytest.mark.parametrize(("method", "accuracy"), [("dense", 0.9), ("snip", None)])
+def test_a_store_of_a_single_job_has_a_report(tmp_path, method, accuracy):
+    store = Store(tmp_path / "results.jsonl")
+    store.append(stores.record(Config(method=method), accuracy, best=accuracy))
+    write([tmp_path])
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    head, row = page.tables["resnet20 on digits"]
+    assert dict(zip(head, row, strict=True))["seeds"] == "1 of 1"
+    assert ("1 of 1 diverged" in page.text) == (accuracy is None)
 
 
 def test_a_folder_without_jobs_is_named(tmp_path):
