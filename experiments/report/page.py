@@ -34,7 +34,7 @@ figure{margin:0;min-width:0;max-width:40rem}
 figure svg{display:block;width:100%;height:auto}
 .scroll{overflow-x:auto;margin:.75rem 0 .25rem;max-width:max-content;min-width:0}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .7rem;text-align:right;white-space:nowrap}
+th,td{padding:.25rem .5rem;text-align:right;white-space:nowrap}
 th{font-weight:600;border-bottom:1px solid var(--muted)}
 .l{text-align:left}
 tbody+tbody tr:first-child td{border-top:1px solid var(--rule)}
