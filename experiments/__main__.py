@@ -190,6 +190,31 @@ def bench(
     show.run(tables, seeds, None if torch is None else str(torch), folder, _console())
 
 
+def report(
+    folders: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional],
+    out: pathlib.Path | None = None,
+    json: bool = False,
+) -> None:
+    """Make a page, figures and tables of finished jobs.
+
+    Example: python -m experiments report runs/digits_resnet20
+
+    Args:
+        folders: Folders that hold a results.jsonl, or .jsonl files; their jobs are put together.
+        out: Where the page and the figures go; by default "report" beside the first store.
+        json: Print what the tables hold as JSON, in place of the tables.
+    """
+    import json as encoder
+
+    from experiments.report import records, write
+
+    document = write.write(folders, out)
+    if json:
+        print(encoder.dumps(document, indent=2))
+    else:
+        write.show(records.read(folders), document["files"], _console())
+
+
 def documents(
     files: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (
         pathlib.Path("docs/performance.md"),
@@ -272,7 +297,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _parsed(args: Sequence[str] | None) -> Callable[[], None]:
     """Returns the call that a command line asks for; a wrong one ends the process in one line."""
-    commands = (train, sweep, demo, bench, documents)
+    commands = (train, sweep, report, demo, bench, documents)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

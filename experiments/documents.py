@@ -8,6 +8,8 @@ one, its heading; a plot behind a comment that names its table:
 
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
+
+The table "jobs" and the plot "accuracy" are of finished jobs; the others are of benchmarks.
 """
 
 import pathlib
@@ -25,6 +27,8 @@ _TABLE = re.compile(
     re.DOTALL,
 )
 
+JOBS = ("jobs", "accuracy")
+"""The table and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
     r"<!-- plot (?P<name>\w+) of (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>[^)]+)\)"
@@ -42,8 +46,14 @@ def update(path: pathlib.Path) -> None:
     """
     path.write_text(updated(path))
     for match in _PLOT.finditer(path.read_text()):
-        records = _records(path, match["file"], match["name"])
-        show.plot(match["name"], records, path.parent / match["picture"])
+        records, picture = (
+            _records(path, match["file"], match["name"]),
+            path.parent / match["picture"],
+        )
+        if match["name"] in JOBS:
+            report.save(report.accuracy(report.panels(records)), picture)
+        else:
+            show.plot(match["name"], records, picture)
 
 
 def updated(path: pathlib.Path) -> str:
@@ -61,7 +71,7 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
     """The records of a table that a document names."""
     store = Store(path.parent / file)
     records = store.read()
-    if name != "jobs":
+    if name not in JOBS:
         own = [record for record in records if record.get("table") == name]
         # Of rows that were measured again, the last.
         records = list({record["title"]: record for record in own}.values())

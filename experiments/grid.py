@@ -1,6 +1,8 @@
-"""Tables, as a terminal shows them and as a document holds them."""
+"""Tables, as a terminal shows them and as documents and pages hold them."""
 
 import dataclasses
+import html
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -67,3 +69,22 @@ class Grid:
         lines = [self.headings, tuple(ruler), *(row for row in self.rows if row is not None)]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return "\n\n".join(part for part in (f"*{self.title}*", text, self.caption) if part)
+
+    def html(self) -> str:
+        """Returns the table for a page; what lines part are bodies of their own."""
+
+        def row(cells: Cells, tag: str) -> str:
+            texts = (
+                f"<{tag}{' class=l' if heading in self.left else ''}>{html.escape(cell)}</{tag}>"
+                for heading, cell in zip(self.headings, cells, strict=True)
+            )
+            return f"<tr>{''.join(texts)}</tr>"
+
+        head = f"<thead>{row(self.headings, 'th')}</thead>"
+        parts = itertools.groupby(self.rows, key=lambda cells: cells is None)
+        bodies = (
+            "\n".join(row(cells, "td") for cells in part if cells is not None)
+            for line, part in parts
+            if not line
+        )
+        return f"<table>{head}{''.join(f'<tbody>{body}</tbody>' for body in bodies)}</table>"

@@ -7,12 +7,13 @@ import rich.console
 from experiments import documents, report
 from experiments.board import Board
 from experiments.config import Config, ConfigError
+from experiments.report.records import group
 from experiments.store import Store
 
 
 def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5):
     layers = [
-        {"name": f"params/stage{index}/kernel", "nodes": 10 + index, "outputs": 16}
+        {"name": f"stage{index}", "nodes": 10 + index, "outputs": 16, "effective": 9, "weights": 9}
         for index in range(1, 5)
     ]
     topology = {"log_paths": log_paths, "nodes": 1234, "kernels": 56789, "weights": 270608}
@@ -20,6 +21,7 @@ def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5):
         "config": Config(method=method, sparsity=sparsity, seed=seed).as_dict(),
         "metrics": {
             "test_accuracy": accuracy,
+            "best_test_accuracy": accuracy,
             "prune_seconds": 12.34,
             "topology": topology | {"layers": layers},
         },
@@ -43,7 +45,6 @@ def test_the_table_fits_eighty_columns_and_shows_every_number():
         "90%",
         "99.68%",
         "90.0",
-        "270,608",
         "1,234",
         "56,789",
         "30.5",
@@ -61,7 +62,7 @@ def test_seeds_are_averaged_and_their_deviation_shown():
 
 def test_rows_are_sorted_by_sparsity_and_keep_the_order_of_methods():
     records = [_record("random", 0.99), _record("dpai", 0.9), _record("random", 0.9)]
-    rows = [(row.sparsity, row.method) for row in report.group(records)]
+    rows = [(row.sparsity, row.method) for row in group(records)]
     assert rows == [(0.9, "dpai"), (0.9, "random"), (0.99, "random")]
 
 
@@ -79,10 +80,10 @@ def test_the_table_of_a_document_is_that_of_the_terminal():
     records = [_record("dense", 0.0), _record("dpai", 0.9)]
     lines = report.table(records, "ResNet-20").markdown().splitlines()
     assert lines[0] == "*ResNet-20*"
-    assert lines[2].startswith("| sparsity | method | test % |")
+    assert lines[2].startswith("| sparsity | method | test % | best % |")
     assert lines[3].startswith("| ---: | --- | ---: |")
-    assert lines[5].startswith("| 90% | dpai | 90.0 | 270,608 | 1,234 | 56,789 | 30.5 | 12.3 |")
-    assert lines[-1].startswith("nodes, kernels:")
+    assert lines[5].startswith("| 90% | dpai | 90.0 | 90.0 | 1,234 | 56,789 | 30.5 | 12.3 |")
+    assert lines[-1].startswith("test: last epoch;")
 
 
 def test_the_tables_of_a_document_are_written_from_its_records(tmp_path):
@@ -122,6 +123,15 @@ def test_the_picture_is_written_as_png(tmp_path):
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", content[16:24])
     assert width > height > 400
+
+
+def test_the_figure_of_a_document_is_drawn_from_the_records_of_jobs(tmp_path):
+    store = Store(tmp_path / "jobs.jsonl")
+    store.append(_record("dpai", 0.9))
+    document = tmp_path / "page.md"
+    document.write_text("<!-- plot accuracy of jobs.jsonl -->\n![What it shows](accuracy.png)\n")
+    documents.update(document)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -1,0 +1,96 @@
+"""How methods look: the same in every picture, on light and on dark ground."""
+
+import dataclasses
+import zlib
+from typing import Any
+
+from experiments.config import DENSE
+
+PAPER = "#ffffff"
+INK = "#1f2328"
+MUTED = "#5c636b"
+RULE = "#e3e6ea"
+
+# After Okabe and Ito, so that they differ for colour-blind eyes, at least 3 : 1 against the ground.
+BLUE, SKY, ORANGE, VERMILLION = "#0060a8", "#3298cf", "#c98000", "#b83a00"
+GREEN, PURPLE, OLIVE, BLACK, GREY = "#008a63", "#b14d8e", "#8a8200", "#3c4043", "#7a7f85"
+
+DARK = {
+    PAPER: "#14171a",
+    INK: "#e6e9ec",
+    MUTED: "#9aa3ac",
+    RULE: "#2c3238",
+    BLUE: "#5aaeea",
+    SKY: "#9ad4f5",
+    ORANGE: "#f0ac2e",
+    VERMILLION: "#ff7f4a",
+    GREEN: "#35c79b",
+    PURPLE: "#e58fc6",
+    OLIVE: "#d8cf4a",
+    BLACK: "#d5d8db",
+    GREY: "#8d949b",
+}
+"""What each colour becomes on dark ground."""
+
+LOOKS = {
+    DENSE: (GREY, ""),
+    "random": (ORANGE, "s"),
+    "random-er": (ORANGE, "<"),
+    "random-uniform": (ORANGE, ">"),
+    "magnitude": (BLACK, "p"),
+    "magnitude-erk": (BLACK, "h"),
+    "snip": (VERMILLION, "^"),
+    "snip-erk": (VERMILLION, "d"),
+    "iterative-snip": (VERMILLION, "8"),
+    "force": (VERMILLION, "H"),
+    "grasp": (BLACK, "*"),
+    "synflow": (GREEN, "v"),
+    "synflow-erk": (GREEN, "p"),
+    "phew": (PURPLE, "P"),
+    "npb": (OLIVE, "X"),
+    "ntk-sap": (PURPLE, "d"),
+    "prospr": (OLIVE, "h"),
+    "dpai": (BLUE, "o"),
+    "dpai-published": (SKY, "D"),
+    "imp": (BLACK, "s"),
+}
+"""The colour and the marker of each method; methods of one family share a colour."""
+
+_LINES = {"repair": (0, (4, 1.5)), "shuffled": (0, (1, 1.2))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How one method is drawn.
+
+    Attributes:
+        color: Of its line and markers.
+        marker: As matplotlib names it; none for the dense network.
+        line: Solid, or another one for masks that were changed afterwards.
+        hollow: Whether the markers are hollow: those of masks that were changed afterwards.
+    """
+
+    color: str
+    marker: str
+    line: Any = "-"
+    hollow: bool = False
+
+    @property
+    def markers(self) -> dict[str, Any]:
+        """Matplotlib's arguments for the markers."""
+        return {
+            "marker": self.marker or "None",
+            "markerfacecolor": PAPER if self.hollow else self.color,
+            "markeredgecolor": self.color,
+        }
+
+
+def look(method: str) -> Look:
+    """Returns how a method is drawn; of one that isn't known, by its name alone."""
+    base, _, afterwards = method.partition("+")
+    if base not in LOOKS:
+        known = list(LOOKS.values())[1:]
+        color, marker = known[zlib.crc32(base.encode()) % len(known)]
+    else:
+        color, marker = LOOKS[base]
+    return Look(color, marker, _LINES.get(afterwards, "-"), bool(afterwards))
