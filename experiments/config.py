@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -134,8 +135,9 @@ class Config:
     def name(self) -> str:
         """A name for files, one per configuration."""
         digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
-        parts = [self.dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
-        # Data sets may be files, and methods have settings.
+        # A file's own name, without the folders of its path.
+        dataset = pathlib.PurePath(self.dataset.replace(":", "/")).name
+        parts = [dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
         plain = [re.sub(r"[^\w.+=-]+", "_", part)[-40:] for part in parts]
         return "-".join([*plain, digest[:8]])
 

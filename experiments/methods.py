@@ -1,10 +1,14 @@
 """Pruning methods by the names that configurations use. A new method is one line here.
 
-To each name "+repair" can be added, for masks whose every kept weight is effective, or "+shuffled",
-for the same number of weights in each layer at random places.
+After a name settings of the method can stand in brackets, "dpai[alpha=0.9,allocation=uniform]".
+Then "+repair" can be added, for masks whose every kept weight is effective, or "+shuffled", for the
+same number of weights in each layer at random places.
 """
 
+import ast
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +20,15 @@ Train = Callable[[Any, Any], Any]
 
 AFTERWARDS = ("repair", "shuffled")
 """What can be done to the masks of any method."""
+
+
+ALLOCATIONS: Mapping[str, dpai.Allocation] = {
+    "er": dpai.er,
+    "erk": dpai.erk,
+    "global": dpai.global_threshold,
+    "uniform": dpai.uniform,
+}
+"""How many weights each layer keeps, by the names that settings use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +79,76 @@ METHODS: Mapping[str, Pruning] = {
 }
 
 
+_NAME = re.compile(r"(?P<base>[a-z-]+)(\[(?P<settings>[^][\s]+)\])?(\+(?P<afterwards>[a-z]+))?")
+
+
 def find(name: str) -> Pruning:
-    """Returns what a name stands for.
+    """Returns what a name stands for, such as "snip", "random+repair" or "dpai[beta=0]+shuffled".
 
     Raises:
-        ConfigError: No method has this name.
+        ConfigError: No method has this name, or it has no such setting.
     """
-    base, plus, afterwards = name.partition("+")
-    if base not in METHODS or (plus and afterwards not in AFTERWARDS):
+    parts = _NAME.fullmatch(name)
+    if (
+        parts is None
+        or parts["base"] not in METHODS
+        or parts["afterwards"] not in (None, *AFTERWARDS)
+        or (parts["base"] == DENSE != name)
+    ):
         raise ConfigError(
-            f"method must be one of {sorted(METHODS)}, with +repair or +shuffled if you like; "
-            f"got {name!r}."
+            f"method must be one of {sorted(METHODS)}, with settings such as dpai[alpha=0.9], and "
+            f"with +repair or +shuffled, if you like (but not after dense); got {name!r}."
         )
-    return dataclasses.replace(METHODS[base], afterwards=afterwards)
+    pruning = METHODS[parts["base"]]
+    if parts["settings"] is not None:
+        given = [setting.partition("=") for setting in parts["settings"].split(",")]
+        changed = _with_settings(name, pruning.method, [(field, text) for field, _, text in given])
+        pruning = dataclasses.replace(pruning, method=changed)
+    return dataclasses.replace(pruning, afterwards=parts["afterwards"] or "")
+
+
+def _with_settings(name: str, method: Any, given: list[tuple[str, str]]) -> Any:
+    """Returns the method, or the class of one, with other settings."""
+    fields = {item.name: getattr(method, item.name, None) for item in dataclasses.fields(method)}
+    can_set = {
+        field: value
+        for field, value in fields.items()
+        if isinstance(value, bool | int | float | str) or value in ALLOCATIONS.values()
+    }
+    settings: dict[str, Any] = {}
+    for field, text in given:
+        if field not in can_set or field in settings:
+            raise ConfigError(
+                f"settings in a method's name must be name=value, each once, of "
+                f"{sorted(can_set)}; got {name!r}."
+            )
+        settings[field] = _value(name, field, text, can_set[field])
+    try:
+        if not isinstance(method, type):
+            return dataclasses.replace(method, **settings)
+        make = functools.partial(method, **settings)
+        make(lambda variables, _: variables)  # which checks the settings
+        return make
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method {name!r} can't be: {error}") from error
+
+
+def _value(name: str, field: str, text: str, now: Any) -> Any:
+    """Reads a setting's value, of the kind that it has now."""
+    if isinstance(now, str):
+        return text
+    if callable(now):
+        if text in ALLOCATIONS:
+            return ALLOCATIONS[text]
+        raise ConfigError(
+            f"{field} must be one of {sorted(ALLOCATIONS)}; got {text!r} in {name!r}."
+        )
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    kind = type(now)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    word = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    raise ConfigError(f"{field} must be {word}; got {text!r} in {name!r}.")

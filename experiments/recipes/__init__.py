@@ -11,7 +11,15 @@ from typing import Any
 
 from experiments.config import ConfigError
 
-RECIPES = ("digits_resnet20",)
+RECIPES = (
+    "resnet20_cifar10",
+    "vgg19_cifar100",
+    "resnet18_tiny_imagenet",
+    "efficientnet_b0_imagenet",
+    "vit_b16_tiny_imagenet",
+    "ablations",
+    "digits_resnet20",
+)
 """The names of the recipes, each of them a module in this folder."""
 
 
@@ -19,7 +27,7 @@ def find(name: str) -> Any:
     """Returns the recipe of a name, or that in a Python file.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or the file defines none.
     """
     if name in RECIPES:
         return importlib.import_module(f"{__name__}.{name}")
@@ -30,7 +38,10 @@ def find(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"recipe {name} can't be read: {error}.") from error
     if not callable(getattr(module, "sweep", None)):
         raise ConfigError(f"recipe {name} must define a function sweep(scale).")
     return module

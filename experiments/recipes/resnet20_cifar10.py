@@ -1,0 +1,40 @@
+"""ResNet-20 on CIFAR-10: the first panel of the paper's figure.
+
+    python -m experiments sweep resnet20_cifar10 --scale full
+    python -m experiments sweep resnet20_cifar10 --scale small
+
+Full: 108 jobs for one accelerator. 38 million multiply-adds an image, 45,000 images, 160 epochs:
+about 3 minutes a job and 5 hours in all at 10 TFLOP/s, an estimate.
+
+Small: 33 jobs for two cores, about an hour, an estimate. The same network, on 5000 images for 5
+epochs, at two sparsities and without PHEW and NPB.
+
+The paper reports the test accuracy of training on all 50,000 images, as far as is known; here a
+part of them is the validation split. The networks' seeds are unknown, too.
+"""
+
+import dataclasses
+
+from experiments.config import Config
+from experiments.recipes import paper
+from experiments.sweep import Sweep
+
+BASE = Config(
+    dataset="cifar10",
+    model="resnet20",
+    augmentation="crop-flip",
+    epochs=160,
+    batch_size=128,
+    learning_rate=0.1,
+    weight_decay=1e-4,
+    warmup=0.0,
+    drops=(80, 120),
+)
+SMALL_BASE = dataclasses.replace(BASE, train_images=5000, epochs=5, drops=(3, 4))
+
+
+def sweep(scale: str = "full") -> Sweep:
+    """Returns the sweep."""
+    if scale == "small":
+        return Sweep(SMALL_BASE, paper.SMALL_METHODS, paper.SMALL_SPARSITIES)
+    return Sweep(BASE, paper.METHODS, paper.SPARSITIES)
