@@ -138,7 +138,7 @@ class Config:
         # A file's own name, without the folders of its path.
         dataset = pathlib.PurePath(self.dataset.replace(":", "/")).name
         parts = [dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
-        plain = [re.sub(r"[^\w.+=-]+", "_", part)[-40:] for part in parts]
+        plain = [re.sub(r"[^\w.+=-]+", "_", part)[:60] for part in parts]
         return "-".join([*plain, digest[:8]])
 
     def as_dict(self) -> dict[str, Any]:

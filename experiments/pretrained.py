@@ -130,11 +130,14 @@ def _read_orbax(folder: pathlib.Path) -> Any:
 
 
 def _restore(folder: pathlib.Path) -> Any:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        tree = handler.metadata(folder).tree
         # As NumPy's, arrays come back whatever the devices.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=as_numpy))
+        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    finally:
+        handler.close()
 
 
 def _names(variables: Any) -> list[str]:
