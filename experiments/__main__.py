@@ -4,9 +4,10 @@ import contextlib
 import functools
 import io
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -45,7 +46,7 @@ def train(
 
     keep_compiled()
     console = _console(json)
-    with Board(console, [config]) as board:
+    with _kept_for_records(json), Board(console, [config]) as board:
         record = jobs.run(config, folder, again=again, report=board.report(config))
     if json:
         _print_records([record])
@@ -111,21 +112,22 @@ def sweep(
 
     if methods is not None:
         methods = tuple(m for name in methods for m in (METHODS if name == "all" else (name,)))
-    todo = sweeps.configs(
-        recipes,
-        scale,
-        dataset=dataset,
-        methods=methods,
-        sparsities=sparsities,
-        seeds=seeds,
-        epochs=epochs,
-    )
-    todo = join(todo, share, processes, process, coordinator)
     if folder is None:
         folder = pathlib.Path("runs", "+".join(pathlib.Path(name).stem for name in recipes))
     keep_compiled()
     console = _console(json)
-    outcome = jobs.run_all(todo, folder, console, again=again)
+    with _kept_for_records(json):
+        todo = sweeps.configs(
+            recipes,
+            scale,
+            dataset=dataset,
+            methods=methods,
+            sparsities=sparsities,
+            seeds=seeds,
+            epochs=epochs,
+        )
+        todo = join(todo, share, processes, process, coordinator)
+        outcome = jobs.run_all(todo, folder, console, again=again)
     if not jobs.decides():
         return
     if json:
@@ -254,6 +256,23 @@ def _console(json: bool = False) -> Any:
 
     console = rich.console.Console(stderr=json)
     return console if console.is_terminal else rich.console.Console(width=160, stderr=json)
+
+
+@contextlib.contextmanager
+def _kept_for_records(json: bool) -> Iterator[None]:
+    """Sends to standard error what libraries print, those in C++ too; does nothing without JSON."""
+    if not json:
+        yield
+        return
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def _print_records(records: Sequence[dict[str, Any]]) -> None:

@@ -44,6 +44,7 @@ class Board:
         self._epochs = sum(self._left.values())
         self._console = console
         self._begin = self._last_line = time.monotonic()
+        self._current: Config | None = None
         self._waiting = False
         self._bars = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
@@ -99,6 +100,9 @@ class Board:
         self, config: Config, stage: str, done: int, total: int, note: str, ended: bool
     ) -> None:
         left = self._time_left()
+        if config != self._current:
+            self._current = config
+            self._bars.reset(self._job)
         running = None if stage in _STAGES and not done else total
         self._bars.update(
             self._job,

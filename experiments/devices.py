@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import ConfigError
@@ -42,5 +43,12 @@ def whole(mesh: Mesh) -> NamedSharding:
 
 
 def on_each(mesh: Mesh, tree: Any) -> Any:
-    """Returns a tree of arrays, each of them whole on every device."""
+    """Returns a tree of arrays, each of them whole on every device.
+
+    Args:
+        mesh: The devices.
+        tree: Arrays of which each process has the whole.
+    """
+    if jax.process_count() > 1:
+        return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
     return jax.device_put(tree, whole(mesh))

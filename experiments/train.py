@@ -223,7 +223,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
 
 def train_variables(job: Job, variables: Any, masks: Any) -> Any:
     """Trains a network under masks from the given variables; returns the trained ones."""
-    state = steps.start(job.optimizer, *devices.on_each(job.mesh, (variables, masks["params"])))
+    state = devices.on_each(job.mesh, steps.start(job.optimizer, variables, masks["params"]))
     for epoch in range(job.config.epochs):
         state, _ = train_epoch(job, state, epoch)
     return variables | {"params": state.params, "batch_stats": state.batch_stats}
@@ -331,8 +331,9 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "topology": describe(result),
         "history": [],
     }
-    variables, masks = devices.on_each(job.mesh, (variables, result.masks["params"]))
-    state = steps.start(job.optimizer, variables, masks)
+    # The whole state, for the optimizer's counters begin on one device.
+    state = steps.start(job.optimizer, variables, result.masks["params"])
+    state = devices.on_each(job.mesh, state)
     _save(job.config, checkpoints, state, progress)
     return state, progress
 

@@ -60,7 +60,7 @@ def test_the_readme_shows_code_in_six_kilobytes() -> None:
 
 @pytest.mark.parametrize("path", SHOWING_CODE, ids=name_of)
 def test_the_code_of_a_document_runs_in_a_process_of_its_own(path: Path, tmp_path: Path) -> None:
-    script = tmp_path / path.with_suffix(".py").name
+    script = tmp_path / f"code_of_{path.stem}.py"  # not the name of a package that it imports
     script.write_text(SCRIPTS[path])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(

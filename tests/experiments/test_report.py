@@ -147,16 +147,3 @@ def test_control_codes_go_to_terminals_only(terminal):
     assert ("\x1b" in text) == terminal
     assert "dpai 99%" in text
     assert "epoch 2/2, validation 50.0%, test 25.0%" in text
-
-
-def test_plain_lines_come_at_stages_and_at_the_end():
-    console = rich.console.Console(file=io.StringIO(), force_terminal=False)
-    config = Config(epochs=50)
-    with Board(console, [config, Config(seed=1)]) as board:
-        tell = board.report(config)
-        tell("start", 0, 50, {})
-        for epoch in range(1, 51):
-            tell("train", epoch, 50, {"validation_accuracy": 0.5, "test_accuracy": 0.5})
-    first, last = console.file.getvalue().splitlines()
-    assert first.endswith("1/2 dpai 99%, seed 0: setting up")
-    assert "epoch 50/50" in last

@@ -48,14 +48,69 @@ def test_a_line_that_a_crash_cut_off_is_dropped(records):
     assert records.read() == [whole, whole]
 
 
-@pytest.mark.parametrize("line", [b"not json", b"[1, 2]", b'{"a": \xff}', b""])
-def test_a_damaged_line_is_named(records, line):
-    records.append({"a": 1})
+@pytest.mark.parametrize("line", [b"not json", b"[1, 2]", b'{"a": \xff}', b"", b"\0\0", b'{"a": '])
+def test_a_damaged_line_is_named_and_left_out(records, caplog, line):
+    first = records.append({"a": 1})
     with records.path.open("ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(ConfigError, match=r"results.jsonl, line 2 is damaged; delete") as caught:
-        records.read()
-    assert "\n" not in str(caught.value)
+    last = Store(records.path).append({"a": 2})
+    assert records.read() == [first, last]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{records.path}, line 2 is damaged and left out."
+    ]
+    assert records.find({"a": 1}) == first
+    assert records.find({"a": 2}) == last
+
+
+def test_records_that_other_processes_append_are_found(records):
+    assert records.find({"a": 1}) is None
+    other = Store(records.path)
+    other.append({"a": 1, "b": 1})
+    assert records.find({"a": 1}) == {"a": 1, "b": 1}
+    with records.path.open("a") as file:
+        file.write('{"a": 1, "b": ')
+    assert records.find({"a": 1}) == {"a": 1, "b": 1}
+    other.append({"a": 1, "b": 2})
+    assert records.find({"a": 1}) == {"a": 1, "b": 2}
+    assert records.find({"b": 1}) == {"a": 1, "b": 1}
+
+
+def test_a_store_that_another_file_replaced_is_read_anew(records):
+    for number in range(3):
+        records.append({"a": number})
+    assert records.find({"a": 2}) is not None
+    records.path.write_text('{"a": 7}\n')
+    assert records.find({"a": 2}) is None
+    assert records.find({"a": 7}) == {"a": 7}
+    records.path.unlink()
+    assert records.find({"a": 7}) is None
+
+
+def test_only_records_since_a_size_are_found(records):
+    records.append({"a": 1})
+    size = records.size()
+    assert records.find({"a": 1}) is not None
+    assert records.find({"a": 1}, since=size) is None
+    records.append({"a": 1, "b": 2})
+    assert records.find({"a": 1}, since=size) == {"a": 1, "b": 2}
+
+
+def test_each_line_is_parsed_once_however_many_records_are_asked_for(records, monkeypatch):
+    for number in range(50):
+        records.append({"a": number})
+    parsed = []
+    parse = store._record
+
+    def counting(line):
+        parsed.append(line)
+        return parse(line)
+
+    monkeypatch.setattr(store, "_record", counting)
+    assert [records.find({"a": number}) for number in range(60)] == [
+        *({"a": number} for number in range(50)),
+        *[None] * 10,
+    ]
+    assert len(parsed) == 50
 
 
 def test_a_record_that_the_disk_has_no_room_for_leaves_the_others_whole(records, monkeypatch):
