@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import devices
+from experiments import cpu, devices
 from experiments.datasets import augment
 from experiments.datasets.augment import Augmentation
 from experiments.datasets.photos import Photos
@@ -100,14 +100,16 @@ class Resident:
 
     def _batch(self, rows: np.ndarray, draws: augment.Draws, augmentation: Augmentation) -> Batch:
         chosen, *values = devices.split(self._mesh, rows, *draws.values())
-        return _gathered(
-            self._images,
-            self._labels,
-            chosen,
-            dict(zip(draws, values, strict=True)),
-            self._normalization,
-            augmentation=augmentation,
-            sharding=NamedSharding(self._mesh, PartitionSpec(devices.DATA)),
+        return cpu.settled(
+            _gathered(
+                self._images,
+                self._labels,
+                chosen,
+                dict(zip(draws, values, strict=True)),
+                self._normalization,
+                augmentation=augmentation,
+                sharding=NamedSharding(self._mesh, PartitionSpec(devices.DATA)),
+            )
         )
 
 
