@@ -153,7 +153,7 @@ def samples(data: Dataset, number: int, *, seed: int, per_class: int = 10) -> li
         members = (np.flatnonzero(split.labels == label) for label in range(data.num_classes))
         wanted = number * per_class
         columns = [np.resize(rng.permutation(rows), wanted) for rows in members]
-        chosen = np.stack(columns, axis=1).reshape(number, -1)
+        chosen = np.stack(columns, axis=1).reshape(number, per_class * data.num_classes)
     return [
         (data.normalized(split.images[rows]), jnp.asarray(split.labels[rows])) for rows in chosen
     ]

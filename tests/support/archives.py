@@ -69,9 +69,8 @@ def cifar_planes(pictures):
 
 def cifar10(path, train, test, layout):
     """Writes five batches and a test batch."""
-    batches = {
-        f"data_batch_{i + 1}": rows for i, rows in enumerate(zip(*_fifths(train), strict=True))
-    }
+    fifths = zip(*(np.array_split(x, 5) for x in train), strict=True)
+    batches = {f"data_batch_{i}": rows for i, rows in enumerate(fifths, start=1)}
     batches["test_batch"] = test
     files = {}
     for name, (pictures, labels) in batches.items():
@@ -98,10 +97,6 @@ def cifar100(path, train, test, layout):
             batch = {b"data": rows, b"fine_labels": labels.tolist(), b"coarse_labels": coarse}
             files[f"cifar-100-python/{name}"] = _as_python_2(batch)
     tar(path, files, "w:gz")
-
-
-def _fifths(part):
-    return [np.array_split(x, 5) for x in part]
 
 
 def _as_python_2(batch):
