@@ -62,6 +62,15 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
+def settled(batch: Any) -> Any:
+    """Returns what it is given, on CPUs once it is computed.
+
+    There a step that was started before its batch is ready continues on the threads that computed
+    the batch. Devices that wait for one another in a step could then take all threads.
+    """
+    return jax.block_until_ready(batch) if jax.default_backend() == "cpu" else batch
+
+
 def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Returns `lax.conv_general_dilated` of the same arguments, its input written out on CPUs.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import devices
+from experiments import cpu, devices
 from experiments.datasets import augment
 from experiments.datasets.augment import Augmentation
 from experiments.datasets.photos import Photos
@@ -100,14 +100,16 @@ class Resident:
 
     def _batch(self, rows: np.ndarray, draws: augment.Draws, augmentation: Augmentation) -> Batch:
         chosen, *values = devices.split(self._mesh, rows, *draws.values())
-        return _gathered(
-            self._images,
-            self._labels,
-            chosen,
-            dict(zip(draws, values, strict=True)),
-            self._normalization,
-            augmentation=augmentation,
-            sharding=NamedSharding(self._mesh, PartitionSpec(devices.DATA)),
+        return cpu.settled(
+            _gathered(
+                self._images,
+                self._labels,
+                chosen,
+                dict(zip(draws, values, strict=True)),
+                self._normalization,
+                augmentation=augmentation,
+                sharding=NamedSharding(self._mesh, PartitionSpec(devices.DATA)),
+            )
         )
 
 
@@ -151,7 +153,7 @@ def samples(data: Dataset, number: int, *, seed: int, per_class: int = 10) -> li
         members = (np.flatnonzero(split.labels == label) for label in range(data.num_classes))
         wanted = number * per_class
         columns = [np.resize(rng.permutation(rows), wanted) for rows in members]
-        chosen = np.stack(columns, axis=1).reshape(number, -1)
+        chosen = np.stack(columns, axis=1).reshape(number, per_class * data.num_classes)
     return [
         (data.normalized(split.images[rows]), jnp.asarray(split.labels[rows])) for rows in chosen
     ]

@@ -67,6 +67,8 @@ class Blobs(Sequence[bytes]):
         return len(self.source)
 
     def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         return self.source[index]["image"]
 
 

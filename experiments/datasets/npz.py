@@ -22,15 +22,11 @@ def read(path: pathlib.Path) -> Splits:
         ConfigError: The file or its arrays are not what they must be.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ConfigError(f"{path} must hold several arrays, as np.savez writes them.")
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path} can't be read as a file of np.savez: {error}.") from error
     return {name: _part(path, name, arrays) for name in ("train", "test")}
 

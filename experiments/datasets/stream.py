@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import devices
+from experiments import cpu, devices
 from experiments.datasets import augment
 from experiments.datasets.augment import Augmentation
 from experiments.datasets.photos import Photos, central_box, resized
@@ -61,7 +61,10 @@ class Stream:
         """Yields this process's part of each batch of rows, as NumPy's arrays."""
         # Its import takes a second and is needed for photos alone.
         import grain
+        from absl import flags
 
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's own, which have good defaults
         part = self._batch_size // jax.process_count()
         everyones = np.arange(len(rows)).reshape(-1, jax.process_count(), part)
         places = everyones[:, jax.process_index()].ravel()
@@ -78,7 +81,8 @@ class Stream:
         x, y = (jax.make_array_from_process_local_data(sharding, a) for a in (images, labels))
         values = devices.split(self._mesh, *draws.values())
         drawn = dict(zip(draws, values, strict=True))
-        return _input(x, drawn, self._normalization, augmentation=transform), y
+        batch = _input(x, drawn, self._normalization, augmentation=transform), y
+        return cpu.settled(batch)
 
 
 @functools.partial(jax.jit, static_argnames="augmentation")

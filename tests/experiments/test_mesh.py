@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import datasets, devices, steps, train
+from experiments import devices, steps, train
 from experiments.config import Config, ConfigError
 from tests.support.meshes import mesh_of
 
@@ -30,8 +30,7 @@ def start(config, mesh):
 
 
 def batch(job):
-    batches = datasets.batches(job.data.train, job.config.batch_size, seed=0, epoch=0, shift=0)
-    return next(iter(batches))
+    return next(iter(job.feeds["train"].epoch(0)))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_a_step_on_eight_devices_is_one_over_the_whole_batch():
     results = []
     for count in (1, 8):
         job, state = start(TINY, mesh_of(count))
-        images, labels = devices.split(job.mesh, *batch(job))
+        images, labels = batch(job)
         assert len(images.sharding.device_set) == count
         assert images.addressable_shards[0].data.shape[0] == 64 // count
         results.append(steps.train_step(job.model, job.optimizer, state, images, labels))
@@ -111,7 +110,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(batch_size):
 def test_bfloat16_is_what_networks_compute_in_and_float32_what_is_kept():
     config = dataclasses.replace(TINY, dtype="bfloat16", learning_rate=0.2)
     job, state = start(config, mesh_of(8))
-    images, labels = devices.split(job.mesh, *batch(job))
+    images, labels = batch(job)
     logits = job.model.apply({"params": state.params, "batch_stats": state.batch_stats}, images)
     assert logits.dtype == jnp.bfloat16
     losses = []

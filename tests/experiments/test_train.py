@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dpai_jax as dpai
-from experiments import steps, train
+from experiments import datasets, steps, train
 from experiments.config import Config, ConfigError
 from experiments.methods import METHODS
 from tests.support.meshes import mesh_of
@@ -263,7 +263,7 @@ def _linear_state(optimizer, keep_rows):
 
 def test_jobs_that_differ_in_their_masks_share_one_compiled_step(digits):
     optimizer = steps.Optimizer(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
-    images, labels = digits.train.images[:32], digits.train.labels[:32]
+    images, labels = digits.normalized(digits.train.images[:32]), digits.train.labels[:32]
     states = [_linear_state(optimizer, keep_rows) for keep_rows in (20, 40)]
     TRACED.clear()
     for keep_rows, state in zip((20, 40), states, strict=True):
@@ -292,10 +292,12 @@ def test_accuracy_is_the_fraction_of_right_labels_whatever_the_batch(digits):
     optimizer = steps.Optimizer(0.1, momentum=0.9, weight_decay=0.0, warmup_steps=0, steps=3)
     state = _linear_state(optimizer, 64)
     head = jax.tree.map(np.asarray, state.params["head"])
-    logits = digits.test.images.reshape(360, 64) @ head["kernel"] + head["bias"]
+    images = np.asarray(digits.normalized(digits.test.images))
+    logits = images.reshape(360, 64) @ head["kernel"] + head["bias"]
     expected = np.mean(logits.argmax(-1) == digits.test.labels)
     for batch_size in (7, 64, 400):
-        assert train.accuracy(Counted(), state, digits.test, batch_size, mesh_of(1)) == expected
+        feed = datasets.feed(digits, digits.test, batch_size, mesh=mesh_of(1))
+        assert train.accuracy(Counted(), state, feed) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
@@ -334,7 +336,7 @@ def test_shuffled_masks_have_the_densities_of_those_they_were_made_of():
 def test_the_loss_that_methods_prune_by_divides_logits_by_a_temperature(digits):
     job = train.resolve(TINY)
     variables = steps.initialize(job.model, 0, job.data.image_shape)
-    images, labels = digits.train.images[:20], digits.train.labels[:20]
+    images, labels = digits.normalized(digits.train.images[:20]), digits.train.labels[:20]
     logits, _ = job.model.apply(variables, images, train=True, mutable=["batch_stats"])
     for temperature in (1.0, 200.0):
         scaled = np.asarray(logits, np.float64) / temperature
