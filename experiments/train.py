@@ -135,7 +135,7 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
     data = datasets.load(config.dataset, train_images=config.train_images)
     if mesh is None:
         shape = models.resized_shape(data.image_shape, config.image_size)
-        cpu.use_all_cores(config.batch_size, shape)
+        cpu.keep_freed_memory(shape)
         mesh = devices.data_mesh()
     devices.check_batch_size(mesh, config.batch_size)
     model = models.create(

@@ -235,7 +235,7 @@ def _trainings(network: Network, python: str | None) -> Row:
 def _training(network: Network, batch: int = 128) -> Row:
     from experiments import cpu, devices, models, steps
 
-    cpu.use_all_cores(batch, network.shape)
+    cpu.keep_freed_memory(network.shape)
     mesh = devices.data_mesh()
     model = models.create(network.model, network.classes, network.width)
     variables = steps.initialize(model, 0, network.shape)

@@ -97,3 +97,15 @@ def test_a_step_works_out_no_residual_sum_anew_for_a_kernel():
     transposing = [body for body in bodies if " transpose(" in body and "ENTRY" not in body]
     assert transposing
     assert all(body.count(" maximum(") <= 1 for body in transposing)
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "eigen"), [(2, 1, True), (1, 1, False), (2, 2, False)]
+)
+def test_a_lone_device_of_several_cores_convolves_by_the_library_that_uses_them(
+    monkeypatch, cores, devices, eigen
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+    monkeypatch.setattr(cpu, "cores", lambda: cores)
+    assert ("xla_cpu_experimental_ynn_fusion_type" in cpu.compiler_options()) == eigen

@@ -135,25 +135,3 @@ def test_a_dtype_that_nobody_computes_in_is_refused():
 def test_all_devices_share_batches_by_default(monkeypatch):
     monkeypatch.setattr(devices, "data_mesh", mesh_of_all)
     assert train.resolve(TINY).mesh.shape == {devices.DATA: 8}
-
-
-@pytest.mark.parametrize(
-    ("before", "image_shape", "alone"),
-    [("", (16, 16, 1), False), ("", (8, 8, 1), True), ("jax.devices()", (16, 16, 1), True)],
-    ids=["large images", "small images", "too late"],
-)
-def test_each_core_becomes_a_device(before, image_shape, alone):
-    code = f"""
-import jax
-from experiments import cpu
-{before}
-cpu.use_all_cores(12, {image_shape})
-print(jax.device_count())
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    )
-    cores = len(os.sched_getaffinity(0))
-    most = max(n for n in (1, 2, 3, 4, 6, 12) if n <= cores)
-    assert int(found.stdout) == (1 if alone else most)
