@@ -1,9 +1,6 @@
 """Training on eight devices that share each batch, held against one device; and in bfloat16."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
