@@ -1,6 +1,7 @@
 """All that is done for CPUs alone. On accelerators none of it does anything."""
 
 import ctypes
+import math
 import os
 import sys
 from typing import Any
@@ -24,9 +25,9 @@ def keep_freed_memory(image_shape: tuple[int, ...]) -> None:
     its threads, each of which would have a heap of its own.
 
     Args:
-        image_shape: Shape of an image, (height, width, channels).
+        image_shape: Shape of an image, (height, width, channels); of a text (length,).
     """
-    if len(image_shape) < 3 or image_shape[0] * image_shape[1] < _SMALL or sys.platform != "linux":
+    if math.prod(image_shape[:2]) < _SMALL or sys.platform != "linux":
         return
     set_malloc_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_malloc_option is not None:  # of the GNU C library
@@ -54,6 +55,15 @@ def compiler_options() -> dict[str, str]:
     if jax.local_device_count() == 1 and cores() > 1:
         options["xla_cpu_experimental_ynn_fusion_type"] = ""
     return options
+
+
+def settled(batch: Any) -> Any:
+    """Returns what it is given, on CPUs once it is computed.
+
+    There a step that was started before its batch is ready continues on the threads that computed
+    the batch. Devices that wait for one another in a step could then take all threads.
+    """
+    return jax.block_until_ready(batch) if jax.default_backend() == "cpu" else batch
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
