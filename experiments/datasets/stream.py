@@ -68,7 +68,7 @@ class Stream:
         part = self._batch_size // jax.process_count()
         everyones = np.arange(len(rows)).reshape(-1, jax.process_count(), part)
         places = everyones[:, jax.process_index()].ravel()
-        examples = _Examples(self._split, rows[places], places, seed)
+        examples = Examples(self._split, rows[places], places, seed)
         batches = grain.MapDataset.source(examples).batch(part).to_iter_dataset()
         if self._workers > 1:
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
@@ -97,7 +97,7 @@ def _input(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Examples:
+class Examples:
     """What workers read: uint8 images of one size, and their labels.
 
     Attributes:

@@ -242,7 +242,7 @@ def test_a_decoder_learns_a_text_and_is_measured_by_token(text, tmp_path, monkey
     monkeypatch.setitem(models.MODELS, "small-gpt2", small)
     _, data = text
     config = Config(dataset=data.name, model="small-gpt2", method="magnitude", sparsity=0.3)
-    config = dataclasses.replace(config, epochs=4, batch_size=4, learning_rate=0.1)
+    config = dataclasses.replace(config, epochs=2, batch_size=4, learning_rate=0.1)
     metrics = train.train_and_evaluate(config, tmp_path / "run")
     losses = [epoch["train_loss"] for epoch in metrics["history"]]
     assert losses[0] > losses[-1]

@@ -1,6 +1,7 @@
 """Published data sets, read from small archives in their published layouts."""
 
 import http.server
+import io
 import socketserver
 import tempfile
 import threading
@@ -8,17 +9,20 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import datasets
 from experiments.config import ConfigError
-from experiments.datasets import mnist, published
+from experiments.datasets import augment, mnist, published
+from experiments.datasets.photos import Photos
+from experiments.datasets.stream import Examples, Stream
 from tests.support import archives
 from tests.support.meshes import mesh_of
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path_factory, monkeypatch):
-    """A folder of temporary files, in which nothing must be left; and no network."""
+    """Nothing must be left in the folder of temporary files. And there is no network."""
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(published.urllib.request, "urlopen", _unreachable)
@@ -43,8 +47,8 @@ def _rows(*splits):
     )
 
 
-def _holds(data, train, test):
-    """Whether the test split is as published, and the other two make up the training part."""
+def _check(data, train, test):
+    """The test split is as published, and the other two make up the training part."""
     mine = [(split.images, split.labels) for split in (data.train, data.validation)]
     assert _rows(*mine) == _rows(train)
     assert len(data.validation.labels) == len(train[1]) // 10
@@ -63,7 +67,7 @@ def test_the_mnist_family_is_read_from_idx_files(tmp_path, name, packed):
     folder = published.manual_folder(tmp_path, name)
     archives.idx(folder, parts, packed)
     data = datasets.load(f"idx:{folder}" if name == "idx" else name, tmp_path)
-    _holds(data, (pictures[:40], _labels(40, 4)), (pictures[40:], _labels(10, 4)))
+    _check(data, (pictures[:40], _labels(40, 4)), (pictures[40:], _labels(10, 4)))
     assert (data.num_classes, data.image_shape, data.augmentation) == (4, (28, 28, 1), "none")
 
 
@@ -75,7 +79,7 @@ def test_cifar_is_read_from_both_of_its_archives(tmp_path, name, stem, layout):
     path = published.manual_folder(tmp_path, name) / f"{stem}-{layout}.tar.gz"
     getattr(archives, name)(path, train, test, layout)
     data = datasets.load(name, tmp_path)
-    _holds(data, train, test)
+    _check(data, train, test)
     assert (data.num_classes, data.augmentation) == (3, "crop-flip")
 
 
@@ -111,7 +115,7 @@ def test_tiny_imagenet_is_read_from_its_folders(tmp_path, zipped):
     labels = np.repeat([1, 0, 1, 0], [10, 10, 2, 4])
     for _ in range(2):  # prepared, then read again
         data = datasets.load("tiny_imagenet", tmp_path)
-        _holds(data, (decoded[:20], labels[:20]), (decoded[20:], labels[20:]))
+        _check(data, (decoded[:20], labels[:20]), (decoded[20:], labels[20:]))
     assert (data.num_classes, data.augmentation) == (2, "crop-flip")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["downloads", "tiny_imagenet"]
 
@@ -151,27 +155,45 @@ def test_imagenet_is_read_from_its_tars_and_stays_on_disk(imagenet):
     assert all(np.min(np.abs(known - int(green))) <= 4 for green in greens)
 
 
-def test_photos_are_streamed_in_the_order_of_seed_and_epoch(imagenet):
-    feed = datasets.feed(
-        imagenet, imagenet.train, 4, mesh=mesh_of(2), augmentation="resized-crop-flip", seed=3
-    )
+def test_photos_are_streamed_in_the_order_of_seed_and_epoch_whatever_the_workers(imagenet):
+    transform = augment.named("resized-crop-flip", imagenet.image_shape)
+    feeds = [
+        Stream(imagenet.train, 4, mesh_of(count), transform, imagenet.normalization, 3, workers)
+        for count, workers in ((2, 2), (1, 1))
+    ]
+    batches, again = ([[np.asarray(x) for x in batch] for batch in f.epoch(1)] for f in feeds)
+    for ours, theirs in zip(batches, again, strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
     order = np.random.default_rng((3, 1)).permutation(12)
-    batches = [[np.asarray(x) for x in batch] for batch in feed.epoch(1)]
-    np.testing.assert_array_equal(
-        np.concatenate([labels for _, labels in batches]), imagenet.train.labels[order]
-    )
+    labels = np.concatenate([labels for _, labels in batches])
+    np.testing.assert_array_equal(labels, imagenet.train.labels[order])
     mean, deviation = 255 * np.array([0.485, 0.229])
     for images, labels in batches:
         assert images.shape == (4, 224, 224, 3)
         red = images[..., 0] * deviation + mean
         assert np.max(np.abs(red - 60 * labels[:, None, None])) <= 4
-    again = [[np.asarray(x) for x in batch] for batch in feed.epoch(1)]
-    for first, second in zip(batches, again, strict=True):
-        np.testing.assert_array_equal(first[0], second[0])
+
+
+def test_a_box_of_a_photo_is_cut_where_it_was_drawn():
+    # Its red is the column, its green the row.
+    row, column = np.mgrid[:200, :150].astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack([column, row, row], -1)).save(buffer, "PNG")
+    photos = Photos([buffer.getvalue()], np.zeros(1, int), size=32)
+    split = datasets.Split(photos, np.array([7], np.int32))
+    image, label = Examples(split, np.array([0]), np.array([5]), seed=(1, 2))[0]
+    rng = np.random.default_rng((1, 2, 5))
+    ((top, left, tall, wide),) = augment.random_boxes(rng, 1, 200, 150)
+    assert label == 7
+    places = (np.arange(32) + 0.5) / 32
+    # Away from the edges, where a pixel has neighbours on one side alone.
+    np.testing.assert_allclose(image[5, 4:-4, 0], (left + places * wide - 0.5)[4:-4], atol=1)
+    np.testing.assert_allclose(image[4:-4, 5, 1], (top + places * tall - 0.5)[4:-4], atol=1)
 
 
 def test_a_whole_pass_over_photos_fills_its_last_batch_up(imagenet):
     feed = datasets.feed(imagenet, imagenet.test, 4, mesh=mesh_of(1))
+    assert isinstance(feed, Stream)
     labels = np.concatenate([np.asarray(labels) for _, labels in feed.once()])
     np.testing.assert_array_equal(labels, [1, 2, 2, 0, 1, -1, -1, -1])
 
