@@ -14,7 +14,7 @@ import rich.console
 from jax.experimental import multihost_utils
 
 from dpai_jax.tools.settings import described
-from experiments import methods, pretrained, provenance, train
+from experiments import datasets, methods, pretrained, provenance, train
 from experiments.board import Board
 from experiments.config import DENSE, Config, ConfigError
 from experiments.store import BusyError, Record, Store, locked
@@ -45,11 +45,20 @@ class Outcome:
 def description(config: Config) -> dict[str, Any]:
     """Returns what a job's record is found by: its settings, its method's, and the code.
 
-    The content of a checkpoint to start from, too, where there is one.
+    The content of a checkpoint to start from and of a user's own data, too, where there is one.
+
+    Raises:
+        ConfigError: A name is unknown, or a file does not exist.
     """
     method = described(methods.find(config.method))
-    start = {} if config.init is None else {"init": pretrained.digest(config.init)}
-    return {"config": config.as_dict(), "method": method, "code": provenance.code()} | start
+    found = {"config": config.as_dict(), "method": method, "code": provenance.code()}
+    if config.init is not None:
+        found["init"] = provenance.content(pretrained.check_exists(config.init))
+    if (place := datasets.own_place(config.dataset)) is not None:
+        if not place.exists():
+            raise ConfigError(f"dataset must exist; got {config.dataset!r}.")
+        found["data"] = provenance.content(place)
+    return found
 
 
 def run(

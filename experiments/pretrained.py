@@ -1,7 +1,5 @@
 """Weights to start from, read from a checkpoint of Flax, of safetensors or of orbax."""
 
-import functools
-import hashlib
 import os
 import pathlib
 from typing import Any
@@ -79,23 +77,6 @@ def check_exists(path: str | os.PathLike[str]) -> pathlib.Path:
             f"got {os.fspath(path)!r}."
         )
     return place
-
-
-# Once a process: a sweep asks for the same file's with each job.
-@functools.cache
-def digest(path: str) -> str:
-    """Returns a hash of a checkpoint's content, a changed file being another job's start.
-
-    Raises:
-        ConfigError: There is no such file.
-    """
-    place, content = check_exists(path), hashlib.sha256()
-    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if file.is_file():
-            with file.open("rb") as opened:
-                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-            content.update(f"{file.relative_to(place)} {sha256}\n".encode())
-    return content.hexdigest()[:16]
 
 
 def _read(place: pathlib.Path) -> dict[str, Any]:

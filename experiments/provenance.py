@@ -27,6 +27,19 @@ _COMPUTING = (
 """The code that numbers are made by; all else shows or stores them."""
 
 
+# Once a process: a sweep asks for the same file's with each job.
+@functools.cache
+def content(place: pathlib.Path) -> str:
+    """Returns a hash of what a file, or each file in a folder, holds."""
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(place)} {sha256}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 @functools.cache
 def code() -> str:
     """Returns a hash of the code that numbers are made by, but for comments and docstrings.

@@ -1,7 +1,17 @@
 """Data sets: `load` one by name, `feed` batches of its splits to devices."""
 
 from experiments.datasets.feed import Feed, feed, samples
-from experiments.datasets.loading import NAMES, default_data_dir, load
+from experiments.datasets.loading import NAMES, default_data_dir, load, own_place
 from experiments.datasets.types import Dataset, Split
 
-__all__ = ["NAMES", "Dataset", "Feed", "Split", "default_data_dir", "feed", "load", "samples"]
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "Feed",
+    "Split",
+    "default_data_dir",
+    "feed",
+    "load",
+    "own_place",
+    "samples",
+]

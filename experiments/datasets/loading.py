@@ -1,5 +1,6 @@
 """Data sets by name."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -52,10 +53,28 @@ def load(
         ConfigError: No data set has this name, or it can't be read.
     """
     folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    own = own_place(name)
+    changed = own.stat().st_mtime_ns if own is not None and own.exists() else None
+    return _loaded(name, folder, train_images, changed)
+
+
+def own_place(name: str) -> pathlib.Path | None:
+    """Returns the file or folder of a user's own data set; None for a published one."""
     kind, colon, path = name.partition(":")
-    if colon and kind in FILES:
+    return pathlib.Path(path).expanduser() if colon and kind in FILES else None
+
+
+# The jobs of a sweep share what one of them has read.
+@functools.lru_cache(maxsize=1)
+def _loaded(
+    name: str, folder: pathlib.Path, train_images: int | None, changed: int | None
+) -> Dataset:
+    """Reads a data set; its arrays are never written to."""
+    del changed  # When a user's own file was written: a part of what is cached by.
+    own, kind = own_place(name), name.partition(":")[0]
+    if own is not None:
         augmentation = "none"
-        splits = dict(FILES[kind](pathlib.Path(path).expanduser()))
+        splits = dict(FILES[kind](own))
     elif name in NAMES:
         reader, augmentation = NAMES[name]
         splits = dict(reader(folder))

@@ -80,7 +80,14 @@ def test_train_prints_a_table_and_appends_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnits"], "error: dataset must be one of ['digits']; got 'mnits'."),
+        (
+            ["--dataset", "mnits"],
+            (
+                "error: dataset must be one of ['cifar10', 'cifar100', 'digits', 'fashion_mnist', "
+                "'imagenet', 'mnist', 'tiny_imagenet'], npz:FILE, idx:FOLDER or text:FILE; "
+                "got 'mnits'."
+            ),
+        ),
         (["--sparsity", "2"], "error: sparsity must lie in [0, 1); got 2.0."),
         (["--seed", "-1"], "error: seed must lie in [0, 2**32); got -1."),
         (
@@ -230,7 +237,7 @@ def test_all_methods_can_be_compared(monkeypatch, tmp_path):
     assert {config.method for config in calls} == set(METHODS)
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "demo", "bench", "documents"])
+@pytest.mark.parametrize("command", ["train", "sweep", "report", "demo", "bench", "documents"])
 def test_the_help_of_each_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

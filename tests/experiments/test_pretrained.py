@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from experiments import jobs, pretrained, train
+from experiments import jobs, pretrained, provenance, train
 from experiments.config import Config, ConfigError
 
 # Optax's schedules promote their integer step count.
@@ -195,20 +195,33 @@ def test_a_changed_checkpoint_makes_another_job(tmp_path):
     found = []
     for content in (b"one", b"two", b"one"):
         (tmp_path / "start.msgpack").write_bytes(content)
-        pretrained.digest.cache_clear()
+        provenance.content.cache_clear()
         found.append(jobs.description(config))
     assert found[0] == found[2] != found[1]
     assert "init" not in jobs.description(TINY)
 
 
+def test_changed_data_of_ones_own_make_another_job(tmp_path):
+    config = dataclasses.replace(TINY, dataset=f"npz:{tmp_path / 'mine.npz'}")
+    with pytest.raises(ConfigError, match=r"^dataset must exist; got 'npz:.*mine\.npz'\.$"):
+        jobs.description(config)
+    found = []
+    for content in (b"one", b"two", b"one"):
+        (tmp_path / "mine.npz").write_bytes(content)
+        provenance.content.cache_clear()
+        found.append(jobs.description(config))
+    assert found[0] == found[2] != found[1]
+    assert "data" not in jobs.description(TINY)
+
+
 def test_a_folders_hash_is_that_of_its_files_and_their_names(tmp_path):
     def digest(**files):
-        pretrained.digest.cache_clear()
+        provenance.content.cache_clear()
         for file in tmp_path.iterdir():
             file.unlink()
         for name, content in files.items():
             (tmp_path / name).write_text(content)
-        return pretrained.digest(str(tmp_path))
+        return provenance.content(tmp_path)
 
     hashes = [digest(a="1", b="2"), digest(a="2", b="1"), digest(a="1", c="2")]
     assert len(set(hashes)) == 3

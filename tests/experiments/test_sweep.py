@@ -195,7 +195,7 @@ def training(monkeypatch):
         layers = [{"name": "head/kernel", "nodes": 5, "outputs": 10}]
         topology = {"log_paths": 9.0, "nodes": 5, "kernels": 7, "weights": 11, "layers": layers}
         metrics = {"test_accuracy": 0.5, "prune_seconds": 0.1, "seconds": 1.0, "diverged": None}
-        return metrics | {"topology": topology}
+        return metrics | {"topology": topology, "best_test_accuracy": 0.5}
 
     monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
     return calls, errors
