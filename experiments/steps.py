@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.tree_util import Partial
 
 import dpai_jax as dpai
 from experiments import cpu
@@ -99,10 +101,41 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step. The masks are data, so jobs that differ in them share one program.
 
-    It is called from Python, never inside another transformation: inside `lax.scan` XLA runs
-    convolutions on one core.
+    It is called from Python, never inside another transformation (see `belong_in_one_program`).
     """
     return _jitted_step()(model, optimizer, state, images, labels)
+
+
+def train_epoch(
+    model: nn.Module, optimizer: Optimizer, state: TrainState, batch_of: Partial, each: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes the steps of an epoch in one program.
+
+    Args:
+        model: The network.
+        optimizer: How its weights are updated.
+        state: The state before the first step.
+        batch_of: Gives the batch of a step.
+        each: What it is called with, arrays whose first axis is that of the steps.
+
+    Returns:
+        The state after the last step, and the metrics of each.
+    """
+    return _jitted_epoch()(model, optimizer, state, batch_of, each)
+
+
+@functools.lru_cache
+def belong_in_one_program(model: nn.Module, image_shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether the steps of an epoch are one program: for all but convolutions on CPUs.
+
+    A step of a small network takes less time than starting a program. But inside `lax.scan` XLA
+    runs convolutions for CPUs on one core.
+    """
+    if jax.default_backend() != "cpu":
+        return True
+    x = jax.ShapeDtypeStruct((1, *image_shape), dtype)
+    variables = jax.eval_shape(lambda: initialize(model, 0, image_shape, dtype))
+    return "conv_general_dilated" not in str(jax.make_jaxpr(in_training(model))(variables, x))
 
 
 # The platform is asked for at the first step, not at import, which would start JAX's backend.
@@ -110,6 +143,18 @@ def train_step(
 def _jitted_step() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     options = cpu.compiler_options()
     return jax.jit(_step, static_argnames=("model", "optimizer"), compiler_options=options)
+
+
+@functools.cache
+def _jitted_epoch() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    options = cpu.compiler_options()
+    return jax.jit(_epoch, static_argnames=("model", "optimizer"), compiler_options=options)
+
+
+def _epoch(
+    model: nn.Module, optimizer: Optimizer, state: TrainState, batch_of: Partial, each: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    return lax.scan(lambda s, drawn: _step(model, optimizer, s, *batch_of(drawn)), state, each)
 
 
 def _step(

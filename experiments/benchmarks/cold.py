@@ -43,8 +43,10 @@ def growth() -> Jobs:
 
 
 def many() -> Jobs:
-    """Sixteen prunings in one program and one by one; as many trainings."""
+    """In one program and one by one: prunings, trainings, and the steps of an epoch."""
     yield "prune_many", functools.partial(isolated, _many, networks.STEP[0])
+    dense = networks.COPIES[0]
+    yield f"an epoch of {dense.title}", functools.partial(isolated, _epoch, dense)
     for network in networks.COPIES:
         yield network.title, functools.partial(isolated, _copies, network)
 
@@ -212,5 +214,38 @@ def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
     return {
         "number": number,
         "together": clock.call_seconds(lambda: step(stacked, images, labels)[1]),
+        "one_by_one": clock.call_seconds(one_by_one),
+    }
+
+
+def _epoch(network: Network, number: int = 100, batch: int = 128) -> Row:
+    """The steps of an epoch by one program, and by a program for each."""
+    from experiments import datasets, models, steps
+
+    model = models.create(network.model, network.classes, network.width)
+    optimizer = steps.Optimizer(**OPTIMIZER)
+    variables = steps.initialize(model, 0, network.shape)
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), variables["params"])
+    state = steps.start(optimizer, variables, masks)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((number * batch, *network.shape)).astype(np.float32)
+    labels = rng.integers(0, network.classes, number * batch).astype(np.int32)
+    split = datasets.Split(images, labels)
+    data = datasets.Dataset("random", split, split, split, network.classes, "none", None)
+    feed = datasets.feed(data, split, batch)
+    assert isinstance(feed, datasets.Resident)
+
+    def one_by_one() -> Any:
+        after, metrics = state, []
+        for x, y in feed.epoch(0):
+            after, measured = steps.train_step(model, optimizer, after, x, y)
+            metrics.append(measured)
+        return metrics
+
+    return {
+        "number": number,
+        "together": clock.call_seconds(
+            lambda: steps.train_epoch(model, optimizer, state, *feed.epoch_inside(0))[1]
+        ),
         "one_by_one": clock.call_seconds(one_by_one),
     }

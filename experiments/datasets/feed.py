@@ -1,13 +1,14 @@
 """Batches on devices, from a split in memory or on disk."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 from experiments import cpu, devices
 from experiments.datasets import augment
@@ -82,14 +83,36 @@ class Resident:
         )
         self._batch_size, self._mesh, self._seed = batch_size, mesh, seed
         self._augmentation, self._normalization = augmentation, normalization
+        self._sharding = NamedSharding(mesh, PartitionSpec(devices.DATA))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yields the shuffled, augmented batches of an epoch."""
+        for rows, draws in self._drawn(number):
+            yield self._batch(rows, draws, self._augmentation)
+
+    def epoch_inside(self, number: int) -> tuple[Partial, Any]:
+        """Returns the batches of an epoch for a program that takes all of its steps.
+
+        Returns:
+            A function that gives the batch of a step, to be called inside the program, and what it
+            is to be called with: arrays whose first axis is that of the steps.
+        """
+        rows, draws = zip(*self._drawn(number), strict=True)
+        each = np.stack(rows), jax.tree.map(lambda *steps: np.stack(steps), *draws)
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, devices.DATA))
+        inside = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), each
+        )
+        batch_of = _batch_of(self._augmentation, self._sharding)
+        return Partial(batch_of, self._images, self._labels, self._normalization), inside
+
+    def _drawn(self, number: int) -> Iterator[tuple[np.ndarray, augment.Draws]]:
+        """Yields the rows of each batch of an epoch, and the numbers that augment them."""
         rng = np.random.default_rng((self._seed, number))
         order = rng.permutation(len(self._labels)).astype(np.int32)
         for start in range(0, len(order) - self._batch_size + 1, self._batch_size):
             draws = self._augmentation.draw(rng, self._batch_size, self._images.shape[1:])
-            yield self._batch(order[start : start + self._batch_size], draws, self._augmentation)
+            yield order[start : start + self._batch_size], draws
 
     def once(self) -> Iterator[Batch]:
         """Yields the split in its own order, its last batch filled up."""
@@ -100,37 +123,33 @@ class Resident:
 
     def _batch(self, rows: np.ndarray, draws: augment.Draws, augmentation: Augmentation) -> Batch:
         chosen, *values = devices.split(self._mesh, rows, *draws.values())
-        return cpu.settled(
-            _gathered(
-                self._images,
-                self._labels,
-                chosen,
-                dict(zip(draws, values, strict=True)),
-                self._normalization,
-                augmentation=augmentation,
-                sharding=NamedSharding(self._mesh, PartitionSpec(devices.DATA)),
-            )
-        )
+        batch_of = _batch_of(augmentation, self._sharding)
+        drawn = chosen, dict(zip(draws, values, strict=True))
+        return cpu.settled(batch_of(self._images, self._labels, self._normalization, drawn))
 
 
-@functools.partial(jax.jit, static_argnames=("augmentation", "sharding"))
-def _gathered(
-    images: jax.Array,
-    labels: jax.Array,
-    rows: jax.Array,
-    draws: dict[str, jax.Array],
-    normalization: Normalization | None,
-    *,
-    augmentation: Augmentation,
-    sharding: NamedSharding,
-) -> Batch:
-    """Returns the batch of some rows; those of -1 get labels of -1."""
-    chosen, labels = images[jnp.maximum(rows, 0)], labels[jnp.maximum(rows, 0)]
-    missing = (rows < 0).reshape(rows.shape + (1,) * (labels.ndim - 1))
-    batch = network_input(augmentation(chosen, draws), normalization)
-    labels = jnp.where(missing, -1, labels)
-    shared: Any = jax.lax.with_sharding_constraint((batch, labels), sharding)
-    return shared
+# The same function for the same arguments: feeds share what is compiled for it.
+@functools.lru_cache
+def _batch_of(augmentation: Augmentation, sharding: NamedSharding) -> Callable[..., Batch]:
+    """Returns the function from rows, and numbers drawn for them, to their batch."""
+
+    @jax.jit
+    def batch_of(
+        images: jax.Array,
+        labels: jax.Array,
+        normalization: Normalization | None,
+        drawn: tuple[jax.Array, dict[str, jax.Array]],
+    ) -> Batch:
+        """Those rows that are -1 get labels of -1."""
+        rows, draws = drawn
+        chosen, labels = images[jnp.maximum(rows, 0)], labels[jnp.maximum(rows, 0)]
+        missing = (rows < 0).reshape(rows.shape + (1,) * (labels.ndim - 1))
+        batch = network_input(augmentation(chosen, draws), normalization)
+        labels = jnp.where(missing, -1, labels)
+        shared: Any = jax.lax.with_sharding_constraint((batch, labels), sharding)
+        return shared
+
+    return batch_of
 
 
 def samples(data: Dataset, number: int, *, seed: int, per_class: int = 10) -> list[Batch]:

@@ -51,6 +51,17 @@ def test_a_whole_pass_keeps_the_order_and_fills_its_last_batch_up():
     np.testing.assert_array_equal(images[:7, 0, 0, 0], np.arange(7))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_inside_one_program_the_batches_are_the_same(digits, devices):
+    options = {"mesh": mesh_of(devices), "augmentation": "crop-flip", "seed": 5}
+    feed = datasets.feed(digits, digits.train, 300, **options)
+    batch_of, each = feed.epoch_inside(2)
+    inside = jax.jit(lambda each: jax.lax.map(batch_of, each))(each)
+    outside = [jnp.stack(parts) for parts in zip(*feed.epoch(2), strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, list(inside), outside)
+    assert len(outside[1]) == 4
+
+
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_batches_are_a_function_of_seed_and_epoch(digits, augmentation):
     def epoch(seed, number):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import steps, train
+from experiments import datasets, models, steps, train
 from experiments.config import Config
+from tests.support.meshes import mesh_of
 
 # Optax's schedules promote their integer step count.
 pytestmark = pytest.mark.standard_promotion
@@ -102,3 +103,33 @@ def test_a_network_is_pruned_and_trained_on_resized_images():
     kernel = after.params["hidden1"]["kernel"]
     assert kernel.shape == (144, 8)
     assert not np.any(np.asarray(kernel)[~np.asarray(result.masks["params"]["hidden1"]["kernel"])])
+
+
+def test_an_epoch_in_one_program_is_its_steps_one_by_one(digits):
+    model = models.create("lenet", 10, 12)
+    optimizer = steps.Optimizer(0.1, 0.9, 1e-3, warmup_steps=2, steps=8)
+    variables = steps.initialize(model, 0, digits.image_shape)
+    rng = np.random.default_rng(0)
+    masks = jax.tree.map(lambda w: rng.random(w.shape) < 0.5, variables["params"])
+    feed = datasets.feed(digits, digits.train, 300, mesh=mesh_of(1), augmentation="shift")
+    start = steps.start(optimizer, variables, masks)
+    state, losses = start, []
+    for batch in feed.epoch(1):
+        state, metrics = steps.train_step(model, optimizer, state, *batch)
+        losses.append(float(metrics["train_loss"]))
+    whole, metrics = steps.train_epoch(model, optimizer, start, *feed.epoch_inside(1))
+    np.testing.assert_allclose(metrics["train_loss"], losses, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "one"),
+    [("cpu", "lenet", True), ("cpu", "lenet5", False), ("gpu", "lenet5", True)],
+)
+def test_convolutions_on_cpus_stay_outside_of_a_loop(monkeypatch, platform, name, one):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    steps.belong_in_one_program.cache_clear()
+    model = models.create(name, 10, 4)
+    assert steps.belong_in_one_program(model, (28, 28, 1), jnp.float32) == one
+    steps.belong_in_one_program.cache_clear()
