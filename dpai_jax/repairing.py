@@ -100,6 +100,7 @@ class _Repair:
       counts: the number of weights to keep in each.
       scores: the scores of the weights.
       noise: what decides between equal scores.
+      between: the slots that the last new path through a slot led through besides.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class _Repair:
         self.slots = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         self.counts = self.used(kept)
         self.noise = rng.random(kept.size, np.float32)
+        self.between: dict[int, list[int]] = {}
 
     def used(self, masks: np.ndarray) -> np.ndarray:
         """The number of weights kept in each slot."""
@@ -176,12 +178,21 @@ class _Repair:
         return masks
 
     def lengthened(self, masks: np.ndarray) -> np.ndarray | None:
-        """The masks with one more path, through a slot with weights to spare; if there is one."""
+        """The masks with one more path, or with many, through a slot that lacks weights.
+
+        None if no slot with weights to spare makes way for one.
+        """
         possible = self.reached(self.opened(masks, np.flatnonzero(self.counts))) & ~masks
         targets = np.flatnonzero((self.used(masks) < self.counts) & (self.used(possible) > 0))
         ranking = self.ranking
+        # One path often opens places for all that is missing. Where it did not, path after path
+        # would take as many searches as there are missing weights.
+        for target in sorted(self.between.keys() & set(targets.tolist())):
+            longer = self._many_through(target, masks)
+            if longer is not None:
+                return longer
         for _ in range(_TRIES):
-            for target in self.rng.permutation(targets):
+            for target in self.rng.permutation(targets).tolist():
                 longer = self._through(target, masks, ranking)
                 if longer is not None:
                     return longer
@@ -209,7 +220,76 @@ class _Repair:
 
         places = _ranked(self.opened(masks, through) & ~joined([]), ranking)
         new = _needed(places, lambda weights: bool(self.reached(joined(weights))[entry]))
+        if target not in through:
+            self.between[target] = through
         return self._relieved(joined(new), masks, ranking)
+
+    def _many_through(self, target: int, masks: np.ndarray) -> np.ndarray | None:
+        """The masks with paths through all new weights that a slot lacks, or through fewer.
+
+        All lead through the slots that the first one led through.
+        """
+        through = self.between.pop(target)
+        places = self.within(target, self.reached(self.opened(masks, through)) & ~masks)
+        entries = _ranked(places, self.ranking)
+        number = min(entries.size, self.counts[target] - self.used(masks)[target])
+        while number > 1:
+            longer = self._joined(entries[:number], through, masks)
+            if longer is not None:
+                self.between[target] = through
+                return longer
+            number //= 4
+        return None
+
+    def _joined(
+        self, entries: np.ndarray, through: list[int], masks: np.ndarray
+    ) -> np.ndarray | None:
+        """The masks with new weights of one slot, and for their paths few weights of others."""
+        before = self.reached(self.opened(masks, through))
+        longer = self.opened(masks, through)
+        longer[entries] = True
+        for i in through:
+            # New places that the entries open. Of these, the best into each output will do, or the
+            # best out of each input.
+            fresh = _ranked(self.within(i, self.reached(longer) & ~before), self.ranking)
+            longer[self.slots[i]] = masks[self.slots[i]]
+            firsts = [np.unique(lines[fresh], return_index=True)[1] for lines in self.lines]
+            for new in sorted((fresh[first] for first in firsts), key=len):
+                longer[new] = True
+                if np.all(self.reached(longer)[entries]):
+                    break
+                longer[new] = masks[new]
+            else:
+                return None
+        return self._thinned(longer, masks)
+
+    def _thinned(self, masks: np.ndarray, older: np.ndarray) -> np.ndarray | None:
+        """As `_relieved`, of weights whose input and output each have another one in the slot."""
+        numbers = [np.bincount(lines[masks], minlength=self.net.size) for lines in self.lines]
+        excess = np.maximum(self.used(masks) - self.counts, 0)
+        for i in np.flatnonzero(excess).tolist():
+            for weight in _ranked(self.within(i, older), self.ranking)[::-1]:
+                if excess[i] == 0:
+                    break
+                ends = [lines[weight] for lines in self.lines]
+                if all(n[end] > 1 for n, end in zip(numbers, ends, strict=True)):
+                    masks[weight] = False
+                    excess[i] -= 1
+                    for n, end in zip(numbers, ends, strict=True):
+                        n[end] -= 1
+        return None if np.any(excess) or not self.is_effective(masks) else masks
+
+    @functools.cached_property
+    def lines(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each weight, the input and the output of its slot that it joins, as numbers."""
+        inputs, outputs = np.empty((2, self.net.size), np.int64)
+        places = self.net.unravel(np.arange(self.net.size))
+        for layer, own in zip(self.net.layers, places, strict=True):
+            features = layer.by_features(own)
+            # A feature's number is the place of the first weight that it has.
+            inputs[features] = features[:, :, :, :1, :1]
+            outputs[features] = features[:, :, :1, :, :1]
+        return inputs, outputs
 
     def _relieved(
         self, masks: np.ndarray, older: np.ndarray, ranking: np.ndarray

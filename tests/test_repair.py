@@ -10,6 +10,8 @@ import pytest
 from jax import lax
 
 import dpai_jax as dpai
+from dpai_jax import repairing
+from dpai_jax.counts import reached
 from dpai_jax.methods.noise import normal_scores
 from dpai_jax.repairing import repair
 from tests.support.graphs import NETWORKS, Shapes, mlp, read_twice
@@ -191,6 +193,55 @@ def test_no_path_at_all_becomes_one_weight_a_layer() -> None:
     assert np.isneginf(dpai.log_paths(net, masks))
     repaired = as_numpy(repair(net, masks, None, jax.random.key(0)))
     assert totals(repaired) == totals(graph.effective(repaired)) == [1] * depth
+
+
+def test_paths_through_gated_depthwise_convolutions_are_found_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a filter on a single pixel one tap counts, so each weight needs a channel of its own."""
+    blocks, width, inner = 2, 16, 96
+
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        groups, layout = x.shape[-1] // kernel.shape[2], ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
+        )
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        for block in params["blocks"]:
+            y = jax.nn.silu(conv(x, block["expand"]))
+            y = jax.nn.silu(conv(y, block["depthwise"]))
+            gate = jax.nn.silu(conv(y.mean((1, 2), keepdims=True), block["squeeze"]))
+            x = x + conv(y * jax.nn.sigmoid(conv(gate, block["excite"])), block["project"])
+        return x.mean((1, 2)) @ params["head"]
+
+    shapes = {
+        "expand": (1, 1, width, inner),
+        "depthwise": (5, 5, 1, inner),
+        "squeeze": (1, 1, inner, 4),
+        "excite": (1, 1, 4, inner),
+        "project": (1, 1, inner, width),
+    }
+    params = {
+        "blocks": [{name: jnp.ones(shape) for name, shape in shapes.items()}] * blocks,
+        "head": jnp.ones((width, 10)),
+    }
+    net = dpai.trace(fn, params, jnp.ones((1, 1, 1, width)))
+    scores = net.tree(normal_scores(net, jax.random.key(0), params), float)
+    keep = dpai.erk(net, 0.92)
+    masks = dpai.binarize(scores, keep)
+    searches = []
+
+    def searched(*args: Any) -> Any:
+        searches.append(args)
+        return reached(*args)
+
+    monkeypatch.setattr(repairing, "reached", searched)
+    repaired = repair(net, masks, scores, jax.random.key(0))
+    topology = dpai.topology(net, repaired)
+    assert topology.effective == topology.weights == sum(net.leaves(keep))
+    # One path after another takes twenty for each weight of the depthwise filters: thousands.
+    assert len(searches) < 500
 
 
 # The zoo: no less than before on any network.
