@@ -8,10 +8,8 @@ import rich.console
 
 from experiments import jobs, report
 from experiments.config import Config, ConfigError
+from experiments.recipes.digits_resnet20 import BASE
 from experiments.sweep import Sweep
-
-BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
-"""What all jobs have in common."""
 
 
 def configs(seeds: int) -> list[Config]:

@@ -11,11 +11,13 @@ too few to tell good methods apart.
 from experiments.config import Config
 from experiments.sweep import Sweep
 
+BASE = Config(dataset="digits", model="resnet20", width=16, epochs=20)
+
 
 def sweep(scale: str = "full") -> Sweep:
     """Returns the sweep."""
     return Sweep(
-        base=Config(dataset="digits", model="resnet20", width=16, epochs=20),
+        BASE,
         methods=(
             "random",
             "random+repair",
