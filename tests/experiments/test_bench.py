@@ -31,6 +31,8 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(networks, "GROWTH", deep)
     for name in ("REPEATS", "FEW_REPEATS"):
         monkeypatch.setattr(cold, name, 1)
+    once = functools.partial(clock.call_seconds, repeats=1, warmup=0)
+    monkeypatch.setattr(clock, "call_seconds", once)
 
 
 def _printed(names, folder):
@@ -58,7 +60,8 @@ def test_tables_print_and_what_was_measured_is_not_measured_again(tmp_path, monk
 @pytest.mark.usefixtures("_tiny")
 @pytest.mark.standard_promotion
 def test_first_calls_and_many_at_once_are_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(cold, "_many", functools.partial(cold._many, number=2))
+    for name in ("_many", "_copies"):
+        monkeypatch.setattr(cold, name, functools.partial(getattr(cold, name), number=2))
     printed = _printed(("cold", "rivals", "growth", "many"), tmp_path)
     for call in (*cold.CALLS, "cached on disk", "decoder", "prune_many"):
         assert call in printed
