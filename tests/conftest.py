@@ -1,5 +1,6 @@
 """Settings that every test runs under. They must come before JAX starts its backend."""
 
+import gc
 import os
 import re
 import tempfile
@@ -50,6 +51,14 @@ def compiled_programs() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rare_garbage_collection() -> None:
+    """Collects seldom: tracing makes many objects, and each collection visits all modules' own."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
 @pytest.fixture(autouse=True)
 def quick_compilation(request: pytest.FixtureRequest) -> None:
     """Compiles quickly: most programs run once, so optimizing them costs more than it saves.
@@ -70,6 +79,7 @@ def fresh_caches() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 # Started first, so that no worker is left with one of them when the other has finished.
