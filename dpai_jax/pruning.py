@@ -200,7 +200,7 @@ def results_of(
 
 def _settings(method: Method, problem: Problem, repair: bool) -> dict[str, Any]:
     return {
-        "method": described(method),
+        "method": described(method, read=False),
         "sparsity": float(problem.sparsity),
         "key": np.asarray(jax.random.key_data(problem.key)).tolist(),
         "repair": bool(repair),

@@ -88,6 +88,8 @@ def test_the_files_and_headings_that_a_document_links_to_exist(path: Path) -> No
 def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # `make` puts the repository on the path of its environment.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Its reader has no simulated devices, on which it would train much longer.
+    monkeypatch.delenv("XLA_FLAGS")
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
     nbclient.NotebookClient(notebook, timeout=900, resources=where).execute()

@@ -79,6 +79,21 @@ def test_numpy_and_json_read_the_masks_scores_and_settings(file, result):
     assert kept == sum(layer["weights"] for layer in about["topology"]["layers"]) == 32  # of 105
 
 
+def test_what_a_method_closes_over_is_named_and_not_read(tmp_path, params):
+    kept = []
+
+    def init(key):
+        kept.append(key)  # a tracer, which nobody may read later
+        return params
+
+    result = dpai.prune(Small().apply, params, X, 0.5, method=dpai.NTKSAP(1, init=init))
+    dpai.save(tmp_path / "file", result)
+    settings = dpai.load(tmp_path / "file", params).settings["method"]["init"]
+    assert settings["function"].endswith("init")
+    kernel = settings["params"]["params"]["Conv_0"]["kernel"]
+    assert kernel == {"array": "float32[3, 3, 2, 5]"}
+
+
 def test_what_was_saved_is_loaded(file, params, result):
     loaded = dpai.load(file, params)
     for tree in ("masks", "scores"):

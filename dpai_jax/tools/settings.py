@@ -10,36 +10,42 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
-def described(value: Any) -> Any:
+def described(value: Any, *, read: bool = True) -> Any:
     """What a setting is, in JSON's terms: equal for settings that do the same.
 
     A function is its name and all that it closes over; an array is its hash.
 
     Args:
       value: a dataclass such as a pruning method, a function, an array, or a container of such.
+      read: whether arrays are read, for their hash; else each is its type and shape alone, at no
+        cost, and also where it is traced or deleted.
     """
-    return _described(value, ())
+    return _described(value, read, ())
 
 
-def _described(value: Any, enclosing: tuple[int, ...]) -> Any:
+def _described(value: Any, read: bool, enclosing: tuple[int, ...]) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return repr(value)  # JSON has no infinity
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        array = np.asarray(value)
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-        return {"array": f"{array.dtype}{list(array.shape)}", "sha256": digest}
+        array = {"array": f"{value.dtype}{list(value.shape)}"}
+        if not read:
+            return array
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        content = np.asarray(jax.random.key_data(value) if is_key else value).tobytes()
+        return array | {"sha256": hashlib.sha256(content).hexdigest()[:16]}
     if id(value) in enclosing:  # a function that closes over itself
         return "itself"
     inside = (*enclosing, id(value))
     parts = _parts(value)
     if isinstance(parts, dict):
-        return {str(name): _described(part, inside) for name, part in parts.items()}
-    return [_described(part, inside) for part in parts]
+        return {str(name): _described(part, read, inside) for name, part in parts.items()}
+    return [_described(part, read, inside) for part in parts]
 
 
 def _parts(value: Any) -> dict[Any, Any] | tuple[Any, ...]:

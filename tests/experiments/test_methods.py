@@ -1,9 +1,9 @@
 import pytest
 
 import dpai_jax as dpai
+from dpai_jax.tools.settings import described
 from experiments import methods
 from experiments.config import ConfigError
-from experiments.provenance import described
 
 
 @pytest.mark.parametrize(
