@@ -36,8 +36,9 @@ def _described(value: Any, read: bool, enclosing: tuple[int, ...]) -> Any:
         array = {"array": f"{value.dtype}{list(value.shape)}"}
         if not read:
             return array
-        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        content = np.asarray(jax.random.key_data(value) if is_key else value).tobytes()
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        content = np.asarray(value).tobytes()
         return array | {"sha256": hashlib.sha256(content).hexdigest()[:16]}
     if id(value) in enclosing:  # a function that closes over itself
         return "itself"
