@@ -133,8 +133,10 @@ def _normalization(train: Split) -> Normalization:
     # A part at a time, as float64 would be eight times as large.
     parts = np.array_split(images, -(-len(images) // 1000))
     pixels = images[..., 0].size
-    mean = sum(part.sum((0, 1, 2), dtype=np.float64) for part in parts) / pixels
-    variance = sum(np.square(part - mean).sum((0, 1, 2)) for part in parts) / pixels
+    totals = np.stack([part.sum((0, 1, 2), dtype=np.float64) for part in parts])
+    mean = totals.sum(0) / pixels
+    squares = np.stack([np.square(part - mean).sum((0, 1, 2)) for part in parts])
+    variance = squares.sum(0) / pixels
     # A channel of one value stays as it is, not divided by zero.
     deviation = np.where(variance > 0, np.sqrt(variance), 1.0)
     return Normalization(mean.astype(np.float32), deviation.astype(np.float32))
