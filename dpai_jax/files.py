@@ -62,7 +62,6 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
 
     if not isinstance(result, Result):
         raise TypeError(f"result must be what prune returned, got {shown(result)}")
-    target = pathlib.Path(path)
     masks, scores = _by_name(result.masks), _by_name(result.scores)
     arrays = {f"masks/{name}": np.packbits(mask) for name, mask in masks.items() if mask.ndim}
     arrays |= {
@@ -80,7 +79,7 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
         "seconds": result.seconds,
     }
     data = safetensors.numpy.save(arrays, {"dpai_jax": json.dumps(about, allow_nan=False)})
-    _write(target, data)
+    _write(pathlib.Path(path), data)
 
 
 def load(path: str | os.PathLike[str], params: PyTree) -> Result:
@@ -115,7 +114,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
         scores.append(jnp.asarray(arrays[f"scores/{name}"]))
     like = [leaf for _, leaf in leaves]
     topology = about["topology"]
-    told: dict[str, Any] = {name: about[name] for name in ("stopped", "seconds", "settings")}
+    net: Any = None  # a trace cannot be saved
     return Result(
         masks=structure.unflatten(meshes.device_put_like(masks, like)),
         scores=structure.unflatten(meshes.device_put_like(scores, like)),
@@ -128,7 +127,10 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
             for name, array in arrays.items()
             if name.startswith("history/")
         },
-        **(told | {"net": None}),
+        stopped=about["stopped"],
+        seconds=about["seconds"],
+        settings=about["settings"],
+        net=net,
     )
 
 
@@ -158,8 +160,6 @@ def _write(target: pathlib.Path, data: bytes) -> None:
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import safetensors
 
-    with path.open("rb"):  # a missing file is an OSError with its name
-        pass
     try:
         with safetensors.safe_open(path, "numpy") as file:
             about = json.loads((file.metadata() or {})["dpai_jax"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import sys
 import time
@@ -205,8 +206,16 @@ def _settings(method: Method, problem: Problem, repair: bool) -> dict[str, Any]:
         "key": np.asarray(jax.random.key_data(problem.key)).tolist(),
         "repair": bool(repair),
         "gates": problem.net.gates,
-        "dpai_jax": importlib.metadata.version("dpai_jax"),
+        "dpai_jax": _release(),
     }
+
+
+@functools.cache
+def _release() -> str:
+    try:
+        return importlib.metadata.version("dpai_jax")
+    except importlib.metadata.PackageNotFoundError:  # a folder on Python's path
+        return "not installed"
 
 
 def check_arguments(

@@ -133,7 +133,9 @@ def sweep(
     if json:
         _print_records(outcome.records)
     else:
-        _print_tables(outcome.records, report.table, console)
+        for grid in report.by_panel(report.panels(outcome.records)):
+            console.print()
+            console.print(grid.rich())
         console.print(
             f"Results:  {folder / jobs.RESULTS}", soft_wrap=True, highlight=False, markup=False
         )
@@ -279,21 +281,6 @@ def _print_records(records: Sequence[dict[str, Any]]) -> None:
     """Prints records as lines of JSON."""
     for record in records:
         print(json.dumps(record))
-
-
-def _print_tables(
-    records: Sequence[dict[str, Any]],
-    table: Callable[[Sequence[dict[str, Any]], str], Any],
-    console: Any,
-) -> None:
-    """Prints a table for each network and data set."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        config = record["config"]
-        groups.setdefault(f"{config['model']} on {config['dataset']}", []).append(record)
-    for title, own in groups.items():
-        console.print()
-        console.print(table(own, title).rich())
 
 
 def main(args: Sequence[str] | None = None) -> None:

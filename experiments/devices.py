@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,10 +30,12 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
         )
 
 
-def split(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
-    """Returns arrays split along their first axis, of which each process has the whole."""
-    sharding = NamedSharding(mesh, PartitionSpec(DATA))
-    return [jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays]
+def split(mesh: Mesh, *trees: Any, axis: int = 0) -> list[Any]:
+    """Returns trees of arrays split along an axis, of which each process has the whole."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), list(trees)
+    )
 
 
 def whole(mesh: Mesh) -> NamedSharding:

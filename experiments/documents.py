@@ -46,10 +46,8 @@ def update(path: pathlib.Path) -> None:
     """
     path.write_text(updated(path))
     for match in _PLOT.finditer(path.read_text()):
-        records, picture = (
-            _records(path, match["file"], match["name"]),
-            path.parent / match["picture"],
-        )
+        records = _records(path, match["file"], match["name"])
+        picture = path.parent / match["picture"]
         if match["name"] in JOBS:
             report.save(report.accuracy(report.panels(records)), picture)
         else:

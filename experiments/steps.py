@@ -103,7 +103,7 @@ def train_step(
 
     It is called from Python, never inside another transformation (see `belong_in_one_program`).
     """
-    return _jitted_step()(model, optimizer, state, images, labels)
+    return _jitted(_step)(model, optimizer, state, images, labels)
 
 
 def train_epoch(
@@ -121,7 +121,7 @@ def train_epoch(
     Returns:
         The state after the last step, and the metrics of each.
     """
-    return _jitted_epoch()(model, optimizer, state, batch_of, each)
+    return _jitted(_epoch)(model, optimizer, state, batch_of, each)
 
 
 @functools.lru_cache
@@ -140,15 +140,9 @@ def belong_in_one_program(model: nn.Module, image_shape: tuple[int, ...], dtype:
 
 # The platform is asked for at the first step, not at import, which would start JAX's backend.
 @functools.cache
-def _jitted_step() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def _jitted(function: Callable[..., Any]) -> Any:
     options = cpu.compiler_options()
-    return jax.jit(_step, static_argnames=("model", "optimizer"), compiler_options=options)
-
-
-@functools.cache
-def _jitted_epoch() -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    options = cpu.compiler_options()
-    return jax.jit(_epoch, static_argnames=("model", "optimizer"), compiler_options=options)
+    return jax.jit(function, static_argnames=("model", "optimizer"), compiler_options=options)
 
 
 def _epoch(

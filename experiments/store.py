@@ -78,7 +78,12 @@ class Store:
 
     def read(self) -> list[Record]:
         """Returns the records in order; none where there is no file. Damaged lines are left out."""
-        return [record for _, record in self._records(_Index()) if record is not None]
+        return list(self.by_line().values())
+
+    def by_line(self) -> dict[int, Record]:
+        """Returns the records by the numbers of their lines, from 1."""
+        lines = enumerate(self._records(_Index()), start=1)
+        return {line: record for line, (_, record) in lines if record is not None}
 
     def find(self, what: Mapping[str, Any], since: int = 0) -> Record | None:
         """Returns the newest record that says all of this; None where there is none yet.

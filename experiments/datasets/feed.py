@@ -76,11 +76,8 @@ class Resident:
         normalization: Normalization | None,
         seed: int,
     ) -> None:
-        sharding = devices.whole(mesh)
-        self._images, self._labels = (
-            jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-            for x in (np.asarray(split.images), split.labels)
-        )
+        whole = np.asarray(split.images), split.labels
+        self._images, self._labels = devices.on_each(mesh, whole)
         self._batch_size, self._mesh, self._seed = batch_size, mesh, seed
         self._augmentation, self._normalization = augmentation, normalization
         self._sharding = NamedSharding(mesh, PartitionSpec(devices.DATA))
@@ -97,14 +94,10 @@ class Resident:
             A function that gives the batch of a step, to be called inside the program, and what it
             is to be called with: arrays whose first axis is that of the steps.
         """
-        rows, draws = zip(*self._drawn(number), strict=True)
-        each = np.stack(rows), jax.tree.map(lambda *steps: np.stack(steps), *draws)
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, devices.DATA))
-        inside = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), each
-        )
+        each = jax.tree.map(lambda *steps: np.stack(steps), *self._drawn(number))
         batch_of = _batch_of(self._augmentation, self._sharding)
-        return Partial(batch_of, self._images, self._labels, self._normalization), inside
+        inside = Partial(batch_of, self._images, self._labels, self._normalization)
+        return inside, devices.split(self._mesh, *each, axis=1)
 
     def _drawn(self, number: int) -> Iterator[tuple[np.ndarray, augment.Draws]]:
         """Yields the rows of each batch of an epoch, and the numbers that augment them."""
@@ -122,9 +115,8 @@ class Resident:
             yield self._batch(batch, {}, Augmentation())
 
     def _batch(self, rows: np.ndarray, draws: augment.Draws, augmentation: Augmentation) -> Batch:
-        chosen, *values = devices.split(self._mesh, rows, *draws.values())
         batch_of = _batch_of(augmentation, self._sharding)
-        drawn = chosen, dict(zip(draws, values, strict=True))
+        drawn = devices.split(self._mesh, rows, draws)
         return cpu.settled(batch_of(self._images, self._labels, self._normalization, drawn))
 
 
@@ -138,7 +130,7 @@ def _batch_of(augmentation: Augmentation, sharding: NamedSharding) -> Callable[.
         images: jax.Array,
         labels: jax.Array,
         normalization: Normalization | None,
-        drawn: tuple[jax.Array, dict[str, jax.Array]],
+        drawn: list[Any],
     ) -> Batch:
         """Those rows that are -1 get labels of -1."""
         rows, draws = drawn

@@ -79,8 +79,7 @@ class Stream:
     ) -> Batch:
         sharding = NamedSharding(self._mesh, PartitionSpec(devices.DATA))
         x, y = (jax.make_array_from_process_local_data(sharding, a) for a in (images, labels))
-        values = devices.split(self._mesh, *draws.values())
-        drawn = dict(zip(draws, values, strict=True))
+        (drawn,) = devices.split(self._mesh, draws)
         batch = _input(x, drawn, self._normalization, augmentation=transform), y
         return cpu.settled(batch)
 

@@ -8,6 +8,9 @@ The hours in the recipes' docstrings are estimates, not measurements: six times 
 a forward pass for each image, over the speed that is named with them.
 """
 
+from experiments.config import Config
+from experiments.sweep import Sweep
+
 SPARSITIES = (0.6838, 0.9, 0.9684, 0.99, 0.9968)
 """1 − 10^−c for c = 0.5, 1, 1.5, 2 and 2.5."""
 
@@ -17,3 +20,10 @@ METHODS = ("random", "snip", "synflow", "phew", "npb", "dpai-published", "dpai")
 SMALL_SPARSITIES = (0.9, 0.99)
 SMALL_METHODS = ("random", "snip", "synflow", "dpai-published", "dpai")
 """What the scale "small" leaves of them."""
+
+
+def panel(scale: str, full: Config, small: Config) -> Sweep:
+    """Returns the sweep of one panel of the paper's figure."""
+    if scale == "small":
+        return Sweep(small, SMALL_METHODS, SMALL_SPARSITIES)
+    return Sweep(full, METHODS, SPARSITIES)

@@ -39,6 +39,4 @@ SMALL_BASE = dataclasses.replace(
 
 def sweep(scale: str = "full") -> Sweep:
     """Returns the sweep."""
-    if scale == "small":
-        return Sweep(SMALL_BASE, paper.SMALL_METHODS, paper.SMALL_SPARSITIES)
-    return Sweep(BASE, paper.METHODS, paper.SPARSITIES)
+    return paper.panel(scale, BASE, SMALL_BASE)

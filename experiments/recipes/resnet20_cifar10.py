@@ -35,6 +35,4 @@ SMALL_BASE = dataclasses.replace(BASE, train_images=10_000, epochs=4, drops=(2, 
 
 def sweep(scale: str = "full") -> Sweep:
     """Returns the sweep."""
-    if scale == "small":
-        return Sweep(SMALL_BASE, paper.SMALL_METHODS, paper.SMALL_SPARSITIES)
-    return Sweep(BASE, paper.METHODS, paper.SPARSITIES)
+    return paper.panel(scale, BASE, SMALL_BASE)

@@ -35,6 +35,4 @@ SMALL_BASE = dataclasses.replace(BASE, width=8, train_images=10_000, epochs=5, d
 
 def sweep(scale: str = "full") -> Sweep:
     """Returns the sweep."""
-    if scale == "small":
-        return Sweep(SMALL_BASE, paper.SMALL_METHODS, paper.SMALL_SPARSITIES)
-    return Sweep(BASE, paper.METHODS, paper.SPARSITIES)
+    return paper.panel(scale, BASE, SMALL_BASE)

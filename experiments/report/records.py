@@ -133,7 +133,7 @@ def read(paths: Sequence[pathlib.Path]) -> list[Record]:
         file = path / RESULTS if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(f"folders must name stores or folders that hold one; got {path}.")
-        lines = enumerate(Store(file).read(), start=1)
+        lines = Store(file).by_line().items()
         records += [record | {"source": f"{file}:{line}"} for line, record in lines]
     if not any("config" in record for record in records):
         raise ConfigError(f"no job has a record in {', '.join(map(str, paths))}.")

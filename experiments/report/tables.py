@@ -28,6 +28,11 @@ def table(records: Sequence[Record], title: str) -> Grid:
     return _results(own.group(records), title, detailed=False)
 
 
+def by_panel(panels: Sequence[Panel]) -> list[Grid]:
+    """Makes such a table for each recipe on each data set and network."""
+    return [_results(panel.groups, panel.title, detailed=False) for panel in panels]
+
+
 def results(panel: Panel) -> Grid:
     """Makes the table of a panel that also says which records each row stands on."""
     return _results(panel.groups, panel.title, detailed=True)

@@ -73,10 +73,8 @@ def write(paths: Sequence[pathlib.Path], folder: pathlib.Path | None = None) -> 
 def show(records: Sequence[Record], files: Sequence[str], console: rich.console.Console) -> None:
     """Prints the tables of a report and where its files are."""
     panels = own.panels(records)
-    for panel in panels:
-        members = [record for group in panel.groups for record in group.records]
-        console.print(tables.table(members, panel.title).rich())
-    console.print(tables.pruning_times(panels).rich())
+    for grid in (*tables.by_panel(panels), tables.pruning_times(panels)):
+        console.print(grid.rich())
     console.print("\n".join(files), soft_wrap=True, highlight=False, markup=False)
 
 

@@ -92,7 +92,8 @@ def test_a_step_works_out_no_residual_sum_anew_for_a_kernel():
     optimizer = steps.Optimizer(0.1, 0.9, 0.0, 0, 2)
     state = steps.start(optimizer, variables, masks)
     labels = jnp.zeros(4, jnp.int32)
-    program = steps._jitted_step().lower(model, optimizer, state, x, labels).compile().as_text()
+    step = steps._jitted(steps._step)
+    program = step.lower(model, optimizer, state, x, labels).compile().as_text()
     bodies = re.split(r"\n}\n", program)
     transposing = [body for body in bodies if " transpose(" in body and "ENTRY" not in body]
     assert transposing

@@ -190,13 +190,19 @@ def test_training_starts_from_the_loaded_weights(tmp_path, fresh, trained):
     jax.tree.map(np.testing.assert_array_equal, start, trained)
 
 
-def test_a_changed_checkpoint_makes_another_job(tmp_path):
-    config = dataclasses.replace(TINY, init=str(tmp_path / "start.msgpack"))
+def _descriptions(config, file):
+    """A job's descriptions as a file of its changes, and changes back."""
     found = []
     for content in (b"one", b"two", b"one"):
-        (tmp_path / "start.msgpack").write_bytes(content)
+        file.write_bytes(content)
         provenance.content.cache_clear()
         found.append(jobs.description(config))
+    return found
+
+
+def test_a_changed_checkpoint_makes_another_job(tmp_path):
+    config = dataclasses.replace(TINY, init=str(tmp_path / "start.msgpack"))
+    found = _descriptions(config, tmp_path / "start.msgpack")
     assert found[0] == found[2] != found[1]
     assert "init" not in jobs.description(TINY)
 
@@ -205,11 +211,7 @@ def test_changed_data_of_ones_own_make_another_job(tmp_path):
     config = dataclasses.replace(TINY, dataset=f"npz:{tmp_path / 'mine.npz'}")
     with pytest.raises(ConfigError, match=r"^dataset must exist; got 'npz:.*mine\.npz'\.$"):
         jobs.description(config)
-    found = []
-    for content in (b"one", b"two", b"one"):
-        (tmp_path / "mine.npz").write_bytes(content)
-        provenance.content.cache_clear()
-        found.append(jobs.description(config))
+    found = _descriptions(config, tmp_path / "mine.npz")
     assert found[0] == found[2] != found[1]
     assert "data" not in jobs.description(TINY)
 

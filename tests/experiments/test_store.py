@@ -268,3 +268,12 @@ def test_jobs_that_differ_have_names_that_differ():
     names = {config.name for config in configs}
     assert len(names) == len(configs)
     assert Config().name.startswith("digits-resnet20-dpai-0.99-seed0-")
+
+
+def test_records_stand_on_the_lines_that_a_reader_counts(records):
+    first = records.append({"job": 1})
+    with records.path.open("a") as file:
+        file.write("torn\n")
+    last = records.append({"job": 2})
+    assert records.by_line() == {1: first, 3: last}
+    assert records.read() == [first, last]
