@@ -10,6 +10,7 @@ One call turns a network function, its parameters and a sparsity into masks:
 64
 """
 
+from dpai_jax import plot
 from dpai_jax.allocation import Allocation, er, erk, global_threshold, uniform, weights_to_keep
 from dpai_jax.caching import cache
 from dpai_jax.counts import log_paths
@@ -41,6 +42,7 @@ from dpai_jax.optimizer import keep_pruned
 from dpai_jax.paths import Layer, Network, register_rule, trace
 from dpai_jax.pruning import Result, prune
 from dpai_jax.repairing import repair
+from dpai_jax.summaries import Summary
 
 __all__ = [
     "FORCE",
@@ -63,6 +65,7 @@ __all__ = [
     "Pruned",
     "Random",
     "Result",
+    "Summary",
     "SynFlow",
     "Topology",
     "apply_masks",
@@ -77,6 +80,7 @@ __all__ = [
     "keep_pruned",
     "load",
     "log_paths",
+    "plot",
     "prune",
     "prune_many",
     "register_rule",
