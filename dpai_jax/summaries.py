@@ -9,7 +9,7 @@ from typing import Any
 Cells = tuple[str, ...]
 
 _CELL = "padding:2px 10px;white-space:nowrap;text-align:"
-_LINE = ";border-top:1px solid currentColor"
+_OVER, _UNDER = (f";border-{side}:1px solid currentColor" for side in ("top", "bottom"))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -65,8 +65,9 @@ class Summary:
         body = "".join(row(cells, "td") for cells in self.rows)
         return (
             f"<p><strong>{html.escape(self.title)}</strong></p>"
-            f"<table><thead>{row(self.headings, 'th')}</thead><tbody>{body}</tbody>"
-            f"<tfoot>{row(self.total, 'th', _LINE)}</tfoot></table>"
+            f'<table style="border-collapse:collapse"><thead>'
+            f"{row(self.headings, 'th', _UNDER)}</thead><tbody>{body}</tbody>"
+            f"<tfoot>{row(self.total, 'th', _OVER)}</tfoot></table>"
             f"<p>{html.escape(self.caption)}</p>"
         )
 

@@ -71,7 +71,7 @@ def density(result: Result | Topology, ax: Axes | None = None) -> Axes:
     positive = np.concatenate([kept[kept > 0], alive[alive > 0]])
     if positive.min(initial=1) < 0.1 * positive.max(initial=0):
         ax.set_xscale("log")
-    else:
+    elif ax.get_xscale() == "linear":  # it may share a logarithmic one
         ax.set_xlim(0, 1.04 * positive.max(initial=0))
     ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     step = -(-len(layers) // 46)

@@ -8,7 +8,7 @@ it was made of.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from dpai_jax import checks
+from dpai_jax.counts import once_per_network
 from dpai_jax.measuring import effective
 from dpai_jax.paths import EXACT, KernelUse, Network, Spread
 from dpai_jax.paths.channels import Channels, channels
@@ -54,8 +55,8 @@ class Graph:
 def graph_of(net: Network, masks: PyTree) -> Graph:
     """The graph of a small network."""
     kept = on_one_device(checks.masks(net, masks))
-    graph = channels(net)
-    paths, shares = _paths(net.unrolled(), kept)
+    graph = _channels(net)
+    paths, shares = _paths(net, kept)
     n_inputs, inputs = _input_units(graph)
     counts = np.concatenate([np.ones(n_inputs), *paths])
     sources = _sources(graph, inputs, n_inputs)
@@ -123,34 +124,52 @@ def _paths(net: Network, kept: Sequence[Array]) -> tuple[list[np.ndarray], list[
 
     The share of all paths that pass a weight is m · ∂ log R_P/∂m, as R_P is linear in each.
     """
-    masks = [jnp.asarray(m, jnp.float32) for m in kept]
-    uses: list[KernelUse] = []
-
-    def count(factors: Sequence[Array] | None) -> tuple[Array, list[tuple[Array, Array]]]:
-        written: list[tuple[Array, Array]] = []
-
-        def at_kernel(use: KernelUse) -> Spread:
-            if factors is None:
-                uses.append(use)
-            else:
-                factor = factors[len(written)]
-                weight = dataclasses.replace(use.weight, array=use.weight.array * factor)
-                use = dataclasses.replace(use, weight=weight)
-            result = use.count()
-            written.append((_features(use, result), use.flow.exponent))
-            return result
-
-        return net.log_count(masks, EXACT, at_kernel), written
-
-    jax.eval_shape(lambda: count(None)[0])
+    uses, shares_and_paths = _counted(net)
     ones = [jnp.ones(use.weight.shape, jnp.float32) for use in uses]
-    shares, written = jax.device_get(jax.jit(jax.grad(count, has_aux=True))(ones))
+    masks = [jnp.asarray(m, jnp.float32) for m in kept]
+    shares, written = jax.device_get(shares_and_paths(ones, masks))
     paths = [np.ldexp(counts.astype(float), exponent) for counts, exponent in written]
     views = [
         dataclasses.replace(use, weight=dataclasses.replace(use.weight, array=share)).kernel()
         for use, share in zip(uses, shares, strict=True)
     ]
     return paths, [np.asarray(view, float) for view in views]
+
+
+@once_per_network
+def _counted(net: Network) -> tuple[list[KernelUse], Callable[..., Any]]:
+    """The uses of kernels, and a compiled function of a factor for each use and of the masks.
+
+    It returns the gradient on the factors, and the counts behind each use with their exponents.
+    """
+    net = net.unrolled()
+    uses: list[KernelUse] = []
+
+    def discover(masks: Sequence[Array]) -> Array:
+        def at_kernel(use: KernelUse) -> Spread:
+            uses.append(use)
+            return use.count()
+
+        return net.log_count(masks, EXACT, at_kernel)
+
+    def count(factors: Sequence[Array], masks: Sequence[Array]) -> tuple[Array, Any]:
+        written: list[tuple[Array, Array]] = []
+
+        def at_kernel(use: KernelUse) -> Spread:
+            array = use.weight.array * factors[len(written)]
+            use = dataclasses.replace(use, weight=dataclasses.replace(use.weight, array=array))
+            result = use.count()
+            written.append((_features(use, result), use.flow.exponent))
+            return result
+
+        return net.log_count(masks, EXACT, at_kernel), written
+
+    shapes = [jax.ShapeDtypeStruct(layer.shape, jnp.float32) for layer in net.layers]
+    jax.eval_shape(discover, shapes)
+    return uses, jax.jit(jax.grad(count, has_aux=True))
+
+
+_channels = once_per_network(channels)
 
 
 def _features(use: KernelUse, result: Spread) -> Array:
