@@ -14,8 +14,8 @@ from dpai_jax.compacting.analysis import Leaf, backward, blocks, forward, with_a
 from dpai_jax.compacting.cuts import Cut
 from dpai_jax.compacting.facts import Fact, Kept
 from dpai_jax.compacting.program import Program, Step
-from dpai_jax.compacting.rules import rule_of
-from dpai_jax.paths._jax import bind
+from dpai_jax.compacting.rules import Rule, rule_of
+from dpai_jax.paths._jax import bind, source_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,11 @@ class Frozen:
     values: np.ndarray
 
     @classmethod
-    def of(cls, whole: np.ndarray, kept: Kept | None) -> Frozen:
+    def of(cls, leaf: Any, kept: Kept | None) -> Frozen:
         """What a block leaves of a leaf."""
+        if kept is not None and all(k is None for k in kept):
+            return cls(leaf.shape, leaf.dtype, np.zeros(0, int), np.zeros(0))
+        whole = np.asarray(leaf)
         rest = whole.copy()
         if kept is not None:
             rest[np.ix_(*_written_out(kept, rest.shape))] = 0
@@ -96,6 +99,17 @@ class Plan:
                 values[i] = self._cut(i, array, k)
         self._whole.clear()
         return [values[i].at((None,) * len(program.shapes[i])) for i in program.outputs]
+
+    def remarks(self) -> list[str]:
+        """What is computed whole, and why."""
+        found: dict[str, None] = {}
+        for step in self.program.steps:
+            touched = any(self.facts[i].activation for i in step.operands)
+            is_used = any(self.kept[i] is not None for i in step.results)
+            if touched and is_used and rule_of(step) is Rule:
+                line = source_line(step.eqn) or "an unknown line"
+                found[f"{step.kind} at {line} is computed whole: it has no rule to cut it"] = None
+        return list(found)
 
     def _cut(self, number: int, array: Any, kept: Kept | None) -> Cut:
         dtype = self.program.dtypes[number]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from dpai_jax.paths._jax import bind, dtype_of, open_jaxpr, shape_of
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
@@ -145,19 +146,28 @@ def pointwise_call(eqn: JaxprEqn, operands: Sequence[Any], shape: tuple[int, ...
     body = called_jaxpr(eqn)
     tangents = [jax.ShapeDtypeStruct(shape_of(v), dtype_of(v)) for v in eqn.invars]
     derivative = jax.make_jaxpr(lambda p, t: jax.jvp(functools.partial(bind, eqn), p, t))(tangents, tangents)
-    if not _is_pointwise(derivative, eqn):
-        raise NotImplementedError(f"the derivative of {eqn.primitive.name} is not pointwise")
-
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:
         return _at_shape(body, args, shape)
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        results = _at_shape(derivative, (*primals, *tangents), shape)
+        run = _at_shape if _is_pointwise(derivative, eqn) else _padded
+        results = run(derivative, (*primals, *tangents), shape)
         return results[: len(eqn.outvars)], results[len(eqn.outvars) :]
 
     return list(call(*operands))
+
+
+def _padded(jaxpr: Any, args: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
+    """The same from the jaxpr as it stands, on arrays that are filled up to the size it needs."""
+    sizes = [v.aval.shape for v in open_jaxpr(jaxpr)[0].invars]
+    short = math.prod(shape)
+    filled = [
+        a if a.shape == s else jnp.pad(a.ravel(), (0, math.prod(s) - short)).reshape(s)
+        for a, s in zip(args, sizes, strict=True)
+    ]
+    return [y.ravel()[:short].reshape(shape) for y in jaxpr_as_fun(jaxpr)(*filled)]
 
 
 def _at_shape(jaxpr: Any, args: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:

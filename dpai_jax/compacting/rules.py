@@ -17,7 +17,7 @@ import numpy as np
 
 from dpai_jax.compacting import program as p
 from dpai_jax.compacting.cuts import Cut, narrow
-from dpai_jax.compacting.facts import Fact, Flags, Kept, block, flags, within
+from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, block, flags, within
 from dpai_jax.compacting.program import Step
 from dpai_jax.paths._jax import bind, shape_of
 
@@ -110,12 +110,15 @@ class Pointwise(Rule):
         if step.kind in Pointwise._PRODUCTS:
             pairs = (operands, operands[::-1])
             each = [whole & matters(results[0], a, b) for a, b in pairs]
-        return [w if x.shape else np.asarray(w.any()) for w, x in zip(each, operands, strict=True)]
+        shape = results[0].shape
+        return [_unbroadcast(w, x.shape, shape) for w, x in zip(each, operands, strict=True)]
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
         target = next(k for k in kept if k is not None)
-        at = [x.at(target) if x.shape else x.at(()) for x in operands]
+        shape = shape_of(step.eqn.outvars[0])
+        targets = [_for_operand(target, x.shape, shape) for x in operands]
+        at = [x.at(t) for x, t in zip(operands, targets, strict=True)]
         if step.kind == "pointwise_call":
             return p.pointwise_call(step.eqn, at, jnp.shape(at[0]))
         if step.kind == "div" and operands[1].shape:
@@ -123,8 +126,20 @@ class Pointwise(Rule):
             x = operands[1]
             missing = x.fact.live & ~block(x.own, x.shape)
             if missing.any():
-                at[1] = jnp.where(within(missing, target), jnp.ones((), x.dtype), at[1])
+                at[1] = jnp.where(within(missing, targets[1]), jnp.ones((), x.dtype), at[1])
         return bind(step.eqn, *at)
+
+
+def _unbroadcast(wanted: Flags, shape: Shape, result: Shape) -> Flags:
+    """Flags of the result for an operand, which may have size one or no axes at all."""
+    if not shape:
+        return np.asarray(wanted.any())
+    once = tuple(i for i, (n, m) in enumerate(zip(shape, result, strict=True)) if n < m)
+    return wanted.any(once, keepdims=True)
+
+
+def _for_operand(target: Kept, shape: Shape, result: Shape) -> Kept:
+    return tuple(k if n == m else None for k, n, m in zip(target, shape, result, strict=False))
 
 
 def matters(result: Fact, a: Fact, b: Fact) -> Flags:

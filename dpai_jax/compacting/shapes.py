@@ -74,15 +74,16 @@ def _sources(step: Step) -> list[list[Sources]]:
             parts, first = [], 0
             for part in shapes:
                 run = np.arange(result[at]) - first
-                run = np.where(run < part[at], run, -1)
+                run = np.where((run >= 0) & (run < part[at]), run, -1)
                 parts.append([Source(i, run if i == at else None) for i, _ in _each(result)])
                 first += part[at]
             return [parts]
     sources = []
     for i, (low, _, inner) in enumerate(params["padding_config"]):
         place = np.arange(result[i]) - low
-        run = np.where(place % (inner + 1) == 0, place // (inner + 1), -1)
-        sources.append(Source(i, _unless_all(np.where(run < shape[i], run, -1), shape[i])))
+        run = place // (inner + 1)
+        there = (place % (inner + 1) == 0) & (run >= 0) & (run < shape[i])
+        sources.append(Source(i, _unless_all(np.where(there, run, -1), shape[i])))
     return [[sources, [Source(None)] * len(result)]]
 
 
