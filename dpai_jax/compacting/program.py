@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from dpai_jax.paths._jax import bind, dtype_of, open_jaxpr, shape_of
@@ -101,7 +102,8 @@ def _inline(program: Program, jaxpr: Any, arguments: Sequence[int]) -> list[int]
         operands = [read(atom) for atom in eqn.invars]
         kind = _kind(eqn)
         if kind == "inlined":
-            results = _inline(program, called_jaxpr(eqn), operands)
+            body = _simpler(eqn) if eqn.primitive.name in _SIMPLER else called_jaxpr(eqn)
+            results = _inline(program, body, operands)
         else:
             results = [program.new(var) for var in eqn.outvars]
             program.steps.append(Step(eqn, kind, tuple(operands), tuple(results)))
@@ -119,7 +121,32 @@ def _kind(eqn: JaxprEqn) -> str:
         if name == "custom_jvp_call" and floats and _is_pointwise(body, eqn):
             return "pointwise_call"
         return name
-    return "inlined" if name in CALLS else name
+    return "inlined" if name in CALLS or name in _SIMPLER else name
+
+
+def _simpler(eqn: JaxprEqn) -> Any:
+    """An operation as a jaxpr of simpler ones."""
+    avals = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in eqn.invars]
+    return jax.make_jaxpr(functools.partial(_SIMPLER[eqn.primitive.name], eqn.params))(*avals)
+
+
+def _stack(params: dict[str, Any], *parts: Any) -> Any:
+    axis = params["axis"]
+    return lax.concatenate([lax.expand_dims(part, [axis]) for part in parts], axis)
+
+
+def _unstack(params: dict[str, Any], x: Any) -> list[Any]:
+    axis = params["axis"]
+    return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+
+def _tile(params: dict[str, Any], x: Any) -> Any:
+    for axis, repeats in enumerate(params["reps"]):
+        x = lax.concatenate([x] * repeats, axis)
+    return x
+
+
+_SIMPLER = {"stack": _stack, "unstack": _unstack, "tile": _tile}
 
 
 def _is_pointwise(jaxpr: Any, call: JaxprEqn) -> bool:
