@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from dpai_jax.compacting.facts import Fact, Kept, Shape, block, indices, within
+from dpai_jax.compacting.program import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Cut:
       array: the block.
       numbers: gives the frozen entries, zeros elsewhere; size one along axes on which all are
         equal. Called only where some entry is not zero.
+      folded: what was computed from frozen entries alone, by operation; None before they are known.
     """
 
     fact: Fact
@@ -31,6 +34,7 @@ class Cut:
     kept: Kept | None
     array: Any
     numbers: Callable[[], Any]
+    folded: dict[int, Any] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -75,10 +79,28 @@ class Cut:
         outside: np.ndarray = self._frozen & ~block(kept, self.shape)
         return outside
 
+    def frozen_part(self, where: np.ndarray, target: Kept, *full: int) -> np.ndarray:
+        """The frozen entries that are flagged, zeros elsewhere, with these axes written out."""
+        x = np.where(within(where, target), within(self.numbers(), target), np.zeros((), self.dtype))
+        each = enumerate(zip(self.shape, target, strict=True))
+        sizes = [n if k is None else len(k) for _, (n, k) in each]
+        return np.broadcast_to(x, [n if i in full else x.shape[i] for i, n in enumerate(sizes)])
+
     @property
     def _frozen(self) -> np.ndarray:
         frozen: np.ndarray = self.fact.filled & ~self.fact.live
         return frozen
+
+
+def fold(step: Step, operands: Sequence[Cut], compute: Callable[[], Any]) -> Any:
+    """What an operation makes of frozen entries alone: a number, computed once and for all."""
+    found = operands[0].folded
+    if found is None:  # It is found out which frozen entries are needed: these.
+        return np.zeros((), [x.numbers() for x in operands][0].dtype)
+    if step.results[0] not in found:
+        with jax.ensure_compile_time_eval():
+            found[step.results[0]] = np.asarray(compute())
+    return found[step.results[0]]
 
 
 def take(array: Any, axis: int, places: np.ndarray) -> Any:

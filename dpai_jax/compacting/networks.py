@@ -197,7 +197,7 @@ def _leaf(array: jax.Array, mask: Any) -> Leaf:
     filled = mask if mask.ndim else flags(array.shape, bool(mask))
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         return Leaf(array.shape, filled, flags(array.shape, False))
-    return Leaf(array.shape, filled, np.asarray(array == 0))
+    return Leaf(array.shape, filled, np.asarray(array) == 0)
 
 
 def _nothing(rank: int) -> Kept:
@@ -271,15 +271,17 @@ class _Small:
     def plan(self, params: PyTree, x: PyTree) -> tuple[Plan, Any]:
         """How to compute it for such an input, and the structure of its output."""
         check_structure(params, self.traced.treedef, "params", "this network")
-        leaves, inputs = jax.tree.flatten(x)[0], self.traced.treedef.flatten_up_to(params)
-        arrays = tuple((jnp.shape(a), jnp.result_type(a)) for a in (*inputs, *leaves))
+        leaves, inputs = self.traced.treedef.flatten_up_to(params), jax.tree.leaves(x)
+        arrays = tuple((jnp.shape(a), jnp.result_type(a)) for a in (*leaves, *inputs))
         key = arrays, jax.tree.structure(x)
         if key not in self.plans:
-            self._check(inputs)
-            program, out = self.traced.program(inputs, x)
+            self._check(leaves)
+            program, out = self.traced.program(leaves, x)
             while len(self.plans) >= 8:
                 self.plans.pop(next(iter(self.plans)))
-            self.plans[key] = Plan(program, self.leaves, self.kept, self.frozen), out
+            plan = Plan(program, self.leaves, self.kept, self.frozen)
+            plan.prepare(leaves, inputs)
+            self.plans[key] = plan, out
         return self.plans[key]
 
     def _check(self, params: Sequence[Any]) -> None:

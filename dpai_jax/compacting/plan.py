@@ -13,7 +13,7 @@ import numpy as np
 from dpai_jax.compacting.analysis import Leaf, backward, blocks, forward, with_activations
 from dpai_jax.compacting.cuts import Cut
 from dpai_jax.compacting.facts import Fact, Kept
-from dpai_jax.compacting.program import Program, Step
+from dpai_jax.compacting.program import Program
 from dpai_jax.compacting.rules import Rule, rule_of
 from dpai_jax.paths._jax import bind, source_line
 
@@ -78,7 +78,7 @@ class Plan:
             self.kept[number] = k
         self._producer = {i: step for step in program.steps for i in step.results}
         self._numbers: dict[int, Any] = {}
-        self._whole: dict[int, Any] = {}
+        self._folded: dict[int, Any] | None = None
 
     def run(self, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The outputs, from the blocks of the leaves and the whole inputs."""
@@ -97,7 +97,6 @@ class Plan:
                 arrays = rule_of(step).evaluate(step, [values[i] for i in step.operands], kept_)
             for i, array, k in zip(step.results, arrays, kept_, strict=True):
                 values[i] = self._cut(i, array, k)
-        self._whole.clear()
         return [values[i].at((None,) * len(program.shapes[i])) for i in program.outputs]
 
     def remarks(self) -> list[str]:
@@ -113,56 +112,63 @@ class Plan:
 
     def _cut(self, number: int, array: Any, kept: Kept | None) -> Cut:
         dtype = self.program.dtypes[number]
-        return Cut(self.facts[number], dtype, kept, array, lambda: self._number(number))
+        return Cut(
+            self.facts[number], dtype, kept, array, lambda: self._number(number), self._folded
+        )
+
+    def prepare(self, params: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """Computes the frozen entries that `run` asks for, all in one program."""
+        jax.eval_shape(self.run, list(params), list(inputs))
+        asked = list(self._numbers)
+        with jax.ensure_compile_time_eval():
+            leaves = [jnp.asarray(frozen.whole()) for frozen in self._frozen]
+            arrays = jax.jit(lambda leaves: self._compute(asked, leaves))(leaves)
+        self._numbers = dict(zip(asked, map(_compressed, arrays), strict=True))
+        self._folded = {}
 
     def _number(self, number: int) -> Any:
         """The frozen entries of a value; zeros at all that can change."""
-        if number not in self._numbers:
-            with jax.ensure_compile_time_eval():
-                self._compute(number)
-                self._numbers[number] = _compressed(self._whole[number])
+        if self._folded is None:
+            shape, dtype = self.program.shapes[number], self.program.dtypes[number]
+            whole = shape if _is_key(dtype) else (1,) * len(shape)
+            self._numbers[number] = _zeros(whole, dtype)
         return self._numbers[number]
 
-    def _compute(self, number: int) -> None:
-        """Computes the frozen entries of a value, and of all that they are made of."""
-        needed: dict[int, None] = {}
-        stack = [number]
+    def _compute(self, asked: Sequence[int], leaves: Sequence[Any]) -> list[Any]:
+        """The frozen entries of these values, from those of the leaves."""
+        program, needed, stack = self.program, set[int](), list(asked)
         while stack:
             i = stack.pop()
-            if i in needed or i in self._whole:
-                continue
-            needed[i] = None
-            if self._has_numbers(i) and i in self._producer:
+            if i not in needed and self._has_numbers(i) and i in self._producer:
                 stack += self._producer[i].operands
-        for i in (*self.program.inputs, *self.program.constants):
-            if i in needed:
-                self._whole[i] = self._given(i)
-        for i in needed:
-            if i not in self._whole and not self._has_numbers(i):
-                self._whole[i] = jnp.zeros(self.program.shapes[i], self.program.dtypes[i])
-        for step in self.program.steps:
-            if any(i in needed and i not in self._whole for i in step.results):
-                self._step(step)
+            needed.add(i)
+        given = dict(zip(program.inputs, leaves, strict=False)) | program.constants
+        values = {
+            i: given[i] if i in given else _zeros(program.shapes[i], program.dtypes[i])
+            for i in needed
+            if i in given or i not in self._producer or not self._has_numbers(i)
+        }
+        for step in program.steps:
+            if any(i in needed and i not in values for i in step.results):
+                results = bind(step.eqn, *(values[i] for i in step.operands))
+                values.update(map(self._still, step.results, results))
+        return [values[i] for i in asked]
+
+    def _still(self, number: int, array: Any) -> tuple[int, Any]:
+        """An array with zeros at all that can change, which may be anything here, also NaN."""
+        if _is_key(array.dtype):
+            return number, array
+        return number, jnp.where(self.facts[number].live, jnp.zeros((), array.dtype), array)
 
     def _has_numbers(self, number: int) -> bool:
         fact = self.facts[number]
         return bool(np.any(fact.filled & ~fact.live)) or _is_key(self.program.dtypes[number])
 
-    def _given(self, number: int) -> Any:
-        if number in self.program.constants:
-            return self.program.constants[number]
-        place = self.program.inputs.index(number)
-        if place < len(self._frozen):
-            return jnp.asarray(self._frozen[place].whole(), self.program.dtypes[number])
-        return jnp.zeros(self.program.shapes[number], self.program.dtypes[number])
 
-    def _step(self, step: Step) -> None:
-        results = bind(step.eqn, *(self._whole[i] for i in step.operands))
-        for i, array in zip(step.results, results, strict=True):
-            if not _is_key(array.dtype):
-                # What can change may be anything here, also NaN.
-                array = jnp.where(self.facts[i].live, jnp.zeros((), array.dtype), array)
-            self._whole[i] = array
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    if _is_key(dtype):
+        return jax.random.split(jax.random.key(0, impl=dtype), shape)
+    return np.zeros(shape, dtype)
 
 
 def _is_key(dtype: Any) -> bool:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dpai_jax.compacting.cuts import Cut, narrow
+from dpai_jax.compacting.cuts import Cut, fold, narrow
 from dpai_jax.compacting.facts import (
     Fact,
     Flags,
@@ -55,8 +54,9 @@ class Sum(Rule):
         whole = tuple(None if i in axes else k for i, k in enumerate(target))
         outside = x.frozen_outside(tuple(k if i in axes else None for i, k in enumerate(target)))
         if np.any(within(outside, whole)):
-            numbers = jnp.where(within(outside, whole), x.frozen_at(whole), jnp.zeros((), x.dtype))
-            total = total + step.eqn.primitive.bind(numbers, **step.params)
+            total = total + fold(
+                step, operands, lambda: x.frozen_part(outside, whole, *axes).sum(axes, dtype=x.dtype)
+            )
         return [total]
 
 
@@ -181,11 +181,15 @@ class Dot(Rule):
         )
         if not _contracted(step, a.fact, b.fact, a_frozen, b_frozen, tight=True).any():
             return [y]
-        factors = [
-            jnp.where(within(f, whole), x.frozen_at(whole), jnp.zeros((), x.dtype))
-            for x, f, whole in zip((a, b), outside, outer, strict=True)
-        ]
-        return [y + lax.dot_general(*factors, **_options(step))]
+        whole = [(*ca, *ba), (*cb, *bb)]
+
+        def compute() -> Any:
+            parts = zip((a, b), outside, outer, whole, strict=True)
+            return lax.dot_general(
+                *(x.frozen_part(f, at, *axes) for x, f, at, axes in parts), **_options(step)
+            )
+
+        return [y + fold(step, operands, compute)]
 
 
 def _options(step: Step) -> dict[str, Any]:
@@ -355,11 +359,15 @@ class Conv(Rule):
         at_w[view.w_in] = rest
         there = [within(f, tuple(at)) for f, at in ((frozen_x, at_x), (frozen_w, at_w))]
         if len(rest) and all(f.any() for f in there):
-            factors = [
-                jnp.where(f, c.frozen_at(tuple(at)), jnp.zeros((), c.dtype))
-                for f, c, at in ((there[0], x, at_x), (there[1], w, at_w))
-            ]
-            y = y + view.convolve(factors[0], factors[1], len(groups))
+            rows, columns = tuple(at_x), tuple(at_w)
+
+            def compute() -> Any:
+                of_x = x.frozen_part(frozen_x, rows, *(i for i in range(rank) if i != view.x_batch))
+                of_w = w.frozen_part(frozen_w, columns, *range(rank))
+                return view.convolve(of_x, of_w, len(groups))
+
+            rank = len(x.shape)
+            y = y + fold(step, operands, compute)
         produced = [None] * len(target)
         produced[view.y_batch], produced[view.y_feature] = target[view.y_batch], flat_out
         return [narrow(y, tuple(produced), target, shape_of(step.eqn.outvars[0]))]
