@@ -319,8 +319,9 @@ def test_attention_heads_and_their_features() -> None:
     )
     small = assert_same(fn, params, masks, normal(2, 3, 6))
     assert small.params["q"].shape == small.params["k"].shape == (6, 3, 3)
-    assert small.params["v"].shape == (6, 3, 4)  # the number of feature 0 is folded
-    assert small.params["out"].shape == (3, 4, 6)
+    # Feature 0 of the values is a number. Attention to it is not: its weights could change.
+    assert small.params["v"].shape == (6, 3, 4)
+    assert small.params["out"].shape == (3, 5, 6)
 
 
 def test_what_has_no_rule_is_computed_whole_and_named() -> None:
@@ -347,7 +348,7 @@ def test_bad_inputs_raise_one_clear_sentence() -> None:
         dpai.compact(mlp, params, masks | {"w2": masks["w1"]}, x)
     with pytest.raises(TypeError, match="masks must be boolean"):
         dpai.compact(mlp, params, masks | {"w2": jnp.ones(())}, x)
-    with pytest.raises(TypeError, match="outside of jax.jit"):
+    with pytest.raises(TypeError, match=r"outside of jax\.jit"):
         jax.jit(lambda p: dpai.compact(mlp, p, masks, x).params)(params)
     small = dpai.compact(mlp, params, masks | {"w2": kept(MLP["w2"], 0.01, 0)}, x)
     with pytest.raises(ValueError, match="shapes of the smaller network"):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpai_jax.compacting import shapes, sums  # noqa: F401  (registers their rules)
 from dpai_jax.compacting.facts import Fact, Flags, Kept, block, flags, kept_of, rectangle
 from dpai_jax.compacting.program import Program
-from dpai_jax.compacting import shapes, sums  # noqa: F401  (registers their rules)
 from dpai_jax.compacting.rules import rule_of
 
 

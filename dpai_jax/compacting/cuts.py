@@ -81,7 +81,9 @@ class Cut:
 
     def frozen_part(self, where: np.ndarray, target: Kept, *full: int) -> np.ndarray:
         """The frozen entries that are flagged, zeros elsewhere, with these axes written out."""
-        x = np.where(within(where, target), within(self.numbers(), target), np.zeros((), self.dtype))
+        x = np.where(
+            within(where, target), within(self.numbers(), target), np.zeros((), self.dtype)
+        )
         each = enumerate(zip(self.shape, target, strict=True))
         sizes = [n if k is None else len(k) for _, (n, k) in each]
         return np.broadcast_to(x, [n if i in full else x.shape[i] for i, n in enumerate(sizes)])
@@ -95,8 +97,11 @@ class Cut:
 def fold(step: Step, operands: Sequence[Cut], compute: Callable[[], Any]) -> Any:
     """What an operation makes of frozen entries alone: a number, computed once and for all."""
     found = operands[0].folded
-    if found is None:  # It is found out which frozen entries are needed: these.
-        return np.zeros((), [x.numbers() for x in operands][0].dtype)
+    if found is None:
+        # Nothing is known yet; asking for the frozen entries says that they are needed.
+        for x in operands:
+            x.numbers()
+        return np.zeros((), operands[0].dtype)
     if step.results[0] not in found:
         with jax.ensure_compile_time_eval():
             found[step.results[0]] = np.asarray(compute())

@@ -50,7 +50,7 @@ def spread(x: Flags, shape: Shape, *axes: int) -> Flags:
 
 def along(x: Flags, axis: int, size: int) -> np.ndarray:
     """For each index along an axis, whether any flag is set."""
-    vector: np.ndarray = x.any(tuple(i for i in range(x.ndim) if i != axis))
+    vector = np.any(x, tuple(i for i in range(x.ndim) if i != axis))
     return np.broadcast_to(vector, size)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,8 +137,10 @@ def compact(fn: Network, params: PyTree, masks: PyTree, x: PyTree) -> Compact:
       >>> def fn(params, x):
       ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
       >>> params = {"hidden": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
-      >>> masks = {"hidden": jnp.ones((4, 8), bool).at[:, 3:].set(False),
-      ...          "out": jnp.ones((8, 2), bool).at[0].set(False)}
+      >>> masks = {
+      ...     "hidden": jnp.ones((4, 8), bool).at[:, 3:].set(False),
+      ...     "out": jnp.ones((8, 2), bool).at[0].set(False),
+      ... }
       >>> small = dpai.compact(fn, params, masks, jnp.ones((1, 4)))
       >>> small
       Compact(48 -> 12 weights, 48 -> 12 multiply-adds)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpai_jax.compacting.analysis import Leaf, backward, blocks, forward, with_activations
 from dpai_jax.compacting.cuts import Cut
-from dpai_jax.compacting.facts import Fact, Kept
+from dpai_jax.compacting.facts import Kept
 from dpai_jax.compacting.program import Program
 from dpai_jax.compacting.rules import Rule, rule_of
 from dpai_jax.paths._jax import bind, source_line
@@ -185,5 +185,3 @@ def _compressed(array: Any) -> Any:
         if array.shape[axis] and np.array_equal(np.broadcast_to(first, array.shape), array):
             array = first
     return array
-
-

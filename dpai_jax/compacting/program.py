@@ -172,7 +172,10 @@ def pointwise_call(eqn: JaxprEqn, operands: Sequence[Any], shape: tuple[int, ...
     """A call that acts on each entry, on arrays of another shape, with its own derivative."""
     body = called_jaxpr(eqn)
     tangents = [jax.ShapeDtypeStruct(shape_of(v), dtype_of(v)) for v in eqn.invars]
-    derivative = jax.make_jaxpr(lambda p, t: jax.jvp(functools.partial(bind, eqn), p, t))(tangents, tangents)
+    derivative = jax.make_jaxpr(lambda p, t: jax.jvp(functools.partial(bind, eqn), p, t))(
+        tangents, tangents
+    )
+
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:
         return _at_shape(body, args, shape)

@@ -83,6 +83,7 @@ class Pointwise(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         shape = shape_of(step.eqn.outvars[0])
         live = functools.reduce(np.logical_or, [x.live for x in operands], flags(shape, False))
         cases = operands[1:] if step.kind == "select_n" else operands
@@ -105,6 +106,7 @@ class Pointwise(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         whole = functools.reduce(np.logical_or, wanted)
         each = [whole] * len(operands)
         if step.kind in Pointwise._PRODUCTS:
@@ -115,6 +117,7 @@ class Pointwise(Rule):
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         target = next(k for k in kept if k is not None)
         shape = shape_of(step.eqn.outvars[0])
         targets = [_for_operand(target, x.shape, shape) for x in operands]

@@ -62,22 +62,34 @@ def _sources(step: Step) -> list[list[Sources]]:
                 [[Source(i, np.arange(n)[::-1] if i in flipped else None) for i, n in _each(shape)]]
             ]
         case "split":
-            starts = itertools.accumulate(params["sizes"], initial=0)
-            at = params["axis"]
-            pairs = list(zip(starts, params["sizes"], strict=False))
-            return [
-                [[Source(i, start + np.arange(size) if i == at else None) for i, _ in _each(shape)]]
-                for start, size in pairs
-            ]
+            return _split(params, shape)
         case "concatenate":
-            at = params["dimension"]
-            parts, first = [], 0
-            for part in shapes:
-                run = np.arange(result[at]) - first
-                run = np.where((run >= 0) & (run < part[at]), run, -1)
-                parts.append([Source(i, run if i == at else None) for i, _ in _each(result)])
-                first += part[at]
-            return [parts]
+            return _concatenated(params, shapes, result)
+    return _pad(params, shape, result)
+
+
+def _split(params: dict[str, Any], shape: Shape) -> list[list[Sources]]:
+    starts, at = itertools.accumulate(params["sizes"], initial=0), params["axis"]
+    return [
+        [[Source(i, start + np.arange(size) if i == at else None) for i, _ in _each(shape)]]
+        for start, size in zip(starts, params["sizes"], strict=False)
+    ]
+
+
+def _concatenated(
+    params: dict[str, Any], shapes: Sequence[Shape], result: Shape
+) -> list[list[Sources]]:
+    at, first = params["dimension"], 0
+    parts = []
+    for part in shapes:
+        run = np.arange(result[at]) - first
+        run = np.where((run >= 0) & (run < part[at]), run, -1)
+        parts.append([Source(i, run if i == at else None) for i, _ in _each(result)])
+        first += part[at]
+    return [parts]
+
+
+def _pad(params: dict[str, Any], shape: Shape, result: Shape) -> list[list[Sources]]:
     sources = []
     for i, (low, _, inner) in enumerate(params["padding_config"]):
         place = np.arange(result[i]) - low
@@ -99,7 +111,7 @@ def _unless_all(places: np.ndarray, size: int) -> np.ndarray | None:
     return None if np.array_equal(places, np.arange(size)) else places
 
 
-def _forward(x: Flags, sources: Sources, shape: Shape) -> Flags:
+def _forward(x: Flags, sources: Sources) -> Flags:
     """Flags moved as the operation moves entries; none where an entry is from elsewhere."""
     axes = [source.axis for source in sources if source.axis is not None]
     rest = [i for i in range(x.ndim) if i not in axes]
@@ -138,13 +150,14 @@ class Moves(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         facts = []
         for var, parts in zip(step.eqn.outvars, _sources(step), strict=True):
             shape = shape_of(var)
             live, filled = flags(shape, False), flags(shape, False)
             for x, sources in zip(operands, parts, strict=True):
-                live = live | _forward(x.live, sources, shape)
-                filled = filled | _forward(x.filled, sources, shape)
+                live = live | _forward(x.live, sources)
+                filled = filled | _forward(x.filled, sources)
             facts.append(Fact(shape, live, filled, any(x.activation for x in operands)))
         return facts
 
@@ -152,6 +165,7 @@ class Moves(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         found = [flags(x.shape, False) for x in operands]
         for result, w, parts in zip(results, wanted, _sources(step), strict=True):
             for k, (x, sources) in enumerate(zip(operands, parts, strict=True)):
@@ -160,6 +174,7 @@ class Moves(Rule):
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         results: list[Any] = []
         for var, k, parts in zip(step.eqn.outvars, kept, _sources(step), strict=True):
             shape = shape_of(var)
@@ -230,6 +245,7 @@ class Reshape(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         shape, (x,) = shape_of(step.eqn.outvars[0]), operands[:1]
         live, filled = (_reshaped(f, x.shape, shape) for f in (x.live, x.filled))
         return [Fact(shape, live, filled, x.activation)]
@@ -238,10 +254,12 @@ class Reshape(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         return [_reshaped(wanted[0], results[0].shape, operands[0].shape)]
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         x, shape, (target,) = operands[0], shape_of(step.eqn.outvars[0]), kept
         assert target is not None
         wanted: list[np.ndarray | None] = [None] * len(x.shape)
@@ -299,6 +317,7 @@ class Gather(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         shape, (x, where) = shape_of(step.eqn.outvars[0]), operands[:2]
         passing = Gather._passing(step)
 
@@ -308,7 +327,7 @@ class Gather(Rule):
             sources = [Source(None)] * len(shape)
             for i, j in passing.items():
                 sources[j] = Source(i)
-            return _forward(f, sources, shape)
+            return _forward(f, sources)
 
         live, filled = moved(x.live), moved(x.filled)
         if step.params.get("fill_value") is not None:
@@ -321,6 +340,7 @@ class Gather(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         x, where = operands[:2]
         sources = [Source(None)] * len(results[0].shape)
         for i, j in Gather._passing(step).items():
@@ -330,6 +350,7 @@ class Gather(Rule):
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         (x, where), target = operands[:2], kept[0]
         assert target is not None
         sizes, wanted = list(step.params["slice_sizes"]), [None] * len(x.shape)

@@ -16,6 +16,7 @@ from dpai_jax.compacting.facts import (
     Flags,
     Kept,
     Shape,
+    along,
     block,
     flags,
     indices,
@@ -36,6 +37,7 @@ class Sum(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         (x,), axes = operands, tuple(step.params["axes"])
         shape = shape_of(step.eqn.outvars[0])
         return [Fact(shape, x.live.any(axes), x.filled.any(axes), x.activation)]
@@ -44,10 +46,12 @@ class Sum(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         return [np.expand_dims(wanted[0], tuple(step.params["axes"]))]
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         (x,), axes, rest = operands, tuple(step.params["axes"]), list(kept[0] or ())
         target = tuple(x.own[i] if i in axes else rest.pop(0) for i in range(len(x.shape)))
         total = step.eqn.primitive.bind(x.at(target), **step.params)
@@ -55,7 +59,9 @@ class Sum(Rule):
         outside = x.frozen_outside(tuple(k if i in axes else None for i, k in enumerate(target)))
         if np.any(within(outside, whole)):
             total = total + fold(
-                step, operands, lambda: x.frozen_part(outside, whole, *axes).sum(axes, dtype=x.dtype)
+                step,
+                operands,
+                lambda: x.frozen_part(outside, whole, *axes).sum(axes, dtype=x.dtype),
             )
         return [total]
 
@@ -91,6 +97,7 @@ class Along(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         axes, dropped = Along._axes(step)
         shape = shape_of(step.eqn.outvars[0])
         live, filled = flags(operands[0].shape, False), flags(operands[0].shape, False)
@@ -108,6 +115,7 @@ class Along(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         axes, dropped = Along._axes(step)
         found = flags(operands[0].shape, False)
         for w in wanted:
@@ -117,6 +125,7 @@ class Along(Rule):
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         axes, dropped = Along._axes(step)
         rank = len(operands[0].shape)
         others = [i for i in range(rank) if i not in axes]
@@ -140,6 +149,7 @@ class Dot(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         a, b = operands
         filled = _contracted(step, a, b, a.filled, b.filled)
         live = _contracted(step, a, b, a.live, b.filled)
@@ -151,11 +161,13 @@ class Dot(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         pairs = ((operands[0], operands[1], 0), (operands[1], operands[0], 1))
         return [_factor_wants(step, results[0], a, b, wanted[0], side) for a, b, side in pairs]
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         (a, b), target = operands, kept[0]
         assert target is not None
         (ca, cb), (ba, bb) = step.params["dimension_numbers"]
@@ -173,12 +185,10 @@ class Dot(Rule):
                 at[i] = rest.pop(0)
         outer = tuple(at_a), tuple(at_b)
         for i, j in zip(ca, cb, strict=True):
-            at_a[i] = at_b[j] = _meeting(a, b, i, j)
+            at_a[i] = at_b[j] = _meeting(a, b, i, j, outer)
         y = lax.dot_general(a.at(tuple(at_a)), b.at(tuple(at_b)), **_options(step))
         outside = [x.frozen_outside(_only(at, c)) for x, at, c in ((a, at_a, ca), (b, at_b, cb))]
-        a_frozen, b_frozen = (
-            within(f, whole) for f, whole in zip(outside, outer, strict=True)
-        )
+        a_frozen, b_frozen = (within(f, whole) for f, whole in zip(outside, outer, strict=True))
         if not _contracted(step, a.fact, b.fact, a_frozen, b_frozen, tight=True).any():
             return [y]
         whole = [(*ca, *ba), (*cb, *bb)]
@@ -201,30 +211,23 @@ def _only(kept: Sequence[np.ndarray | None], axes: Sequence[int]) -> Kept:
     return tuple(k if i in axes else None for i, k in enumerate(kept))
 
 
-def _meeting(a: Cut, b: Cut, i: int, j: int) -> np.ndarray | None:
+def _meeting(a: Cut, b: Cut, i: int, j: int, outer: tuple[Kept, Kept]) -> np.ndarray | None:
     """The indices along a contracted axis at which a product is to be computed."""
     size = a.shape[i]
-    here = [_along(x.fact.filled, axis, size) for x, axis in ((a, i), (b, j))]
-    there = np.zeros(size, bool)
-    for x, axis in ((a, i), (b, j)):
+    there, both = np.zeros(size, bool), np.ones(size, bool)
+    for x, axis, at in ((a, i, outer[0]), (b, j, outer[1])):
+        both &= along(within(x.fact.filled, at), axis, size)
         if x.kept is not None:
             there[indices(x.kept[axis], size)] = True
-    there &= here[0] & here[1]
+    there &= both
     return None if there.all() else np.flatnonzero(there)
 
 
-def _along(x: Flags, axis: int, size: int) -> np.ndarray:
-    return np.broadcast_to(x.any(tuple(i for i in range(x.ndim) if i != axis)), size)
-
-
-def _contracted(
-    step: Step, a: Fact, b: Fact, x: Flags, y: Flags, tight: bool = False
-) -> Flags:
+def _contracted(step: Step, a: Fact, b: Fact, x: Flags, y: Flags, tight: bool = False) -> Flags:
     """A contraction of flags; `tight` if they have been narrowed already."""
     (ca, cb), (ba, bb) = step.params["dimension_numbers"]
     shapes = [
-        tuple(max(n, 1) for n in f.shape) if tight else fact.shape
-        for f, fact in ((x, a), (y, b))
+        tuple(max(n, 1) for n in f.shape) if tight else fact.shape for f, fact in ((x, a), (y, b))
     ]
     if tight:
         shapes = _common(shapes, (ca, cb))
@@ -256,9 +259,7 @@ def _last(x: Flags, axes: Sequence[int]) -> list[int]:
     return list(range(x.ndim - len(axes), x.ndim))
 
 
-def _factor_wants(
-    step: Step, result: Fact, a: Fact, b: Fact, wanted: Flags, side: int
-) -> Flags:
+def _factor_wants(step: Step, result: Fact, a: Fact, b: Fact, wanted: Flags, side: int) -> Flags:
     """Where a factor has to be there: see `rules.matters`, here for sums of products."""
     (ca, cb), (ba, bb) = step.params["dimension_numbers"]
     if side:
@@ -301,6 +302,7 @@ class Conv(Rule):
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
+        """See `Rule`."""
         if step.params["batch_group_count"] > 1:
             return Rule.facts(step, operands)
         x, w = operands
@@ -318,14 +320,13 @@ class Conv(Rule):
     def wants(
         step: Step, operands: Sequence[Fact], results: Sequence[Fact], wanted: Sequence[Flags]
     ) -> list[Flags]:
+        """See `Rule`."""
         if step.params["batch_group_count"] > 1:
             return Rule.wants(step, operands, results, wanted)
         x, w = operands
         view = _View(step)
         y = view.outputs(view.closed(wanted[0]))
-        other = (lambda f: f.filled) if results[0].activation else (lambda f: f.live)
-        of_x = [view.inputs(matmul(y, view.kernel(f).swapaxes(1, 2))) for f in (w.filled, other(w))]
-        of_x = [of_x[0], view.inputs(matmul(y, view.kernel(w.live).swapaxes(1, 2)))]
+        of_x = [view.inputs(matmul(y, view.kernel(f).swapaxes(1, 2))) for f in (w.filled, w.live)]
         of_w = [
             view.weights(matmul(view.features(f).swapaxes(1, 2), y)) for f in (x.filled, x.live)
         ]
@@ -338,12 +339,13 @@ class Conv(Rule):
 
     @staticmethod
     def evaluate(step: Step, operands: Sequence[Cut], kept: Sequence[Kept | None]) -> list[Any]:
+        """See `Rule`."""
         target = kept[0]
         if step.params["batch_group_count"] > 1 or target is None:
             return Rule.evaluate(step, operands, kept)
         (x, w), view = operands, _View(step)
         groups, outs = view.split_outputs(target[view.y_feature])
-        ins = view.meeting(x, w, groups)
+        ins = view.meeting(x, w, groups, outs)
         flat_in = (groups[:, None] * view.n_in + ins).ravel()
         flat_out = (groups[:, None] * view.n_out + outs).ravel()
         at_x: list[np.ndarray | None] = [None] * len(x.shape)
@@ -418,8 +420,12 @@ class _View:
 
     def kernel(self, w: Flags) -> Flags:
         """The kernel's flags, over all taps, as (groups, inputs, outputs)."""
-        w = w.any(tuple(i for i in range(w.ndim) if i not in (self.w_in, self.w_out)), keepdims=True)
-        w = np.moveaxis(spread(w, self.w_shape, self.w_in, self.w_out), (self.w_in, self.w_out), (0, 1))
+        w = w.any(
+            tuple(i for i in range(w.ndim) if i not in (self.w_in, self.w_out)), keepdims=True
+        )
+        w = np.moveaxis(
+            spread(w, self.w_shape, self.w_in, self.w_out), (self.w_in, self.w_out), (0, 1)
+        )
         return w.reshape(self.n_in, self.groups, self.n_out).swapaxes(0, 1)
 
     def weights(self, w: Flags) -> Flags:
@@ -439,13 +445,13 @@ class _View:
         kept = indices(kept, self.y_shape[self.y_feature])
         return np.unique(kept // self.n_out), np.unique(kept % self.n_out)
 
-    def meeting(self, x: Cut, w: Cut, groups: np.ndarray) -> np.ndarray:
+    def meeting(self, x: Cut, w: Cut, groups: np.ndarray, outs: np.ndarray) -> np.ndarray:
         """The inputs of each group over which a product is to be computed."""
         have_x = self.features(block(x.own, x.shape))[groups].any((0, 1))
         have_w = np.zeros(self.n_in, bool)
         have_w[indices(w.own[self.w_in], self.n_in)] = True
         filled = self.features(x.fact.filled)[groups].any(1)[:, :, None]
-        filled = filled & self.kernel(w.fact.filled)[groups]
+        filled = filled & self.kernel(w.fact.filled)[groups][:, :, outs]
         return np.flatnonzero((have_x | have_w) & filled.any((0, 2)))
 
     def convolve(self, x: Any, w: Any, groups: int) -> jax.Array:

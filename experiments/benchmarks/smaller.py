@@ -61,9 +61,7 @@ def _compact(network: Network, name: str) -> Row:
     row: Row = {"network": network.title, "method": name, "seconds": seconds(model.apply, params)}
     row["at"] = []
     for sparsity in networks.SPARSITIES:
-        result = dpai.prune(
-            model.apply, params, x, sparsity, method=METHODS[name], progress=False
-        )
+        result = dpai.prune(model.apply, params, x, sparsity, method=METHODS[name], progress=False)
         small = dpai.compact(model.apply, params, result.masks, x)
         sizes = {
             f"{field} {when}": getattr(size, field)
