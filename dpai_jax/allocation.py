@@ -22,7 +22,7 @@ PyTree = Any
 # number for all layers together.
 Allocation = Callable[[Network, float], PyTree]
 
-# Checked numbers: a list over the layers, or one for all layers together.
+# Checked numbers of weights to keep: a list over the layers, or one number for all of them.
 Keep = list[Any] | int
 
 
@@ -81,12 +81,12 @@ def check_allocation(allocation: Any) -> None:
 
 
 def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
-    """The numbers that an allocation gives, checked, layer by layer or for all layers.
+    """Calls an allocation and checks the numbers that it returns.
 
     Raises:
-      TypeError: if the allocation is not a function, or gives anything but integers.
-      ValueError: if they have another structure, do not sum to the number of weights to keep, or
-        ask more of a layer than it has.
+      TypeError: if the allocation is not a function, or returns anything but integers.
+      ValueError: if the numbers do not have the structure of the parameters, do not sum to the
+        number of weights to keep, or exceed the size of a layer.
     """
     check_allocation(allocation)
     given = allocation(net, sparsity)
@@ -104,7 +104,7 @@ def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
 
 
 def keep_of_layers(net: Network, keep: PyTree | int, argument: str = "keep") -> Any:
-    """Numbers of weights to keep, checked: a list over the layers, or one for all of them."""
+    """Checks numbers of weights to keep; returns a list over the layers, or one for all of them."""
     if is_total(keep, net.treedef):
         return checked_count(keep, net.size, "all layers", argument)
     check_structure(keep, net.treedef, argument, "params")
@@ -115,13 +115,13 @@ def keep_of_layers(net: Network, keep: PyTree | int, argument: str = "keep") -> 
 
 
 def is_total(keep: Any, treedef: Any) -> bool:
-    """Whether the number of weights to keep is one for all layers of a tree together."""
+    """Whether `keep` is one number for all layers of a tree together."""
     is_number = jax.tree_util.all_leaves([keep]) and np.ndim(keep) == 0
     return is_number and jax.tree.structure(keep) != treedef
 
 
 def checked_count(keep: Any, size: int, name: str = "all layers", argument: str = "keep") -> Any:
-    """Numbers of weights to keep of `size`, one or one for each of several copies."""
+    """Checks how many of `size` weights to keep: one number, or one for each copy of a layer."""
     if isinstance(keep, jax.core.Tracer):
         return keep
     numbers = np.asarray(keep)
@@ -201,11 +201,11 @@ def uniform(net: Network, sparsity: float) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class _Capacity:
-    """What masks can make effective of one copy of a layer.
+    """The part of one copy of a layer that masks can make effective.
 
     Attributes:
-      inputs, outputs: how many features have such a weight.
-      taps: for each axis over a filter's positions, how many have.
+      inputs, outputs: the number of features that have such a weight.
+      taps: the number of positions that have one, for each axis of a filter.
       size: the number of such weights.
     """
 
@@ -252,7 +252,7 @@ def _allocate(net: Network, sparsity: float, share: Callable[[_Capacity], int]) 
     capacities = _capacities(net)
     sizes = [layer.size // layer.copies for layer in net.layers for _ in range(layer.copies)]
     usable = [max(capacity.size, 1) for capacity in capacities]
-    # At low sparsities some of the weights that are kept cannot be effective.
+    # At low sparsities more weights are kept than can be effective.
     if total <= sum(usable):
         sizes = usable
     parts = iter(apportion(total, [max(share(c), 1) for c in capacities], sizes))
@@ -291,7 +291,7 @@ def apportion(total: int, shares: Sequence[int], sizes: Sequence[int]) -> list[i
 
 
 def _capped(total: int, shares: Sequence[int], sizes: Sequence[int]) -> list[Fraction]:
-    """The real solution: parts proportional to shares, but for those that are full."""
+    """The real-valued solution: parts are proportional to shares, except those that are full."""
     full: set[int] = set()
     while True:
         rest = [i for i in range(len(sizes)) if i not in full]

@@ -1,14 +1,14 @@
-"""Pruned networks as files, which any program can read.
+"""Pruned networks as files that any program can read.
 
-A file is in the safetensors format: the length of its header as eight bytes, the header in JSON,
-the arrays one after the other. It holds, for a leaf `params/Dense_0/kernel` of the parameters,
+A file is in the safetensors format: the length of the header in eight bytes, the header in JSON,
+then the arrays one after another. For a leaf `params/Dense_0/kernel` of the parameters it holds
 
-- `masks/params/Dense_0/kernel`, bytes of eight mask entries each in C order, the first one in the
-  highest bit, as `numpy.unpackbits` reads them;
-- `scores/params/Dense_0/kernel`, in float32 of the leaf's shape;
+- `masks/params/Dense_0/kernel`: bytes of eight mask entries each, in C order, the first entry in
+  the highest bit, as `numpy.unpackbits` reads them;
+- `scores/params/Dense_0/kernel`: float32 of the leaf's shape.
 
-an array `history/NAME` for each thing that the method measured, and in the header's
-`__metadata__` one text, `dpai_jax`, with everything else in JSON.
+There is an array `history/NAME` for each thing that the method measured. Everything else is JSON,
+in the text `dpai_jax` of the header's `__metadata__`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpai_jax.tools.trees import named_leaves, shown
 PyTree = Any
 
 FORMAT = 1
-"""Number of the layout described above."""
+"""The version of the layout described above."""
 
 
 def save(path: str | os.PathLike[str], result: Result) -> None:
@@ -145,7 +145,7 @@ def _by_name(tree: PyTree) -> dict[str, np.ndarray]:
 
 
 def _write(target: pathlib.Path, data: bytes) -> None:
-    """Writes a file in one step, as far as any reader can see."""
+    """Writes a file so that a reader sees all of it or nothing."""
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as stream:
@@ -173,7 +173,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _check_fit(
     path: str | os.PathLike[str], shapes: dict[str, tuple[int, ...]], leaves: list[tuple[str, Any]]
 ) -> None:
-    """Refuses parameters that are not those of the file."""
+    """Raises a ValueError unless the parameters are those that the file was saved for."""
     names = [name for name, _ in leaves]
     for name in names:
         if name not in shapes:

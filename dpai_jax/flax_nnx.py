@@ -34,7 +34,7 @@ def from_nnx(model: Any) -> tuple[Callable[[PyTree, PyTree], PyTree], PyTree]:
     Raises:
       TypeError: if `model` is not a Flax NNX module.
     """
-    # Whoever has a module has imported Flax; the library does not need it.
+    # If there is a module, Flax has been imported. The library itself does not need Flax.
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a Flax NNX module, got a {type(model).__name__}")

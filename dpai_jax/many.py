@@ -1,4 +1,4 @@
-"""Several prunings of one network in one call, and where that is faster in one program."""
+"""Prunes one network several times in one call, and in one program where that is faster."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ def _is_sequence(value: Any) -> bool:
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         return isinstance(value, list | tuple)
-    # A key of the old kind is a vector.
+    # One old-style key is already a vector.
     return jnp.ndim(value) == 1 + bool(dtype == jnp.uint32)
 
 
 def _groups(problems: Sequence[Problem], methods: Sequence[Any]) -> list[list[int]]:
-    """The prunings that one program can do, by their places."""
+    """The prunings that can share one program, by their indices."""
     groups: dict[Any, list[int]] = {}
     for i, (problem, method) in enumerate(zip(problems, methods, strict=True)):
         weights_to_keep(problem.net, problem.sparsity)  # checks it

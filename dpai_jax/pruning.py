@@ -159,7 +159,7 @@ def prune(
 def results_of(
     methods: Sequence[Method], problems: Sequence[Problem], found: Sequence[Pruned], repair: bool
 ) -> list[Result]:
-    """What `prune` returns for each of several problems of one network, but for the seconds."""
+    """The results of several problems on one network, without their seconds."""
     problem, net, name = problems[0], problems[0].net, type(methods[0]).__name__
     if problem.given.is_given and not problem.given.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=4)
@@ -214,14 +214,14 @@ def _settings(method: Method, problem: Problem, repair: bool) -> dict[str, Any]:
 def _release() -> str:
     try:
         return importlib.metadata.version("dpai_jax")
-    except importlib.metadata.PackageNotFoundError:  # a folder on Python's path
+    except importlib.metadata.PackageNotFoundError:  # imported from a folder on Python's path
         return "not installed"
 
 
 def check_arguments(
     method: Any, params: PyTree, x: PyTree, key: Any, repair: Any, progress: Any
 ) -> None:
-    """Refuses what no method could take."""
+    """Raises an error if an argument is wrong for every method."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, key))):
         raise TypeError(
             "params, x and key must not be traced, and prune must not be called under jax.jit: call"
@@ -237,7 +237,7 @@ def check_arguments(
 
 
 def check_network(net: Network, params: PyTree) -> None:
-    """Refuses a network without paths, and weights that are NaN."""
+    """Raises a ValueError if the network has no path, or a weight is NaN."""
     if not any(flags.any() for flags in counts.possible(net)):
         raise ValueError("fn has no path from x to its output even with all weights kept")
     weights = net.leaves(params)
@@ -255,7 +255,7 @@ def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "
 
 @meshes.program(layers=lambda arrays: arrays)
 def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
-    """How many entries of each array are not a number."""
+    """The number of NaN entries in each array."""
     return counts_of([jnp.isnan(x) for x in arrays], are_small(arrays))
 
 
@@ -264,7 +264,7 @@ def _at_terminal() -> bool:
 
 
 def silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
-    """Reports nothing."""
+    """Ignores progress."""
 
 
 def _summary(name: str, result: Result) -> str:

@@ -1,10 +1,10 @@
-"""What a pruning method is: a frozen dataclass of its settings with one function, `run`.
+"""What a pruning method is: a frozen dataclass of settings with one function, `run`.
 
-A method may have two more: `compile_ahead(problem)` starts to compile what `run` needs, and
-`run_many` runs methods of which `together` is equal at once.
+A method may have two more functions: `compile_ahead(problem)` starts to compile what `run` needs,
+and `run_many` runs several methods at once whose `together` is equal.
 
-Inside, what belongs to the layers are plain lists, in the order of `net.layers`. `dpai_jax.prune`
-turns them into trees.
+Methods work on plain lists with one item for each layer, in the order of `net.layers`.
+`dpai_jax.prune` turns the lists into trees.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ PyTree = Any
 # A loss, `loss_fn(params, batch)`.
 Loss = Callable[[PyTree, PyTree], Array]
 
-# Called with the step, the number of steps, and what was measured there.
+# Called with the step, the number of steps, and what was measured at this step.
 Report = Callable[[int, int, Mapping[str, float]], None]
 
-# Of an iterator, which may never end, no more batches than this are read.
+# The most batches to read from an iterator, which may never end.
 MOST_BATCHES = 128
 
 
 class Data:
-    """The loss and the batches of a call of `prune`, read where a method first asks for them."""
+    """The loss and the batches given to `prune`, read when a method first asks for them."""
 
     def __init__(self, loss_fn: Loss | None, batches: Iterable[PyTree] | None):
         self.loss_fn, self.batches = loss_fn, batches
@@ -56,7 +56,7 @@ class Data:
         return self._read is not None
 
     def read(self, params: PyTree) -> tuple[Alike, Sequence[PyTree]]:
-        """The loss and the batches, read and checked once."""
+        """Reads and checks the loss and the batches; later calls return the same."""
         if self._read is None:
             if self.loss_fn is None:
                 raise ValueError(
@@ -72,7 +72,7 @@ class Data:
 
 
 def read_batches(batches: Any) -> Sequence[PyTree]:
-    """The batches, those of an iterator read."""
+    """The batches as a sequence; an iterator is read."""
     if isinstance(batches, list | tuple):
         return batches
     is_array = hasattr(batches, "dtype")
@@ -108,7 +108,7 @@ class Problem:
       report: takes progress.
       fn: the network, `fn(params, x)`.
       x: its input; only its shape and dtype are used.
-      given: the loss and the batches, if there are any.
+      given: the loss and the batches, if any.
     """
 
     net: Network
@@ -123,8 +123,8 @@ class Problem:
     def data(self) -> tuple[Alike, Sequence[PyTree]]:
         """The loss and the batches, for a method that prunes by them.
 
-        The loss can be a static argument: one that was made anew, of the same code and values, is
-        equal.
+        The loss can be a static argument: it is equal to any other loss of the same code and
+        values.
 
         Raises:
           ValueError: if they were not given.
@@ -174,14 +174,15 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """What a method gives back; lists over the layers.
+    """What a method returns, in lists over the layers.
 
     Attributes:
       masks: the boolean masks.
-      scores: the scores that they were made of.
-      history: arrays of one length, what was measured along the way; empty for one-shot methods.
-      stopped: why it ended before its last step, or an empty string.
-      rank: makes what weights are preferred by, the highest first; the scores if not given.
+      scores: the scores that the masks were made from.
+      history: arrays of one length, measured at each step; empty for one-shot methods.
+      stopped: why the method ended before its last step, or an empty string.
+      rank: computes the numbers by which a repair prefers weights, the highest first; the scores
+        if not given.
     """
 
     masks: list[Array]

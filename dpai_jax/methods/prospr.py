@@ -63,7 +63,7 @@ class ProsPr:
 def _meta_gradient(
     net: Network, params: PyTree, batches: list[PyTree], learning_rate: float, *, loss_fn: Alike
 ) -> list[Array]:
-    # Recomputed on the way back, so that one step's activations are held at a time.
+    # Recomputed on the way back, so that only one step's activations are in memory at a time.
     @jax.checkpoint
     def step(params: PyTree, batch: PyTree) -> PyTree:
         gradients = jax.grad(loss_fn, allow_int=True)(params, batch)
