@@ -16,10 +16,10 @@ from experiments.benchmarks.networks import Network
 from experiments.benchmarks.rows import OPTIMIZER, Jobs, Row, isolated
 
 REPEATS = 5
-"""Processes in which each first call is timed."""
+"""In how many processes to time each first call."""
 
 FEW_REPEATS = 3
-"""The same, where there are many calls to time."""
+"""The same for tables with many calls."""
 
 
 def cold() -> Jobs:
@@ -43,7 +43,7 @@ def growth() -> Jobs:
 
 
 def many() -> Jobs:
-    """In one program and one by one: prunings, trainings, and the steps of an epoch."""
+    """Prunings, training steps and the steps of an epoch, in one program and one by one."""
     yield "prune_many", functools.partial(isolated, _many, networks.STEP[0])
     dense = networks.COPIES[0]
     yield f"an epoch of {dense.title}", functools.partial(isolated, _epoch, dense)
@@ -65,7 +65,7 @@ def _cold(network: Network) -> Row:
 
 
 def _first_calls(network: Network, folder: str | None = None) -> dict[str, float]:
-    """The seconds of a process's first call, of another key's, and of a function's made anew."""
+    """The seconds of a process's first call, of one with another key, and with a new function."""
     if folder is not None:
         dpai.cache(folder)
     fn, params, x = network.problem()
@@ -93,7 +93,7 @@ def _called(fn: Callable[..., Any], params: Any, x: Any) -> Any:
 
 
 def _compiled_training_step(network: Network, batch: int = 128) -> float:
-    """The seconds in which a jitted training step of the network is compiled."""
+    """The seconds to compile a jitted training step of the network."""
     from experiments import models, steps
 
     model = models.create(network.model, network.classes, network.width)
@@ -194,7 +194,7 @@ def _many(network: Network, number: int = 16) -> Row:
 
 
 def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
-    """A training step of several masked copies of a network by one program, and one by one."""
+    """A training step of several masked copies of a network, in one program and one by one."""
     from experiments import models, steps
 
     model = models.create(network.model, network.classes, network.width)
@@ -224,7 +224,7 @@ def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
 
 
 def _epoch(network: Network, number: int = 100, batch: int = 128) -> Row:
-    """The steps of an epoch by one program, and by a program for each."""
+    """The steps of an epoch, in one program and one by one."""
     from experiments import datasets, models, steps
 
     model = models.create(network.model, network.classes, network.width)

@@ -1,4 +1,4 @@
-"""Tables, figures and a page of finished jobs."""
+"""Tables, figures and a web page of finished jobs."""
 
 from experiments.report.figures import accuracy, draw, save
 from experiments.report.records import panels
