@@ -13,13 +13,13 @@ from experiments.report.statistics import Difference
 from experiments.store import Record
 
 FEWER = "†"
-"""Marks what stands on fewer seeds than its neighbours."""
+"""Marks a number that comes from fewer seeds than its neighbours."""
 
 
 def table(records: Sequence[Record], title: str) -> Grid:
     """Makes a table with one row for each method and sparsity: means over the seeds.
 
-    Accuracies are those of the test split, with the sample deviation where there are several seeds.
+    Accuracies are those of the test split, with the sample deviation if there are several seeds.
 
     Args:
         records: Jobs of one recipe on one data set and network.
@@ -29,12 +29,12 @@ def table(records: Sequence[Record], title: str) -> Grid:
 
 
 def by_panel(panels: Sequence[Panel]) -> list[Grid]:
-    """Makes such a table for each recipe on each data set and network."""
+    """Makes a table like `table` for each recipe on each data set and network."""
     return [_results(panel.groups, panel.title, detailed=False) for panel in panels]
 
 
 def results(panel: Panel) -> Grid:
-    """Makes the table of a panel that also says which records each row stands on."""
+    """Makes the table of a panel that also names the records of each row."""
     return _results(panel.groups, panel.title, detailed=True)
 
 
@@ -158,7 +158,7 @@ def differences(panel: Panel, found: Sequence[Difference]) -> Grid:
 
 
 def jobs(panels: Sequence[Panel]) -> Grid:
-    """Makes the table of all records that the report stands on."""
+    """Makes the table of all records in the report."""
     rows: list[Cells | None] = []
     for panel in panels:
         for group in panel.groups:
@@ -188,7 +188,7 @@ def jobs(panels: Sequence[Panel]) -> Grid:
 
 
 def lines(records: Sequence[Record]) -> str:
-    """Says where records stand: "results.jsonl:3, 8"."""
+    """Returns the files and lines of records: "results.jsonl:3, 8"."""
     by_file: dict[str, list[str]] = {}
     for record in records:
         file, _, line = record["source"].rpartition(":")
@@ -197,7 +197,7 @@ def lines(records: Sequence[Record]) -> str:
 
 
 def mean_and_deviation(values: np.ndarray, scale: float, digits: int) -> str:
-    """Writes the mean and, of several values, the sample deviation."""
+    """Formats the mean and, if there are several values, the sample deviation."""
     mean = f"{scale * values.mean():,.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {scale * values.std(ddof=1):,.{digits}f}"
 
@@ -207,7 +207,7 @@ def _one(accuracy: float | None) -> str:
 
 
 def _accuracy(row: Group, pick: Pick) -> str:
-    """The mean and the deviation of the runs that did not diverge, and how many did."""
+    """The mean and the deviation over runs that did not diverge, and how many did."""
     lost = f" ({row.diverged} of {len(row.records)} diverged)" if row.diverged else ""
     return f"{_finite(row, pick)}{lost}"
 
