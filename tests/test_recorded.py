@@ -17,7 +17,6 @@ def masks():
         return dict(archive)
 
 
-@pytest.mark.optimized
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("method", recorded.METHODS)
 @pytest.mark.parametrize("network", recorded.NETWORKS)
