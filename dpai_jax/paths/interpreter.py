@@ -143,9 +143,9 @@ class Interpreter:
         if len(kernels) == 1 and isinstance(args[kernels[0]], WeightSum) and name not in _CARRIERS:
             return self._by_terms(eqn, args, kernels[0])
         results = _listed(rule(self, eqn, *args))
-        if name not in _CARRIERS and any(_constants_of(arg) is not None for arg in args):
-            return self._beside(rule, eqn, args, results)
-        return results
+        if name in _CARRIERS or not any(getattr(arg, "constants", None) for arg in args):
+            return results
+        return self._beside(rule, eqn, args, results)
 
     def _by_terms(self, eqn: JaxprEqn, args: Sequence[Value], i: int) -> Sequence[Value]:
         """The results of an equation with a sum of kernels as an operand, term by term."""
@@ -182,10 +182,6 @@ class Interpreter:
 
 def _listed(results: Value | Sequence[Value]) -> Sequence[Value]:
     return [results] if isinstance(results, Value) else results
-
-
-def _constants_of(value: Value) -> Flow | None:
-    return value.constants if isinstance(value, Flow) else None
 
 
 def _only_constants(value: Value) -> Value:

@@ -158,14 +158,6 @@ def _join(x: Array, places: Places, axes: Sequence[str], sizes: Mapping[str, int
     return x.transpose(order).reshape(shape)
 
 
-def _unchanged(_: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    return operands
-
-
-def _psum(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    return [lax.psum(x, eqn.params["axes"]) for x in operands]
-
-
 def _all_gather(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     params = eqn.params
     names, axis, tiled = params["axis_name"], params["all_gather_dimension"], params["tiled"]
@@ -219,8 +211,8 @@ def _scan(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 # In JAX 0.10 to 0.12 `jax.vmap` supports neither types that vary over a mesh nor a tiled
 # `all_to_all`, and `all_gather` only over one mesh axis.
 _OF_A_DEVICE: Mapping[str, Rewrite] = {
-    "pvary": _unchanged,
-    "psum_invariant": _psum,
+    "pvary": lambda _, operands: operands,
+    "psum_invariant": lambda eqn, operands: [lax.psum(x, eqn.params["axes"]) for x in operands],
     "all_gather": _all_gather,
     "all_gather_invariant": _all_gather,
     "all_to_all": _all_to_all,
