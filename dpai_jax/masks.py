@@ -65,7 +65,7 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
 
 
 def select_layers(scores: Sequence[Array], keep: Keep) -> list[Array]:
-    """The masks that keep the highest scores; scores and masks are lists over the layers."""
+    """The masks of the highest scores, of lists over the layers."""
     masks: list[Array] = _select(None, list(scores), jax.tree.map(selection.as_count, keep))
     return masks
 

@@ -123,7 +123,7 @@ class Config:
 
     @property
     def label(self) -> str:
-        """A name for the job within a comparison: "dpai 99%"."""
+        """What tells the job from its neighbours in a comparison: "dpai 99%"."""
         return self.method if self.method == DENSE else f"{self.method} {percent(self.sparsity)}"
 
     @property

@@ -9,7 +9,7 @@ heading. A plot follows a comment that names its table and records:
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
 
-The table "jobs" and the plot "accuracy" show finished jobs, the others benchmarks.
+The table "jobs" and the plot "accuracy" are of finished jobs; the others are of benchmarks.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ _TABLE = re.compile(
 )
 
 JOBS = ("jobs", "accuracy")
-"""The table and the plot that are made from records of jobs."""
+"""The table and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
     r"<!-- plot (?P<name>\w+) of (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>[^)]+)\)"

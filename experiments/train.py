@@ -301,7 +301,7 @@ def describe(result: dpai.Result) -> dict[str, Any]:
 
 
 def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
-    """Checks that the masks keep what was asked for and that pruned weights are exactly zero.
+    """Checks that the masks keep what was asked for and that all else is exactly zero.
 
     Raises:
         RuntimeError: They don't. This is a defect of the training or the library.
@@ -350,6 +350,6 @@ def _save(
     config: Config, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]
 ) -> None:
     check_pruned(state.params, state.masks, config.sparsity)
-    # NumPy masks can be restored whatever devices there are.
+    # As NumPy's, masks come back whatever the devices.
     masks = jax.device_get(state.masks)
     checkpoints.save(len(progress["history"]), state.replace(masks=None), masks, progress)

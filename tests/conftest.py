@@ -97,13 +97,7 @@ def fresh_caches() -> Iterator[None]:
 
 
 # Started first, so that no worker is left with one of them when the other has finished.
-LONGEST = (
-    "test_recorded.py",
-    "test_sharding.py",
-    "test_documents.py",
-    "test_contract.py",
-    "test_train.py",
-)
+LONGEST = ("test_sharding.py", "test_documents.py", "test_contract.py", "test_train.py")
 # Last, as its groups are small.
 ZOO = "test_zoo.py"
 

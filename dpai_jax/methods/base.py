@@ -108,7 +108,7 @@ class Problem:
       report: takes progress.
       fn: the network, `fn(params, x)`.
       x: its input; only its shape and dtype are used.
-      given: the loss and the batches, if any.
+      given: the loss and the batches, if there are any.
     """
 
     net: Network
@@ -178,11 +178,10 @@ class Pruned:
 
     Attributes:
       masks: the boolean masks.
-      scores: the scores that the masks were made from.
-      history: arrays of one length, measured at each step; empty for one-shot methods.
-      stopped: why the method ended before its last step, or an empty string.
-      rank: computes the numbers by which a repair prefers weights, the highest first; the scores
-        if not given.
+      scores: the scores that they were made of.
+      history: arrays of one length, what was measured along the way; empty for one-shot methods.
+      stopped: why it ended before its last step, or an empty string.
+      rank: makes what weights are preferred by, the highest first; the scores if not given.
     """
 
     masks: list[Array]

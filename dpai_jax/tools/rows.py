@@ -137,11 +137,11 @@ def in_order(groups: Sequence[Group], found: Sequence[Sequence[T]]) -> list[T]:
 
 
 def sums_of(arrays: Sequence[Array], in_row: Sequence[bool]) -> list[Array]:
-    """The sum of each of several float32 arrays. No entry may be below zero.
+    """The sum of each of several float32 arrays, none of whose entries is below zero.
 
     Args:
       arrays: the arrays.
-      in_row: which of them can share a row.
+      in_row: which of them may lie in one row.
 
     Returns:
       Scalars, which do not depend on the order of the terms.
