@@ -64,6 +64,10 @@ def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
 
 
 @rules_for(_FUNCTIONS)
+def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
+    return _elementwise(interpreter, eqn, *args)
+
+
 def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """An elementwise function; the paths of different units add up."""
     cases = args[1:] if eqn.primitive.name == "select_n" and _any_flow(args[1:]) else args

@@ -86,12 +86,16 @@ def _cumulative(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     return derived(interpreter, eqn, x, Spread(array, x.shape), _summed(x.at_zero))
 
 
+@rules_for(_WINDOWS)
+def _window(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
+    return _pool(interpreter, eqn, x)
+
+
 @rules_for("reduce_window")
 def _window_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     return [_pool(interpreter, eqn, x) for x in args[: len(args) // 2]]
 
 
-@rules_for(_WINDOWS)
 def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
     if not isinstance(x, Flow):
