@@ -69,6 +69,8 @@ pygments_dark_style = "github-dark"
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
+AUTODOC = re.compile(r"<!-- autodoc: (.*?) -->", re.DOTALL)
+
 NAVIGATION = {
     "Start": ["tutorial", "idea", "choosing", "coming_from"],
     "Use": ["methods", "paths", "errors", "devices", "performance", "extending", "api"],
@@ -76,6 +78,10 @@ NAVIGATION = {
     "Research": ["experiments", "data", "tests"],
     "Project": ["/CHANGELOG", "/CONTRIBUTING"],
 }
+
+# A page that has no place above comes after those on use.
+_placed = {"index", *(page for pages in NAVIGATION.values() for page in pages)}
+NAVIGATION["Use"] += sorted({path.stem for path in ROOT.glob("docs/*.md")} - _placed)
 
 LANDING = """<!doctype html>
 <html lang="en">
@@ -94,17 +100,39 @@ def _toctree(pages: list[str], caption: str = "") -> str:
     return "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])
 
 
-def _directives(match: re.Match[str]) -> str:
-    """The directives that document some names, each of `dpai_jax` or with its module."""
+def _public_names() -> list[str]:
+    """The library's public names; in place of a module, the names in it."""
+    names = []
+    for name in dpai.__all__:
+        found = getattr(dpai, name)
+        inside = [f"{name}.{own}" for own in found.__all__] if inspect.ismodule(found) else [name]
+        names += [f"dpai_jax.{own}" for own in inside]
+    return names
+
+
+def _listed(text: str) -> list[str]:
+    """The names that a page documents."""
+    names = " ".join(AUTODOC.findall(text)).split()
+    return [name if name.startswith("dpai_jax.") else f"dpai_jax.{name}" for name in names]
+
+
+def _unlisted() -> list[str]:
+    """The public names that no page has yet."""
+    pages = [path.read_text() for path in ROOT.glob("docs/api/*.md")]
+    listed = {name for page in pages for name in _listed(page)}
+    return [name for name in _public_names() if name not in listed]
+
+
+def _directives(names: list[str]) -> str:
+    """The directives that document some names."""
     blocks = []
-    for name in match[1].split():
-        full = name if name.startswith("dpai_jax.") else f"dpai_jax.{name}"
-        module, _, attribute = full.rpartition(".")
+    for name in names:
+        module, _, attribute = name.rpartition(".")
         found = getattr(importlib.import_module(module), attribute)
         if inspect.isclass(found):
-            blocks += [f".. autoclass:: {full}", *_members(found), ""]
+            blocks += [f".. autoclass:: {name}", *_members(found), ""]
         else:
-            blocks += [f".. autofunction:: {full}", ""]
+            blocks += [f".. autofunction:: {name}", ""]
     return "\n".join(["```{eval-rst}", *blocks, "```"])
 
 
@@ -128,7 +156,9 @@ def add_to_page(_app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += "".join(_toctree(pages, title) for title, pages in NAVIGATION.items())
     elif page == "docs/api":
         source[0] += _toctree([f"api/{path.stem}" for path in sorted(ROOT.glob("docs/api/*.md"))])
-    text = re.sub(r"<!-- autodoc: (.*?) -->", _directives, source[0], flags=re.DOTALL)
+        if names := _unlisted():
+            source[0] += f"\n## More\n\n{_directives(names)}\n"
+    text = AUTODOC.sub(lambda match: _directives(_listed(match[0])), source[0])
     # A folder is a link on GitHub alone.
     folder = (ROOT / page).parent
 

@@ -34,8 +34,11 @@ def row_of(name: str, head: str) -> str:
 @pytest.mark.parametrize("name", dpai.__all__)
 def test_a_public_name_has_an_example(name: str) -> None:
     """That it runs is tested where it stands, as `pytest` collects doctests."""
-    (own, *_) = doctest.DocTestFinder(recurse=False).find(inspect.unwrap(getattr(dpai, name)), name)
-    assert own.examples
+    found = getattr(dpai, name)
+    parts = [getattr(found, part) for part in found.__all__] if inspect.ismodule(found) else [found]
+    for part in parts:
+        (own, *_) = doctest.DocTestFinder(recurse=False).find(inspect.unwrap(part), name)
+        assert own.examples, part
 
 
 @pytest.mark.parametrize("name", METHODS)
