@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,9 +18,37 @@ from dpai_jax.tools.trees import check_structure, shown
 
 PyTree = Any
 
-# How many weights to keep: a pytree parallel to the parameters with a number for each layer, or one
-# number for all layers together.
-Allocation = Callable[[Network, float], PyTree]
+
+class Allocation(Protocol):
+    """How many weights to keep: a function of a traced network and a sparsity.
+
+    `erk`, `er`, `uniform` and `global_threshold` are allocations; any function of this form is one.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> def first_dense(net, sparsity):  # the first layer keeps all, the second has the rest
+      ...     total, first = dpai.weights_to_keep(net, sparsity), net.layers[0].size
+      ...     return {"a": first, "b": total - first}
+      >>> params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 8))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 4)))
+      >>> first_dense(net, 0.5)
+      {'a': 8, 'b': 4}
+      >>> method = dpai.Magnitude(allocation=first_dense)
+    """
+
+    def __call__(self, net: Network, sparsity: float, /) -> PyTree:
+        """Shares out the weights to keep.
+
+        Args:
+          net: the traced network.
+          sparsity: fraction of all prunable weights to remove, in [0, 1).
+
+        Returns:
+          A pytree parallel to the parameters, with a number for each layer and 0 elsewhere; or one
+          number for all layers together. They sum to `weights_to_keep(net, sparsity)`.
+        """
+        ...
+
 
 # Checked numbers of weights to keep: a list over the layers, or one number for all of them.
 Keep = list[Any] | int
@@ -61,6 +89,12 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
 
 def global_threshold(net: Network, sparsity: float) -> int:
     """The allocation that leaves the choice to one threshold over all layers.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 4))}, jnp.ones((1, 16)))
+      >>> dpai.global_threshold(net, 0.9)
+      6
 
     Args:
       net: the traced network.
@@ -141,6 +175,13 @@ def er(net: Network, sparsity: float) -> PyTree:
     Density is proportional to (in + out)/(in·out), whatever a convolution's taps, capped at one
     and solved again for the layers that are not full.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 4))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> dpai.er(net, 0.75)
+      {'a': 26, 'b': 22}
+
     Args:
       net: the traced network.
       sparsity: fraction of all prunable weights to remove, in [0, 1).
@@ -164,6 +205,13 @@ def erk(net: Network, sparsity: float) -> PyTree:
     kernel's axes, capped at one and solved again for the layers that are not full. Weights that no
     mask can make effective, such as those to features that nothing reads, get no share.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 4))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> dpai.erk(net, 0.75)
+      {'a': 26, 'b': 22}
+
     Args:
       net: the traced network.
       sparsity: fraction of all prunable weights to remove, in [0, 1).
@@ -185,6 +233,13 @@ def erk(net: Network, sparsity: float) -> PyTree:
 
 def uniform(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer at one density for all layers.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 4))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> dpai.uniform(net, 0.75)
+      {'a': 32, 'b': 16}
 
     Args:
       net: the traced network.

@@ -43,7 +43,7 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
     Example:
       >>> import tempfile, jax.numpy as jnp, dpai_jax as dpai
       >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
-      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
       >>> file = tempfile.mkdtemp() + "/masks.safetensors"
       >>> dpai.save(file, result)
       >>> dpai.load(file, params)
@@ -84,6 +84,15 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
 
 def load(path: str | os.PathLike[str], params: PyTree) -> Result:
     """Reads what `save` has written.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
+      >>> file = tempfile.mkdtemp() + "/masks.safetensors"
+      >>> dpai.save(file, result)
+      >>> dpai.load(file, params).settings["sparsity"]
+      0.5
 
     Args:
       path: the file.

@@ -20,7 +20,7 @@ def from_nnx(model: Any) -> tuple[Callable[[PyTree, PyTree], PyTree], PyTree]:
       >>> from flax import nnx
       >>> model = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
       >>> fn, params = dpai.from_nnx(model)
-      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), sparsity=0.75)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), 0.75, method=dpai.Random())
       >>> nnx.update(model, dpai.apply_masks(params, result.masks))
       >>> tx = dpai.keep_pruned(optax.adamw(1e-3), result.masks)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

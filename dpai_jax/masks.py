@@ -30,6 +30,12 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     Exactly as many as asked: of equal scores those of lower index (in C order, layer by layer)
     come first. Pure, and jittable.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> scores = {"kernel": jnp.array([[1.0, 3.0], [3.0, 2.0]]), "bias": jnp.array(0.0)}
+      >>> dpai.binarize(scores, {"kernel": 2, "bias": 0})["kernel"].tolist()
+      [[False, True], [True, False]]
+
     Args:
       scores: pytree parallel to the parameters: a floating array at each layer, and a scalar at a
         leaf that is not prunable.
@@ -114,6 +120,12 @@ def shuffled(masks: PyTree, key: Array) -> PyTree:
 
     This control tells how much of a method's success is due to the density of each layer, and how
     much to the choice of its weights.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> masks = {"kernel": jnp.arange(8).reshape(4, 2) < 3, "bias": jnp.array(True)}
+      >>> int(dpai.shuffled(masks, jax.random.key(0))["kernel"].sum())
+      3
 
     Args:
       masks: pytree of boolean masks.

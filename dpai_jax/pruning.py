@@ -38,6 +38,15 @@ PyTree = Any
 class Result:
     """A pruned network.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
+      >>> result
+      Result(16 of 32 weights kept, 16 effective, 4 nodes, 16 kernels, log_paths=2.77)
+      >>> result.masks["w"].shape, result.settings["method"]["type"]
+      ((8, 4), 'Random')
+
     Attributes:
       masks: pytree of boolean masks parallel to the parameters, sharded as these are; `True` for a
         leaf that cannot be pruned. Exactly `round((1 − sparsity)·N)` weights are kept.

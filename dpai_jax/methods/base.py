@@ -100,6 +100,18 @@ def _check_loss(loss_fn: Loss, params: PyTree, batches: Sequence[PyTree]) -> Non
 class Problem:
     """What a method has to prune.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> class Smallest:
+      ...     def run(self, problem):
+      ...         scores = [-jnp.abs(w) for w in problem.weights()]
+      ...         masks = problem.select(scores, problem.keep(dpai.erk))
+      ...         return dpai.Pruned(masks, scores)
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=Smallest())
+      >>> result.masks["w"].tolist()
+      [[True, True], [True, True], [False, False], [False, False]]
+
     Attributes:
       net: the traced network.
       params: its parameters at initialisation.
@@ -176,6 +188,12 @@ class Problem:
 class Pruned:
     """What a method returns, in lists over the layers.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> scores = [jnp.array([[2.0, -1.0]])]
+      >>> dpai.Pruned([s > 0 for s in scores], scores).masks[0].tolist()
+      [[True, False]]
+
     Attributes:
       masks: the boolean masks.
       scores: the scores that they were made of.
@@ -192,7 +210,18 @@ class Pruned:
 
 
 class Method(Protocol):
-    """A pruning method."""
+    """A pruning method: its settings, and a function `run`.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> class Last:  # keeps the weights of the last outputs
+      ...     def run(self, problem):
+      ...         scores = [jnp.broadcast_to(jnp.arange(2.0), (4, 2))]
+      ...         return dpai.Pruned(problem.select(scores, problem.keep(dpai.erk)), scores)
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=Last()).masks["w"].tolist()
+      [[False, True], [False, True], [False, True], [False, True]]
+    """
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network."""

@@ -46,7 +46,7 @@ def ascent(
 ) -> PyTree:
     """The direction in which one step of DPaI moves the scores.
 
-    With m = top-k(|s|) in each layer and g = ∂ log R_P/∂m · sign(s), the straight-through gradient,
+    With m = top-k(|s|) in each layer and g = ∂ log R_P/∂m · sign(s), the straight-through one::
 
         d = (1 − α)·g + α·((1 − β)·g·[node ineffective] + β·g·[kernel ineffective]).
 
@@ -54,6 +54,14 @@ def ascent(
     weights, the share of all paths that pass it, and a kernel by that over its taps. The bracket is
     the indicator's slope up to the factor γ, 1 − tanh²(γ·N); for γ → ∞ one where N = 0, else zero.
     Pure, and jittable with `net` static.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
+      >>> direction = jax.jit(lambda scores: dpai.ascent(net, scores, keep=4, alpha=0.0))
+      >>> scores = {"w": jnp.arange(8.0).reshape(4, 2) + 1}
+      >>> direction(scores)["w"].tolist()  # each weight is, or would be, a path beside four
+      [[0.25, 0.25], [0.25, 0.25], [0.25, 0.25], [0.25, 0.25]]
 
     Args:
       net: the traced network.
@@ -243,6 +251,14 @@ class _Ascended:
 @dataclasses.dataclass(frozen=True)
 class DPaI:
     """Differentiable Pruning at Initialization.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> method = dpai.DPaI(alpha=0.9, steps=10)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
 
     Attributes:
       alpha: weight of effective nodes and kernels against paths, in [0, 1]; 0 optimises paths only.

@@ -51,6 +51,14 @@ class NPB:
     are spread evenly over the output features. Copies of a layer that are stacked in one kernel are
     layers of their own, in the order of the stack.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> method = dpai.NPB(alpha=0.1)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
+
     Attributes:
       alpha: weight of nodes against paths, in [0, 1]. At the published .01 a layer leaves features
         with few paths out; at .1 it rarely does.

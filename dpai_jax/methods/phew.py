@@ -52,6 +52,14 @@ class PHEW:
     The score of a weight is the number of walks that passed it, and ½ if it was added for its
     magnitude; so all kept weights have positive scores.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> method = dpai.PHEW()
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
+
     References:
       Patil and Dovrolis, PHEW: Constructing Sparse Networks that Learn Fast and Generalize Well
       without Training Data, ICML 2021.
