@@ -45,7 +45,6 @@ class Result:
       topology: what remains of the network.
       history: arrays of one length, what the method measured at each step (for DPaI log R_P as
         `log_paths`, R_N as `nodes`, and R_C as `kernels`).
-      stopped: why the method ended before its last step, or an empty string.
       seconds: the time that it took, compilation included.
       settings: what the call was given, in JSON's terms: the method with all of its settings, the
         sparsity, the key, `repair` and `gates`, and the release of the library.
@@ -56,7 +55,6 @@ class Result:
     scores: PyTree
     topology: Topology
     history: Mapping[str, np.ndarray]
-    stopped: str
     seconds: float
     settings: Mapping[str, Any]
     net: Network
@@ -190,7 +188,6 @@ def results_of(
                 scores=net.tree(scores, lambda: np.float32(0)),
                 topology=topo,
                 history=pruned.history,
-                stopped=pruned.stopped,
                 seconds=0.0,
                 settings=_settings(method, problem, repair),
                 net=net,
@@ -271,5 +268,4 @@ def _summary(name: str, result: Result) -> str:
     topo = result.topology
     line = f"{name}  kept {topo.weights:,} of {topo.size:,} weights"
     line += f"  log-paths {topo.log_paths:.2f}  nodes {topo.nodes:,}  kernels {topo.kernels:,}"
-    line += f"  {result.seconds:.1f} s"
-    return line + (f"  (stopped: {result.stopped})" if result.stopped else "")
+    return line + f"  {result.seconds:.1f} s"

@@ -180,14 +180,12 @@ class Pruned:
       masks: the boolean masks.
       scores: the scores that they were made of.
       history: arrays of one length, what was measured along the way; empty for one-shot methods.
-      stopped: why it ended before its last step, or an empty string.
       rank: makes what weights are preferred by, the highest first; the scores if not given.
     """
 
     masks: list[Array]
     scores: list[Array]
     history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    stopped: str = ""
     rank: Callable[[], list[Array]] | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from dpai_jax import checks, counts, selection
 from dpai_jax.allocation import check_allocation, erk, keep_of_layers
 from dpai_jax.methods import noise
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
+from dpai_jax.methods.saliency import exponential
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.tools import meshes
@@ -28,10 +29,18 @@ from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
 
-_ASCENT = optax.sgd(0.01)
+# A score becomes the direction itself, s ← s + (d − s): weights are scored anew at each step.
+RESCORE = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))
 
-# Steps between two looks at the numbers: reading one waits for the device.
-_READ_EVERY = 10
+# By what a path counts: the product of this over its weights.
+_STRENGTHS: Mapping[str, Callable[[Array], Array] | None] = {
+    "one": None,
+    "magnitude": jnp.abs,
+    "square": jnp.square,
+}
+
+# Steps between two reports: reading a number waits for the device.
+_REPORT_EVERY = 10
 
 
 @usual_switches()
@@ -101,11 +110,13 @@ class Objective(NamedTuple):
       counting: as in `ascent`.
       normalize: whether the direction of each layer is divided by its mean magnitude.
       sharp: whether γ is infinite, and so the indicators only tell what has any path.
+      falls: whether only weights that are kept are moved, as the density falls.
     """
 
     counting: str
     normalize: bool
     sharp: bool
+    falls: bool = False
 
 
 def direction(
@@ -114,6 +125,7 @@ def direction(
     weights: tuple[Any, Any, Any],
     scores: list[Array],
     masks: list[Array],
+    strengths: Sequence[Array] = (),
 ) -> tuple[list[Array], dict[str, Array]]:
     """Algorithm 1, lines 6 to 8: the direction d at the masks of the scores (see `ascent`).
 
@@ -123,14 +135,21 @@ def direction(
       weights: α, β and γ.
       scores: a float32 array of each layer's shape.
       masks: the boolean masks of the scores.
+      strengths: by what each weight multiplies a path, in [0, 1]; by one if not given.
 
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
-    counting, normalize, sharp = objective
-    count = functools.partial(counts.log_count, net, counting=counting, below=1.0)
-    floats = [m.astype(jnp.float32) for m in masks]
-    log_paths, gradients = jax.value_and_grad(count)(floats)
+    counting, normalize, sharp, falls = objective
+
+    def count(floats: list[Array]) -> Array:
+        if strengths:
+            floats = [m * s for m, s in zip(floats, strengths, strict=True)]
+        return counts.log_count(net, floats, counting, below=1.0)
+
+    log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
+    if falls:  # what was removed stays removed
+        gradients = [jnp.where(m, g, 0.0) for m, g in zip(masks, gradients, strict=True)]
     slopes, sizes, open_kernels = zip(
         *(
             _slopes((layer.inputs, layer.taps), sharp, weights, m, g)
@@ -212,83 +231,75 @@ class _State(NamedTuple):
     optimizer: Any
 
 
-@dataclasses.dataclass
-class _Ascended:
-    """Where the ascent of one problem, or of several, has ended.
-
-    Attributes:
-      scores, masks: lists over the layers.
-      history: what was measured at each step.
-      n_steps: after how many it ended.
-      stopped: why before the last.
-    """
-
-    scores: list[Array]
-    masks: list[Array]
-    history: dict[str, np.ndarray]
-    n_steps: np.ndarray
-    stopped: np.ndarray
-
-    def pruned(self, which: tuple[int, ...], scores: list[Array], masks: list[Array]) -> Pruned:
-        """What comes of one of the problems."""
-        n_steps = int(self.n_steps[which])
-        history = {
-            name: np.moveaxis(x, 0, -1)[which][..., :n_steps] for name, x in self.history.items()
-        }
-        return Pruned(
-            masks, scores, history, self.stopped[which], lambda: [jnp.abs(s) for s in scores]
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class DPaI:
     """Differentiable Pruning at Initialization.
+
+    Each of T steps keeps the weights of the highest scores, measures what each weight contributes
+    to the balance of effective paths, nodes and kernels (see `ascent`), and moves the scores that
+    way. By default paths are weighed by the magnitudes of their weights, the density falls from one
+    to the one asked for, and a score is the last contribution. `DPaI.published()` is the paper's
+    Algorithm 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), 0.9, method=dpai.DPaI(steps=3))
+      >>> result.topology.weights
+      64
 
     Attributes:
       alpha: weight of effective nodes and kernels against paths, in [0, 1]; 0 optimises paths only.
       beta: weight of kernels against nodes, in [0, 1]; 0 leaves kernels out, and 1 nodes.
       gamma: how sharp the indicators of effective nodes and kernels are, positive (see `ascent`).
+      strength: by what a path counts, the product over its weights of "one", of "magnitude" |θ|, or
+        of "square" θ². In a layer whose weights are all zero each counts one.
+      schedule: "falling", from dense to the density d asked for, step t keeping d^(t/T), where what
+        a step has removed stays removed; or "constant", d at every step.
       counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
-      steps: the largest number of steps T.
-      optimizer: makes the scores follow the direction of `ascent`: any optax optimizer.
+      steps: the number of steps T.
+      optimizer: moves the scores along the direction of `ascent`: any optax optimizer. The default
+        replaces them by it. `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
       normalize: whether the direction of each layer is first divided by its mean magnitude, so
-        that the default optimizer, `optax.sgd(0.01)`, moves its scores by 0.01 a step on average.
-        Without, `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
+        that `optax.sgd(0.01)` moves its scores by 0.01 a step on average.
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
         any function that returns a pytree of the numbers for the layers, or
         `dpai_jax.global_threshold` for one threshold over all layers.
-      tolerance: ends early, when ten steps have raised log R_P by less than this fraction of it;
-        −inf never does.
-      scores: pytree parallel to the parameters of the scores to start from; drawn from N(0, 1) if
-        not given.
+      scores: pytree parallel to the parameters of the scores to start from. If not given, these are
+        the weights' strengths, or drawn from N(0, 1) where the strength is "one".
 
     Raises:
       TypeError, ValueError: if a setting is of another type or out of its range.
 
     References:
       Xiang et al., DPaI: Differentiable Pruning at Initialization with Node-Path Balance
-      Principle, ICLR 2025.
+      Principle, ICLR 2025. Strengths and a falling density come from Tanaka et al., Pruning neural
+      networks without any data by iteratively conserving synaptic flow, NeurIPS 2020.
     """
 
     alpha: float = 0.99
     beta: float = 0.5
     gamma: float = math.inf
+    strength: str = "magnitude"
+    schedule: str = "falling"
     counting: str = "mean_field"
     steps: int = 100
-    optimizer: optax.GradientTransformation = _ASCENT
-    normalize: bool = True
+    optimizer: optax.GradientTransformation = RESCORE
+    normalize: bool = False
     allocation: Allocation = erk
-    tolerance: float = 0.01
     scores: PyTree = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             checks.number(name, getattr(self, name), *checks.FRACTION)
         checks.number("gamma", self.gamma, *checks.POSITIVE)
+        checks.one_of("strength", self.strength, _STRENGTHS)
+        checks.one_of("schedule", self.schedule, _SCHEDULES)
         checks.one_of("counting", self.counting, counts.COUNTINGS)
         checks.whole("steps", self.steps, 1)
-        checks.number("tolerance", self.tolerance)
         checks.optimizer("optimizer", self.optimizer)
+        checks.flag("normalize", self.normalize)
         check_allocation(self.allocation)
 
     @classmethod
@@ -301,9 +312,8 @@ class DPaI:
         Returns:
           The method.
         """
-        adam = optax.adam(5e-3)
-        published = {"optimizer": adam, "normalize": False, "steps": 3000, "tolerance": -math.inf}
-        return cls(**{**published, "counting": "exact", **settings})
+        plain = {"strength": "one", "schedule": "constant", "counting": "exact"}
+        return cls(**{**plain, "optimizer": optax.adam(5e-3), "steps": 3000, **settings})
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network: Algorithm 1 (see `dpai_jax.prune`).
@@ -314,20 +324,20 @@ class DPaI:
         Returns:
           The masks and final scores; the history holds what was measured at the masks of each step.
         """
-        net = problem.net
-        keep = jax.tree.map(as_count, problem.keep(self.allocation))
-        selector = _Selector(net, self._shapes(problem, jnp.float32), keep)
-        scores = self._start(problem)
+        net, keeps = problem.net, self._keeps(problem)
+        selector = _Selector(net, self._shapes(problem, jnp.float32), keeps[0])
+        strengths = self._strengths(problem)
+        scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings()
         state = _State(scores, self.optimizer.init(scores))
-        ascended = self._ascend(
-            net,
-            problem.report,
-            selector,
-            lambda state, masks: _step(net, state, masks, weights, **settings),
+        state, masks, history = _ascend(
+            lambda state, masks: _step(net, state, masks, strengths, weights, **settings),
             state,
+            selector,
+            keeps,
+            problem.report,
         )
-        return ascended.pruned((), ascended.scores, ascended.masks)
+        return _pruned(state.scores, masks, history)
 
     @property
     def together(self) -> Hashable:
@@ -338,7 +348,7 @@ class DPaI:
         if self.scores is not None or any(x.ndim == 0 for x in jax.tree.leaves(memory)):
             return object()  # equal to nothing else
         functions = Alike(self.allocation), Alike(self.optimizer.init)
-        return functions, self.steps, self.tolerance, tuple(self._settings().items())
+        return functions, self.schedule, self.strength, self.steps, *self._settings().items()
 
     @staticmethod
     def run_many(methods: Sequence[DPaI], problems: Sequence[Problem]) -> list[Pruned]:
@@ -351,76 +361,42 @@ class DPaI:
         Returns:
           What `run` returns for each.
         """
-        method, net = methods[0], problems[0].net
-        pairs = list(zip(methods, problems, strict=True))
-        keeps = [jax.tree.map(as_count, p.keep(m.allocation)) for m, p in pairs]
-        keep = jax.tree.map(lambda *xs: np.stack(xs), *keeps)
+        method, first, number = methods[0], problems[0], len(problems)
+        net, many = first.net, (number,)
+        each = [m._keeps(problem) for m, problem in zip(methods, problems, strict=True)]
+        keeps = [jax.tree.map(lambda *xs: np.stack(xs), *now) for now in zip(*each, strict=True)]
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
         settings, init = method._settings(), Alike(method.optimizer.init)
-        scores = noise.normal_scores_of_many(net, [p.key for p in problems])
-        scores = meshes.shared_out(counts.rank_last(net, scores, 0.0), len(problems))
-        ascended = method._ascend(
-            net,
-            problems[0].report,
-            _Selector(net, scores, keep, many=(len(problems),)),
-            lambda state, masks: _step_many(net, state, masks, weights, **settings),
+        strengths = method._strengths(first)
+        if strengths:
+            scores = [
+                jnp.broadcast_to(s, (number, *s.shape)) for s in method._start(first, strengths)
+            ]
+        else:
+            scores = noise.normal_scores_of_many(net, [problem.key for problem in problems])
+            scores = counts.rank_last(net, scores, 0.0)
+        scores = meshes.shared_out(scores, number)
+        state, masks, history = _ascend(
+            lambda state, masks: _step_many(net, state, masks, strengths, weights, **settings),
             _State(scores, _init_many(net, scores, init=init)),
+            _Selector(net, scores, keeps[0], many),
+            keeps,
+            first.report,
         )
-        found = meshes.on_one_device([ascended.scores, ascended.masks])
-        return [ascended.pruned((i,), *_taken(net, found, i)) for i in range(len(problems))]
-
-    def _ascend(
-        self,
-        net: Network,
-        report: Report,
-        selector: _Selector,
-        step: Callable[[_State, list[Array]], tuple[_State, dict[str, Array]]],
-        state: _State,
-    ) -> _Ascended:
-        """Algorithm 1, lines 4 to 8, of one problem or of many that go side by side."""
-        measured: list[dict[str, Any]] = []
-        many = selector.many
-        stopped, n_steps = np.full(many, "", object), np.full(many, self.steps)
-        is_over, paths = np.zeros(many, bool), np.full(many, -math.inf)
-        over: list[Array] | None = None
-        for t in range(self.steps):
-            masks = selector.masks(state.scores)
-            state, numbers = step(state, masks)
-            del masks  # before there are new ones
-            measured.append(numbers)
-            is_last = t == self.steps - 1
-            if t % _READ_EVERY and not is_last:
-                continue
-            numbers = jax.device_get(numbers)
-            report(t + 1, self.steps, jax.tree.map(np.mean, numbers))
-            before, paths = paths, np.asarray(numbers["log_paths"], np.float64)
-            with np.errstate(invalid="ignore"):  # no path before, and none now
-                stops = ~is_over & (paths - before < self.tolerance * abs(paths))
-            for i in map(tuple, np.argwhere(stops & (t % _READ_EVERY == 0))):
-                grown = f"log-paths grew by {paths[i] - before[i]:.2g} in {_READ_EVERY} steps"
-                stopped[i], n_steps[i] = grown, t + 1
-            ends = ~is_over & ((n_steps == t + 1) | is_last)
-            if np.any(ends):
-                now = state.scores
-                over = (
-                    now if np.all(ends) else _merged(net, now if over is None else over, now, ends)
-                )
-            is_over |= ends
-            if np.all(is_over):
-                break
-        del state  # what the optimizer remembers is as large as all the rest
-        assert over is not None
-        masks = selector.masks(over)
-        history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
-        return _Ascended(over, masks, history, n_steps, stopped)
+        found = meshes.on_one_device([state.scores, masks])
+        return [
+            _pruned(*_taken(net, found, i), {name: x[:, i] for name, x in history.items()})
+            for i in range(number)
+        ]
 
     def compile_ahead(self, problem: Problem) -> None:
         """Starts to compile what `run` needs."""
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
         state = _State(shapes, jax.eval_shape(self.optimizer.init, shapes))
         masks = self._shapes(problem, bool)
-        _step.ahead(net, state, masks, self._weights(), **self._settings())
-        if self.scores is None:
+        strengths = shapes if _STRENGTHS[self.strength] else []
+        _step.ahead(net, state, masks, strengths, self._weights(), **self._settings())
+        if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
 
     @staticmethod
@@ -430,21 +406,84 @@ class DPaI:
 
     def _settings(self) -> dict[str, Any]:
         """What a step is compiled for."""
-        objective = Objective(self.counting, self.normalize, math.isinf(self.gamma))
+        falls = self.schedule == "falling"
+        objective = Objective(self.counting, self.normalize, math.isinf(self.gamma), falls)
         return {"objective": objective, "update": Alike(self.optimizer.update)}
 
     def _weights(self) -> tuple[Any, Any, Any]:
         return np.float32(self.alpha), np.float32(self.beta), np.float32(self.gamma)
 
-    def _start(self, problem: Problem) -> list[Array]:
+    def _keeps(self, problem: Problem) -> list[Any]:
+        """The numbers of weights to keep at each step, and at last."""
+        sparsities = _SCHEDULES[self.schedule](problem.sparsity, self.steps)
+        return [jax.tree.map(as_count, problem.keep(self.allocation, s)) for s in sparsities]
+
+    def _strengths(self, problem: Problem) -> list[Array]:
+        """By what each weight multiplies a path, at most one; an empty list if by one."""
+        strength = _STRENGTHS[self.strength]
+        return [] if strength is None else [_strength(strength, w) for w in problem.weights()]
+
+    def _start(self, problem: Problem, strengths: list[Array]) -> list[Array]:
         """The scores to start from; zero, the lowest magnitude, where no mask is effective."""
         net = problem.net
-        if self.scores is None:
-            scores = noise.normal_scores(net, problem.key, problem.params)
-        else:
+        if self.scores is not None:
             scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
             scores = meshes.device_put_like(scores, net.leaves(problem.params))
+        elif strengths:
+            scores = list(map(jnp.copy, strengths))  # a step takes the memory of its scores
+        else:
+            scores = noise.normal_scores(net, problem.key, problem.params)
         return counts.rank_last(net, scores, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _strength(strength: Callable[[Array], Array], weight: Array) -> Array:
+    """The strengths of a layer's weights, the largest of them one."""
+    found = strength(weight.astype(jnp.float32))
+    largest = jnp.max(found)
+    return jnp.where(largest > 0, found / jnp.where(largest > 0, largest, 1.0), 1.0)
+
+
+def _falling(sparsity: float, steps: int) -> list[float]:
+    """The sparsities at each of T steps, from none on, and after the last."""
+    return [0.0, *exponential(sparsity, steps)]
+
+
+def _constant(sparsity: float, steps: int) -> list[float]:
+    return [sparsity] * (steps + 1)
+
+
+_SCHEDULES: Mapping[str, Callable[[float, int], list[float]]] = {
+    "falling": _falling,
+    "constant": _constant,
+}
+
+
+def _ascend(
+    step: Callable[[_State, list[Array]], tuple[_State, dict[str, Array]]],
+    state: _State,
+    selector: _Selector,
+    keeps: list[Any],
+    report: Report,
+) -> tuple[_State, list[Array], dict[str, np.ndarray]]:
+    """Algorithm 1, lines 4 to 8, of one problem or of many side by side: masks and history."""
+    measured: list[dict[str, Any]] = []
+    steps = len(keeps) - 1
+    for t, keep in enumerate(keeps[:-1]):
+        masks = selector.masks(state.scores, keep)
+        state, numbers = step(state, masks)
+        del masks  # before there are new ones
+        measured.append(numbers)
+        if t % _REPORT_EVERY == 0 or t == steps - 1:
+            report(t + 1, steps, jax.tree.map(np.mean, jax.device_get(numbers)))
+    state = _State(state.scores, None)  # what the optimizer remembers is as large as all the rest
+    masks = selector.masks(state.scores, keeps[-1])
+    history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
+    return state, masks, history
+
+
+def _pruned(scores: list[Array], masks: list[Array], history: dict[str, np.ndarray]) -> Pruned:
+    return Pruned(masks, scores, history, lambda: [jnp.abs(s) for s in scores])
 
 
 class _Selector:
@@ -453,7 +492,7 @@ class _Selector:
     Args:
       net: the traced network.
       scores: the layers' scores, or their shapes.
-      keep: the numbers to keep.
+      keep: numbers to keep, of the structure of all that come.
       many: the number of problems side by side, if there are several.
     """
 
@@ -465,21 +504,24 @@ class _Selector:
         together = many or not isinstance(keep, list)
         everything = [Group(net, list(range(len(scores))))]
         self._groups = everything if together else groups_of(net, scores)
-        self._keep = [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
-        sizes = [sum(map(np.size, jax.tree.leaves(numbers))) for numbers in self._keep]
+        numbers = self._numbers(keep)
+        sizes = [sum(map(np.size, jax.tree.leaves(each))) for each in numbers]
         self._thresholds = [
             jnp.zeros((*many, 2, size // math.prod(many)), jnp.uint32) for size in sizes
         ]
         if not many:
-            for group, *args in zip(self._groups, self._keep, self._thresholds, strict=True):
+            for group, *args in zip(self._groups, numbers, self._thresholds, strict=True):
                 _select.ahead(group.owner, group.of(scores), *args)
 
-    def masks(self, scores: list[Array]) -> list[Array]:
+    def _numbers(self, keep: Any) -> list[Any]:
+        return [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
+
+    def masks(self, scores: list[Array], keep: Any) -> list[Array]:
         """The masks of the scores."""
         select, found = _select_many if self.many else _select, []
-        for i, group in enumerate(self._groups):
+        for i, (group, numbers) in enumerate(zip(self._groups, self._numbers(keep), strict=True)):
             masks, self._thresholds[i] = select(
-                group.owner, group.of(scores), self._keep[i], self._thresholds[i]
+                group.owner, group.of(scores), numbers, self._thresholds[i]
             )
             found.append(masks)
         return in_order(self._groups, found)
@@ -503,13 +545,14 @@ def _step(
     net: Network,
     state: _State,
     masks: list[Array],
+    strengths: list[Array],
     weights: tuple[Any, Any, Any],
     *,
     objective: Objective,
     update: Alike,
 ) -> tuple[_State, dict[str, Array]]:
     """Lines 6 to 8 of Algorithm 1."""
-    directions, measured = direction(net, objective, weights, state.scores, masks)
+    directions, measured = direction(net, objective, weights, state.scores, masks, strengths)
     descent = jax.tree.map(jnp.negative, directions)
     # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
@@ -526,23 +569,20 @@ def _select_many(
 
 @meshes.program(donate=(0,))
 def _step_many(
-    net: Network, state: _State, masks: list[Array], weights: Any, **settings: Any
+    net: Network,
+    state: _State,
+    masks: list[Array],
+    strengths: list[Array],
+    weights: Any,
+    **settings: Any,
 ) -> Any:
-    return jax.vmap(functools.partial(_step.fn, net, **settings))(state, masks, weights)
+    step = functools.partial(_step.fn, net, **settings)
+    return jax.vmap(step, in_axes=(0, 0, None, 0))(state, masks, strengths, weights)
 
 
 @meshes.program()
 def _init_many(_: Network, scores: list[Array], *, init: Alike) -> Any:
     return jax.vmap(init)(scores)
-
-
-@meshes.program()
-def _merged(_: Network, over: list[Array], scores: list[Array], ends: Array) -> list[Array]:
-    """The scores of the problems that end now, beside those that were over before."""
-    return [
-        jnp.where(ends.reshape(-1, *(1,) * (s.ndim - 1)), s, before)
-        for s, before in zip(scores, over, strict=True)
-    ]
 
 
 @meshes.program()
