@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from dpai_jax import checks, counts, selection
+from dpai_jax import checks, counts, grouping, selection
 from dpai_jax.allocation import check_allocation, erk, keep_of_layers
 from dpai_jax.methods import noise
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
@@ -316,9 +316,10 @@ class DPaI:
         """
         net = problem.net
         keep = jax.tree.map(as_count, problem.keep(self.allocation))
-        selector = _Selector(net, self._shapes(problem, jnp.float32), keep)
+        parts = problem.granularity.parts(net)
+        selector = _Selector(net, self._shapes(problem, jnp.float32), keep, parts)
         scores = self._start(problem)
-        weights, settings = self._weights(), self._settings()
+        weights, settings = self._weights(), self._settings(parts)
         state = _State(scores, self.optimizer.init(scores))
         ascended = self._ascend(
             net,
@@ -356,13 +357,16 @@ class DPaI:
         keeps = [jax.tree.map(as_count, p.keep(m.allocation)) for m, p in pairs]
         keep = jax.tree.map(lambda *xs: np.stack(xs), *keeps)
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
-        settings, init = method._settings(), Alike(method.optimizer.init)
+        parts = problems[0].granularity.parts(net)
+        settings, init = method._settings(parts), Alike(method.optimizer.init)
         scores = noise.normal_scores_of_many(net, [p.key for p in problems])
         scores = meshes.shared_out(counts.rank_last(net, scores, 0.0), len(problems))
+        if parts:
+            scores = _drawn_together_many(net, scores, parts=parts)
         ascended = method._ascend(
             net,
             problems[0].report,
-            _Selector(net, scores, keep, many=(len(problems),)),
+            _Selector(net, scores, keep, parts, many=(len(problems),)),
             lambda state, masks: _step_many(net, state, masks, weights, **settings),
             _State(scores, _init_many(net, scores, init=init)),
         )
@@ -419,7 +423,8 @@ class DPaI:
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
         state = _State(shapes, jax.eval_shape(self.optimizer.init, shapes))
         masks = self._shapes(problem, bool)
-        _step.ahead(net, state, masks, self._weights(), **self._settings())
+        settings = self._settings(problem.granularity.parts(net))
+        _step.ahead(net, state, masks, self._weights(), **settings)
         if self.scores is None:
             noise.compile_ahead(net, problem.key, problem.params)
 
@@ -428,23 +433,27 @@ class DPaI:
         """The layers' shapes, sharded like the weights."""
         return meshes.shapes_like(problem.net.leaves(problem.params), dtype)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, parts: grouping.Parts = ()) -> dict[str, Any]:
         """What a step is compiled for."""
         objective = Objective(self.counting, self.normalize, math.isinf(self.gamma))
-        return {"objective": objective, "update": Alike(self.optimizer.update)}
+        return {"objective": objective, "update": Alike(self.optimizer.update), "parts": parts}
 
     def _weights(self) -> tuple[Any, Any, Any]:
         return np.float32(self.alpha), np.float32(self.beta), np.float32(self.gamma)
 
     def _start(self, problem: Problem) -> list[Array]:
-        """The scores to start from; zero, the lowest magnitude, where no mask is effective."""
-        net = problem.net
+        """The scores to start from; zero, the lowest magnitude, where no mask is effective.
+
+        Those of a group are equal, and stay so.
+        """
+        net, parts = problem.net, problem.granularity.parts(problem.net)
         if self.scores is None:
             scores = noise.normal_scores(net, problem.key, problem.params)
         else:
             scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
             scores = meshes.device_put_like(scores, net.leaves(problem.params))
-        return counts.rank_last(net, scores, 0.0)
+        scores = counts.rank_last(net, scores, 0.0)
+        return _together(net, scores, parts=parts, drawn=self.scores is None) if parts else scores
 
 
 class _Selector:
@@ -454,11 +463,17 @@ class _Selector:
       net: the traced network.
       scores: the layers' scores, or their shapes.
       keep: the numbers to keep.
+      parts: which weights stand or fall together.
       many: the number of problems side by side, if there are several.
     """
 
     def __init__(
-        self, net: Network, scores: list[Any], keep: list[Array] | Array, many: tuple[int, ...] = ()
+        self,
+        net: Network,
+        scores: list[Any],
+        keep: list[Array] | Array,
+        parts: grouping.Parts = (),
+        many: tuple[int, ...] = (),
     ):
         self.many = many
         # One threshold for all layers is found in all of them.
@@ -466,20 +481,26 @@ class _Selector:
         everything = [Group(net, list(range(len(scores))))]
         self._groups = everything if together else groups_of(net, scores)
         self._keep = [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
+        self._parts = [tuple(g.of(parts)) if parts else () for g in self._groups]
         sizes = [sum(map(np.size, jax.tree.leaves(numbers))) for numbers in self._keep]
         self._thresholds = [
             jnp.zeros((*many, 2, size // math.prod(many)), jnp.uint32) for size in sizes
         ]
         if not many:
-            for group, *args in zip(self._groups, self._keep, self._thresholds, strict=True):
-                _select.ahead(group.owner, group.of(scores), *args)
+            each = zip(self._groups, self._keep, self._thresholds, self._parts, strict=True)
+            for group, *args, own in each:
+                _select.ahead(group.owner, group.of(scores), *args, parts=own)
 
     def masks(self, scores: list[Array]) -> list[Array]:
         """The masks of the scores."""
         select, found = _select_many if self.many else _select, []
         for i, group in enumerate(self._groups):
             masks, self._thresholds[i] = select(
-                group.owner, group.of(scores), self._keep[i], self._thresholds[i]
+                group.owner,
+                group.of(scores),
+                self._keep[i],
+                self._thresholds[i],
+                parts=self._parts[i],
             )
             found.append(masks)
         return in_order(self._groups, found)
@@ -487,12 +508,18 @@ class _Selector:
 
 @meshes.program(like=lambda scores, *_: (scores, None), layers=lambda scores, *_: scores)
 def _select(
-    _: Network | None, scores: list[Array], keep: list[Array] | Array, thresholds: Array
+    _: Network | None,
+    scores: list[Array],
+    keep: list[Array] | Array,
+    thresholds: Array,
+    *,
+    parts: grouping.Parts = (),
 ) -> tuple[list[Array], Array]:
     """The masks of the scores, and the last two thresholds."""
     # Extrapolate linearly from the last two thresholds.
     before, near = thresholds[:1], thresholds[1:]
-    masks, found = selection.select(scores, keep, near + (near - before), magnitude=True)
+    nearby = near + (near - before)
+    masks, found = grouping.select(scores, keep, nearby, magnitude=True, parts=parts)
     return masks, jnp.concatenate([near, found])
 
 
@@ -507,9 +534,11 @@ def _step(
     *,
     objective: Objective,
     update: Alike,
+    parts: grouping.Parts = (),
 ) -> tuple[_State, dict[str, Array]]:
     """Lines 6 to 8 of Algorithm 1."""
     directions, measured = direction(net, objective, weights, state.scores, masks)
+    directions = grouping.together(directions, parts)
     descent = jax.tree.map(jnp.negative, directions)
     # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
@@ -519,9 +548,27 @@ def _step(
 
 @meshes.program()
 def _select_many(
-    net: Network | None, scores: list[Array], keep: list[Array] | Array, thresholds: Array
+    net: Network | None,
+    scores: list[Array],
+    keep: list[Array] | Array,
+    thresholds: Array,
+    *,
+    parts: grouping.Parts = (),
 ) -> Any:
-    return jax.vmap(functools.partial(_select.fn, net))(scores, keep, thresholds)
+    return jax.vmap(functools.partial(_select.fn, net, parts=parts))(scores, keep, thresholds)
+
+
+@meshes.program(like=lambda scores: scores, layers=lambda scores: scores)
+def _together(
+    _: Network, scores: list[Array], *, parts: grouping.Parts, drawn: bool
+) -> list[Array]:
+    """One score for each group."""
+    return (grouping.drawn_together if drawn else grouping.together)(scores, parts)
+
+
+@meshes.program()
+def _drawn_together_many(_: Network, scores: list[Array], *, parts: grouping.Parts) -> Any:
+    return jax.vmap(functools.partial(grouping.drawn_together, parts=parts))(scores)
 
 
 @meshes.program(donate=(0,))
