@@ -19,6 +19,7 @@ RECIPES = (
     "vit_b16_tiny_imagenet",
     "ablations",
     "digits_resnet20",
+    "suite",
     "small_dense",
 )
 """The names of the recipes, each of them a module in this folder."""
