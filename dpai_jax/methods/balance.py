@@ -272,7 +272,8 @@ def _even_slopes(
 def _evenness(shares: Array, axes: tuple[int, ...]) -> Array:
     """The slope of the mean logarithm of shares that are not zero."""
     number = jnp.sum((shares >= _LEAST).astype(jnp.float32), axes, keepdims=True)
-    return _inverse(shares) / jnp.maximum(number, 1.0)
+    # XLA would round a quotient by a scalar otherwise for one problem than for many.
+    return _inverse(shares) * (1 / jnp.maximum(number, 1.0))
 
 
 def _inverse(shares: Array) -> Array:

@@ -271,7 +271,7 @@ class DPaI:
 @functools.partial(jax.jit, static_argnums=0)
 def _strength(strength: Callable[[Array], Array], weight: Array) -> Array:
     """The strengths of a layer's weights, the largest of them one."""
-    found = strength(weight.astype(jnp.float32))
+    found = jnp.minimum(strength(weight.astype(jnp.float32)), np.finfo(np.float32).max)
     largest = jnp.max(found)
     return jnp.where(largest > 0, found / jnp.where(largest > 0, largest, 1.0), 1.0)
 
