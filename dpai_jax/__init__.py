@@ -15,6 +15,7 @@ from dpai_jax.caching import cache
 from dpai_jax.counts import log_paths
 from dpai_jax.files import load, save
 from dpai_jax.flax_nnx import from_nnx
+from dpai_jax.fronts import pareto
 from dpai_jax.many import prune_many
 from dpai_jax.masks import apply_masks, binarize, shuffled
 from dpai_jax.measuring import LayerTopology, Topology, effective_weights, topology
@@ -77,6 +78,7 @@ __all__ = [
     "keep_pruned",
     "load",
     "log_paths",
+    "pareto",
     "prune",
     "prune_many",
     "register_rule",

@@ -75,7 +75,6 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
         # JSON has no infinity.
         "topology": topology | {"log_paths": repr(result.topology.log_paths)},
         "settings": dict(result.settings),
-        "stopped": result.stopped,
         "seconds": result.seconds,
     }
     data = safetensors.numpy.save(arrays, {"dpai_jax": json.dumps(about, allow_nan=False)})
@@ -136,7 +135,6 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
             for name, array in arrays.items()
             if name.startswith("history/")
         },
-        stopped=about["stopped"],
         seconds=about["seconds"],
         settings=about["settings"],
         net=net,

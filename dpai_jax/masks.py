@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax import checks, selection
+from dpai_jax import checks, grouping, selection
 from dpai_jax.allocation import Keep, checked_count, is_total
 from dpai_jax.tools import meshes
 from dpai_jax.tools.switches import usual_switches
@@ -70,15 +70,18 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     )
 
 
-def select_layers(scores: Sequence[Array], keep: Keep) -> list[Array]:
-    """The masks of the highest scores, of lists over the layers."""
-    masks: list[Array] = _select(None, list(scores), jax.tree.map(selection.as_count, keep))
+def select_layers(scores: Sequence[Array], keep: Keep, parts: grouping.Parts = ()) -> list[Array]:
+    """The masks of the highest scores, of lists over the layers (see `grouping.select`)."""
+    numbers = jax.tree.map(selection.as_count, keep)
+    masks: list[Array] = _select(None, list(scores), numbers, parts=parts)
     return masks
 
 
 @meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
-def _select(_: None, scores: list[Array], keep: list[Array] | Array) -> list[Array]:
-    return selection.select(scores, keep)[0]
+def _select(
+    _: None, scores: list[Array], keep: list[Array] | Array, *, parts: grouping.Parts
+) -> list[Array]:
+    return grouping.select(scores, keep, parts=parts)[0]
 
 
 @usual_switches()

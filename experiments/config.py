@@ -48,6 +48,8 @@ class Config:
             layer; by default the published number.
         method: Name of the pruning method; "dense" prunes nothing.
         sparsity: Fraction of the prunable weights to remove. "dense" sets it to 0.
+        granularity: Which weights stand or fall together: "kernel", "channel", or N:M such as
+            "2:4"; by default each stands alone. "dense" has none.
         seed: Seed of the initial weights, the pruning and the order of the data.
         init: Checkpoint whose weights the network starts from, instead of random ones.
         train_images: Train on this many images of the training split only.
@@ -73,6 +75,7 @@ class Config:
     width: int | None = None
     method: str = "dpai"
     sparsity: float = 0.99
+    granularity: str | None = None
     seed: int = 0
     init: str | None = None
     train_images: int | None = None
@@ -91,6 +94,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.method == DENSE:
             object.__setattr__(self, "sparsity", 0.0)
+            object.__setattr__(self, "granularity", None)
 
     def check(self) -> None:
         """Raises a `ConfigError` that names the first field whose value makes no sense."""
@@ -124,7 +128,10 @@ class Config:
     @property
     def label(self) -> str:
         """What tells the job from its neighbours in a comparison: "dpai 99%"."""
-        return self.method if self.method == DENSE else f"{self.method} {percent(self.sparsity)}"
+        if self.method == DENSE:
+            return self.method
+        by = "" if self.granularity is None else f" by {self.granularity}"
+        return f"{self.method} {percent(self.sparsity)}{by}"
 
     @property
     def title(self) -> str:

@@ -144,6 +144,7 @@ def check(todo: Sequence[Config]) -> None:
     for config in todo:
         config.check()
         methods.find(config.method)
+        methods.check_granularity(config)
     for config in dict.fromkeys(dataclasses.replace(c, method=DENSE, seed=0) for c in todo):
         train.resolve(config)
 

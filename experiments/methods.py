@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import dpai_jax as dpai
-from experiments.config import DENSE, ConfigError
+from dpai_jax import granularity
+from experiments.config import DENSE, Config, ConfigError
 
 Train = Callable[[Any, Any], Any]
 """Trains a network: from its variables and masks to its trained variables."""
@@ -105,6 +106,25 @@ def find(name: str) -> Pruning:
         changed = _with_settings(name, pruning.method, [(field, text) for field, _, text in given])
         pruning = dataclasses.replace(pruning, method=changed)
     return dataclasses.replace(pruning, afterwards=parts["afterwards"] or "")
+
+
+def check_granularity(config: Config) -> None:
+    """Checks which weights of a job stand or fall together.
+
+    Raises:
+        ConfigError: There is no such granularity, or it does not go with the method.
+    """
+    if config.granularity is None:
+        return
+    try:
+        granularity.parsed(config.granularity)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
+    if find(config.method).afterwards:
+        raise ConfigError(
+            f"granularity can't go with +repair or +shuffled, which move single weights; got "
+            f"{config.granularity!r} and {config.method!r}."
+        )
 
 
 def _with_settings(name: str, method: Any, given: list[tuple[str, str]]) -> Any:

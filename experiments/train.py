@@ -113,7 +113,7 @@ def train_and_evaluate(
             if not finite:
                 progress["diverged"] = len(history)
             elif now - saved >= checkpoint_seconds or len(history) == config.epochs:
-                _save(config, checkpoints, state, progress)
+                _save(checkpoints, state, progress)
                 saved = time.monotonic()
             say("train", len(history), config.epochs, history[-1])
     return {**summarize(history), **progress}
@@ -133,6 +133,7 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
     if config.init is not None:
         pretrained.check_exists(config.init)
     pruning = methods.find(config.method)
+    methods.check_granularity(config)
     data = datasets.load(config.dataset, train_images=config.train_images)
     if mesh is None:
         shape = models.resized_shape(data.image_shape, config.image_size)
@@ -208,6 +209,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
             sparsity=job.config.sparsity,
             method=pruning.make(functools.partial(train_variables, job)),
             key=key,
+            granularity=job.config.granularity or "weight",
             repair=pruning.afterwards == "repair",
             progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
             **data,
@@ -300,8 +302,8 @@ def describe(result: dpai.Result) -> dict[str, Any]:
     return {name: getattr(topology, name) for name in totals} | {"layers": layers}
 
 
-def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
-    """Checks that the masks keep what was asked for and that all else is exactly zero.
+def check_pruned(params: Any, masks: Any, asked: int) -> None:
+    """Checks that the masks keep as many weights as asked and that all else is exactly zero.
 
     Raises:
         RuntimeError: They don't. This is a defect of the training or the library.
@@ -309,7 +311,6 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
     prunable = [(np.asarray(leaf), np.asarray(mask)) for leaf, mask in leaves if mask.ndim]
     kept = sum(int(mask.sum()) for _, mask in prunable)
-    asked = round((1.0 - sparsity) * sum(mask.size for _, mask in prunable))
     alive = sum(int(np.count_nonzero(leaf[~mask])) for leaf, mask in prunable)
     if kept != asked or alive:
         raise RuntimeError(
@@ -342,14 +343,12 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
     # The whole state, as the optimizer's counters start on one device.
     state = steps.start(job.optimizer, variables, result.masks["params"])
     state = devices.on_each(job.mesh, state)
-    _save(job.config, checkpoints, state, progress)
+    _save(checkpoints, state, progress)
     return state, progress
 
 
-def _save(
-    config: Config, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]
-) -> None:
-    check_pruned(state.params, state.masks, config.sparsity)
+def _save(checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> None:
+    check_pruned(state.params, state.masks, progress["topology"]["weights"])
     # As NumPy's, masks come back whatever the devices.
     masks = jax.device_get(state.masks)
     checkpoints.save(len(progress["history"]), state.replace(masks=None), masks, progress)

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from dpai_jax import checks, counts
-from dpai_jax.allocation import Allocation, Keep, resolve
+from dpai_jax.allocation import Allocation, Keep
+from dpai_jax.granularity import WEIGHT, Granularity
 from dpai_jax.masks import select_layers
 from dpai_jax.paths import Network
 from dpai_jax.tools.signatures import Alike
@@ -121,6 +123,7 @@ class Problem:
       fn: the network, `fn(params, x)`.
       x: its input; only its shape and dtype are used.
       given: the loss and the batches, if there are any.
+      granularity: which weights stand or fall together.
     """
 
     net: Network
@@ -131,6 +134,7 @@ class Problem:
     fn: Callable[[PyTree, PyTree], PyTree]
     x: PyTree
     given: Data = dataclasses.field(default_factory=lambda: Data(None, None))
+    granularity: Granularity = WEIGHT
 
     def data(self) -> tuple[Alike, Sequence[PyTree]]:
         """The loss and the batches, for a method that prunes by them.
@@ -161,6 +165,8 @@ class Problem:
     def keep(self, allocation: Allocation, sparsity: float | None = None) -> Keep:
         """The number of weights to keep in each layer, or one for all; checked.
 
+        Where weights stand in groups, the numbers are what `select` takes.
+
         Args:
           allocation: a method's setting.
           sparsity: the problem's if not given.
@@ -168,20 +174,39 @@ class Problem:
         Raises:
           TypeError, ValueError: if the allocation gives anything but such numbers.
         """
-        return resolve(self.net, allocation, self.sparsity if sparsity is None else sparsity)
+        asked = self.sparsity if sparsity is None else sparsity
+        return self.granularity.keep(self.net, allocation, asked)
 
     def select(self, scores: list[Array], keep: Keep) -> list[Array]:
-        """The masks that keep the weights of the highest scores.
+        """The masks that keep the weights, or the groups, of the highest scores.
 
         Weights that no mask can make effective come last. Ties under one threshold over all layers
         go by the order of the parameters, as in `dpai_jax.binarize`.
         """
         ranked = counts.rank_last(self.net, scores, -math.inf)
+        parts = self.granularity.parts(self.net)
         if isinstance(keep, list):
-            return select_layers(ranked, keep)
+            return select_layers(ranked, keep, parts)
         order = np.argsort([layer.index for layer in self.net.layers])
-        masks = select_layers([ranked[i] for i in order], keep)
+        parts = tuple(parts[i] for i in order) if parts else ()
+        masks = select_layers([ranked[i] for i in order], keep, parts)
         return [masks[i] for i in np.argsort(order)]
+
+    def weights_of(self, keep: Keep, masks: list[Array]) -> int:
+        """How many weights `select` has kept."""
+        if self.granularity.is_weight:
+            return sum(int(np.sum(k)) for k in jax.tree.leaves(keep))
+        return sum(
+            int(np.sum(n)) for n in jax.device_get([jnp.sum(m, dtype=jnp.uint32) for m in masks])
+        )
+
+    def refuse_groups(self, name: str) -> None:
+        """Raises a ValueError if weights stand in groups, for a method that takes single ones."""
+        if not self.granularity.is_weight:
+            raise ValueError(
+                f"granularity must be 'weight' with method {name}, which chooses single weights, "
+                f"got {self.granularity.name!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,14 +223,12 @@ class Pruned:
       masks: the boolean masks.
       scores: the scores that they were made of.
       history: arrays of one length, what was measured along the way; empty for one-shot methods.
-      stopped: why it ended before its last step, or an empty string.
       rank: makes what weights are preferred by, the highest first; the scores if not given.
     """
 
     masks: list[Array]
     scores: list[Array]
     history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    stopped: str = ""
     rank: Callable[[], list[Array]] | None = None
 
 

@@ -99,6 +99,7 @@ class NPB:
         Raises:
           ValueError: if the allocation gives one number for all layers.
         """
+        problem.refuse_groups("NPB")
         net, rng = problem.net, numpy_generator(problem.key)
         keep = problem.keep(self.allocation)
         if not isinstance(keep, list):

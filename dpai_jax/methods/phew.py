@@ -78,6 +78,7 @@ class PHEW:
           TypeError: if the parameters are shapes.
           ValueError: if a weight is not finite.
         """
+        problem.refuse_groups("PHEW")
         net = problem.net
         keep = weights_to_keep(net, problem.sparsity)
         strength = net.ravel(_magnitudes(problem))

@@ -60,7 +60,7 @@ def gradual(
             scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
         keep = problem.keep(allocation, sparsity)
         masks = problem.select(scores, keep)
-        kept.append(sum(int(np.sum(k)) for k in jax.tree.leaves(keep)))
+        kept.append(problem.weights_of(keep, masks))
         problem.report(t + 1, len(sparsities), {"weights": kept[-1]})
     return Pruned(masks, scores, {"weights": np.asarray(kept)})
 

@@ -9,6 +9,7 @@ contraction with a kernel is computed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -203,3 +204,25 @@ def _follow(
         return jnp.concatenate([*reads, output[None]]) > 0
 
     return jax.jit(jax.vmap(follow))
+
+
+def are_outputs(net: Network) -> list[bool]:
+    """For each layer, whether the network's output reads what it writes with no kernel between."""
+    places = {layer.index: i for i, layer in enumerate(net.layers)}
+    leaves = [jnp.zeros(layer.shape, jnp.float32) for layer in net.layers]
+
+    @jax.jit
+    @jax.grad
+    def reads(starts: Array) -> Array:
+        def start_anew(use: KernelUse) -> Spread:
+            """Paths end at every kernel, and start behind it."""
+            own = [starts[places[leaf]] for leaf, _ in use.weight.sources]
+            written = [i for i in (*use.batch, *use.outputs) if i in use.writes]
+            features = math.prod(use.weight.shape[i] for i in written)
+            return use.behind(jnp.broadcast_to(jnp.max(jnp.stack(own)), (features,)))
+
+        flows = net.evaluate(leaves, Interpreter("jacobian", _OPEN, start_anew, 0.0))
+        return sum((jnp.sum(flow.mantissa) for flow in flows), jnp.float32(0))
+
+    found = jax.device_get(reads(jnp.ones(len(leaves), jnp.float32)))
+    return [bool(x > 0) for x in found]

@@ -109,6 +109,12 @@ sum_over.defvjp(
 )
 
 
+def sums_over(array: Array, *several: tuple[int, ...]) -> list[Array]:
+    """Sums of one float32 array over several sets of axes, which keep size one."""
+    scaled, scale = _below_one(array, None)
+    return [_sum_below_one(scaled, axes) * scale for axes in several]
+
+
 def _below_one(array: Array, below: Bound) -> tuple[Array, Array | float]:
     """An array divided by a power of two above all magnitudes, and that power."""
     if below is not None:

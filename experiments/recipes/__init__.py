@@ -19,6 +19,8 @@ RECIPES = (
     "vit_b16_tiny_imagenet",
     "ablations",
     "digits_resnet20",
+    "suite",
+    "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""
 

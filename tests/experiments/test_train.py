@@ -215,12 +215,12 @@ def test_the_last_epoch_and_the_best_by_validation_are_both_reported():
 def test_the_check_finds_a_weight_that_came_back_and_a_wrong_count():
     masks = {"kernel": jnp.array([[True, False], [False, False]]), "bias": jnp.array(True)}
     params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 0.0]]), "bias": jnp.ones(2)}
-    train.check_pruned(params, masks, 0.75)
+    train.check_pruned(params, masks, 1)
     with pytest.raises(RuntimeError, match="keep 1 weights where 2 were asked for"):
-        train.check_pruned(params, masks, 0.5)
+        train.check_pruned(params, masks, 2)
     revived = params | {"kernel": jnp.array([[2.0, 0.0], [1e-30, 0.0]])}
     with pytest.raises(RuntimeError, match="1 pruned weights are not zero"):
-        train.check_pruned(revived, masks, 0.75)
+        train.check_pruned(revived, masks, 1)
 
 
 def test_the_optimizer_is_sgd_with_momentum_decay_warmup_and_cosine():
