@@ -63,7 +63,7 @@ def pareto(
     method = DPaI() if method is None else method
     if not isinstance(method, DPaI):
         raise TypeError(f"method must be a dpai.DPaI, got {shown(method)}")
-    if not isinstance(alphas, Sequence | np.ndarray) or not len(alphas):
+    if np.ndim(alphas) != 1 or not len(alphas):
         raise ValueError(f"alphas must be a sequence of numbers, got {shown(alphas)}")
     for alpha in alphas:
         checks.number("alphas", alpha, *checks.FRACTION)

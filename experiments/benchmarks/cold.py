@@ -149,16 +149,8 @@ def _rival(network: Network, name: str) -> Row:
 
 
 def _first_of(network: Network, name: str) -> float:
-    """The seconds of a process's first call of a method, on kernels drawn from N(0, 0.05²)."""
-    fn, shapes, x = network.problem()
-    rng = np.random.default_rng(0)
-
-    def leaf(shape: tuple[int, ...]) -> jax.Array:
-        # Scales and variances are vectors.
-        drawn = rng.normal(0, 0.05, shape) if len(shape) > 1 else np.ones(shape)
-        return jnp.asarray(drawn.astype(np.float32))
-
-    params = jax.tree.map(lambda s: leaf(s.shape), shapes)
+    """The seconds of a process's first call of a method."""
+    (fn, params, x), rng = network.problem(), np.random.default_rng(0)
     images = rng.standard_normal((32, *network.shape)).astype(np.float32)
     batch = images, rng.integers(0, network.classes, 32)
     data = {"loss_fn": functools.partial(_loss, fn), "batches": [batch]}
@@ -176,13 +168,13 @@ def _growth(network: Network) -> Row:
 
 def _many(network: Network, number: int = 16) -> Row:
     fn, params, x = network.problem()
-    keys = list(jax.random.split(jax.random.key(0), number))
+    methods = [dpai.DPaI(alpha=i / number) for i in range(number)]
 
     def together() -> list[dpai.Result]:
-        return dpai.prune_many(fn, params, x, 0.9, key=keys)
+        return dpai.prune_many(fn, params, x, 0.9, method=methods)
 
     def one_by_one() -> list[dpai.Result]:
-        return [dpai.prune(fn, params, x, 0.9, key=key, progress=False) for key in keys]
+        return [dpai.prune(fn, params, x, 0.9, method=m, progress=False) for m in methods]
 
     for a, b in zip(together(), one_by_one(), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.masks, b.masks)

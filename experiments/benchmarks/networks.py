@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import models
 
@@ -37,12 +38,22 @@ class Network:
         return f"{self.model} at {where}{width}"
 
     def problem(self) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
-        """Returns what `dpai_jax.prune` takes: a function, and the shapes of params and x."""
+        """Returns what `dpai_jax.prune` takes: a function, params, and the shape of x.
+
+        Kernels are drawn from N(0, 0.05²); scales and variances, which are vectors, are ones.
+        """
         model = models.create(self.model, self.classes, self.width)
         model = model if self.depth is None else model.clone(depth=self.depth)
         dtype = jnp.float32 if len(self.shape) == 3 else jnp.int32
         x = jax.ShapeDtypeStruct((1, *self.shape), dtype)
-        return model.apply, jax.eval_shape(model.init, jax.random.key(0), x), x
+        rng = np.random.default_rng(0)
+
+        def leaf(shape: tuple[int, ...]) -> jax.Array:
+            drawn = rng.standard_normal(shape, np.float32) if len(shape) > 1 else np.float32(20)
+            return jnp.asarray(np.broadcast_to(drawn * np.float32(0.05), shape))
+
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+        return model.apply, jax.tree.map(lambda s: leaf(s.shape), shapes), x
 
 
 _RESNET20 = Network("resnet20", 10, (32, 32, 3))

@@ -30,12 +30,12 @@ Row = dict[str, Any]
 Jobs = Iterator[tuple[str, Callable[[], Row]]]
 """A title for each row, and the call that measures it."""
 
-ADAM = dpai.DPaI(optimizer=optax.adam(0.005), normalize=False)
+ADAM = dpai.DPaI.published(counting="mean_field")
 """DPaI with the published code's optimizer."""
 
-TIMED = {"default": (dpai.DPaI(), 10), "adam": (ADAM, 26)}
+TIMED = {"default": (dpai.DPaI(), 14), "adam": (ADAM, 26)}
 """The methods whose steps are timed, and the bytes that a step must move for each weight: the mask,
-the score, read and written as float32, and likewise Adam's two moments."""
+the score, read and written as float32, and likewise the strength or Adam's two moments."""
 
 OPTIMIZER: Mapping[str, Any] = {
     "learning_rate": 0.1,
@@ -80,55 +80,15 @@ def quality(seeds: int) -> Jobs:
                 yield title, functools.partial(_quality, network, sparsity, seed)
 
 
-def _unstopped(method: dpai.DPaI, steps: int) -> dpai.DPaI:
-    return dataclasses.replace(method, steps=steps, tolerance=-math.inf)
-
-
-def _adam(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
-    return dataclasses.replace(ADAM, optimizer=optax.adam(rate))
-
-
-def _ascent(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
-    return dpai.DPaI(optimizer=optax.sgd(rate))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A setting of DPaI that is compared.
-
-    Attributes:
-        method: The method.
-        uniform_start: Whether it starts from scores of U(-1, 1) instead of its own.
-    """
-
-    method: dpai.DPaI
-    uniform_start: bool = False
-
-    def make(self, network: Network, seed: int) -> dpai.DPaI:
-        """Returns the method for a network and a seed."""
-        if not self.uniform_start:
-            return self.method
-        rng = np.random.default_rng(seed)
-        _, params, _ = network.problem()
-        scores = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape).astype(np.float32), params)
-        return dataclasses.replace(self.method, scores=scores)
-
-
-METHODS: Mapping[str, Setting] = {
-    "Adam .005, 3000 steps (published)": Setting(dpai.DPaI.published()),
-    "Adam .005, 300 steps": Setting(_unstopped(ADAM, 300)),
-    "Adam .05, 300 steps": Setting(_unstopped(_adam(0.05), 300)),
-    "Adam .1 to 0, 300 steps": Setting(
-        _unstopped(_adam(optax.cosine_decay_schedule(0.1, 300)), 300)
-    ),
-    "normalised .003, 100 steps": Setting(_unstopped(_ascent(0.003), 100)),
-    "normalised .01, 100 steps": Setting(_unstopped(dpai.DPaI(), 100)),
-    "normalised .03, 100 steps": Setting(_unstopped(_ascent(0.03), 100)),
-    "normalised .02 to 0, 100 steps": Setting(
-        _unstopped(_ascent(optax.linear_schedule(0.02, 0.0, 100)), 100)
-    ),
-    "default, from scores of U(-1, 1)": Setting(dpai.DPaI(), uniform_start=True),
-    "default": Setting(dpai.DPaI()),
+METHODS: Mapping[str, dpai.DPaI] = {
+    "published": dpai.DPaI.published(),
+    "published, 300 steps of Adam .05": dpai.DPaI.published(steps=300, optimizer=optax.adam(0.05)),
+    "default": dpai.DPaI(),
+    "paths alone": dpai.DPaI(alpha=0.0),
+    "α = 0.5": dpai.DPaI(alpha=0.5),
+    "100 steps": dpai.DPaI(steps=100),
+    "strength one": dpai.DPaI(strength="one"),
+    "strength square": dpai.DPaI(strength="square"),
 }
 """Settings of DPaI that are compared; the first is the published one."""
 
@@ -137,12 +97,12 @@ def settings(seeds: int) -> Jobs:
     """The objectives that settings other than the published ones reach, in a tenth of the steps."""
     for network in networks.SETTINGS:
         for sparsity in networks.SPARSITIES:
-            for name, setting in METHODS.items():
+            for name, method in METHODS.items():
                 for seed in range(seeds):
                     title = f"{network.title}, {sparsity:.2%}, {name}, seed {seed}"
                     yield (
                         title,
-                        functools.partial(_settings, network, sparsity, name, setting, seed),
+                        functools.partial(_settings, network, sparsity, name, method, seed),
                     )
 
 
@@ -176,7 +136,7 @@ def _steps(network: Network, python: str | None) -> Row:
 def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) -> Row:
     method, least_bytes = TIMED[name]
     fn, params, x = network.problem()
-    method = _unstopped(method, steps)
+    method = dataclasses.replace(method, steps=steps)
     times: list[float] = []
     arrays: list[int] = []
 
@@ -218,7 +178,6 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
         "seconds": pruned.seconds,
         "seconds_again": again.seconds,
         "steps": len(pruned.history["nodes"]),
-        "stopped": pruned.stopped,
         "peak_bytes": memory - baseline,
         **_topology(pruned),
     }
@@ -254,8 +213,7 @@ def _training(network: Network, batch: int = 128) -> Row:
     return {"seconds": clock.call_seconds(run)}
 
 
-def _settings(network: Network, sparsity: float, name: str, setting: Setting, seed: int) -> Row:
-    method = setting.make(network, seed)
+def _settings(network: Network, sparsity: float, name: str, method: dpai.DPaI, seed: int) -> Row:
     return {"network": network.title, "method": name} | _objective(network, sparsity, method, seed)
 
 
@@ -272,8 +230,12 @@ def _objective(network: Network, sparsity: float, method: dpai.DPaI, seed: int) 
         fn, params, x, sparsity, method=method, key=jax.random.key(seed), progress=False
     )
     steps = len(result.history["nodes"])
-    measured = {"seconds": result.seconds, "steps": steps, "stopped": result.stopped}
-    return {"sparsity": sparsity, **measured, **_topology(result)}
+    return {
+        "sparsity": sparsity,
+        "seconds": result.seconds,
+        "steps": steps,
+        **_topology(result),
+    }
 
 
 def _topology(result: dpai.Result) -> Row:
