@@ -20,6 +20,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,7 +39,7 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
     """Writes a pruned network's masks, scores, history and settings to one file.
 
     The file is there whole or not at all. Its layout is in `dpai_jax.files`; it holds nothing that
-    reading could execute.
+    reading could execute. Of several processes all must call this, and the first one writes.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, dpai_jax as dpai
@@ -78,7 +79,8 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
         "seconds": result.seconds,
     }
     data = safetensors.numpy.save(arrays, {"dpai_jax": json.dumps(about, allow_nan=False)})
-    _write(pathlib.Path(path), data)
+    if jax.process_index() == 0:
+        _write(pathlib.Path(path), data)
 
 
 def load(path: str | os.PathLike[str], params: PyTree) -> Result:
@@ -109,6 +111,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
     shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
     leaves, structure = named_leaves(params)
     _check_fit(path, shapes, leaves)
+    _check_arrays(path, shapes, arrays)
     masks: list[Any] = []
     scores: list[Any] = []
     for name, _ in leaves:
@@ -143,7 +146,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
 
 def _by_name(tree: PyTree) -> dict[str, np.ndarray]:
     leaves, _ = named_leaves(tree)
-    arrays = {name: np.asarray(leaf) for name, leaf in leaves}
+    arrays = {name: meshes.on_host(leaf) for name, leaf in leaves}
     if len(arrays) < len(leaves):
         names = [name for name, _ in leaves]
         twice = next(name for name in names if names.count(name) > 1)
@@ -175,6 +178,26 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.offset_keys()}, about
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"path must be a file that save wrote, but {path} is not") from error
+
+
+def _check_arrays(
+    path: str | os.PathLike[str],
+    shapes: dict[str, tuple[int, ...]],
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """Refuses a file whose arrays are not those of its shapes."""
+    for leaf, shape in shapes.items():
+        if not shape:
+            continue
+        bytes_of_bits = (-(-math.prod(shape) // 8),)
+        wanted = {f"masks/{leaf}": bytes_of_bits, f"scores/{leaf}": shape}
+        for name, own in wanted.items():
+            found = arrays[name].shape if name in arrays else "none"
+            if found != own:
+                raise ValueError(
+                    f"path must be a file that save wrote, but in {path} {name} has shape {found} "
+                    f"where it needs {own}"
+                )
 
 
 def _check_fit(

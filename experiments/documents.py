@@ -9,7 +9,8 @@ heading. A plot follows a comment that names its table and records:
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
 
-The table "jobs" and the plot "accuracy" are of finished jobs; the others are of benchmarks.
+The tables "jobs" and "sizes" and the plot "accuracy" are of finished jobs; the others are of
+benchmarks.
 """
 
 import pathlib
@@ -27,8 +28,8 @@ _TABLE = re.compile(
     re.DOTALL,
 )
 
-JOBS = ("jobs", "accuracy")
-"""The table and the plot that are made of the records of jobs."""
+JOBS = ("jobs", "sizes", "accuracy")
+"""The tables and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
     r"<!-- plot (?P<name>\w+) of (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>[^)]+)\)"
@@ -79,7 +80,9 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
 
 
 def _grid(name: str, records: list[Record], title: str) -> Grid:
-    return report.table(records, title) if name == "jobs" else show.grid(name, records)
+    if name in JOBS:
+        return (report.sizes if name == "sizes" else report.table)(records, title)
+    return show.grid(name, records)
 
 
 def _origin(records: list[Record]) -> str:

@@ -72,7 +72,15 @@ SIZE = sum(p.size for p in PARAMS.values())
 
 METHODS = {
     "DPaI": dpai.DPaI(steps=3),
-    "DPaI, global": dpai.DPaI(steps=3, allocation=dpai.global_threshold),
+    "DPaI, global": dpai.DPaI(
+        strength="one",
+        schedule="constant",
+        balance="indicator",
+        steps=3,
+        optimizer=optax.sgd(0.01),
+        normalize=True,
+        allocation=dpai.global_threshold,
+    ),
     "Random": dpai.Random(),
     "Magnitude": dpai.Magnitude(),
     "Magnitude, ERK": dpai.Magnitude(dpai.erk),
@@ -319,8 +327,8 @@ def test_scores_of_a_group_move_together_along_its_mean_gradient(granularity):
     """One step of plain ascent on paths alone."""
     net = dpai.trace(fn, PARAMS, X)
     method = dpai.DPaI(
-        alpha=0.0, steps=1, optimizer=optax.sgd(1.0), normalize=False, scores=PARAMS,
-        counting="exact",
+        alpha=0.0, balance="indicator", strength="one", schedule="constant", counting="exact",
+        steps=1, optimizer=optax.sgd(1.0), scores=PARAMS,
     )  # fmt: skip
     result = prune(granularity, method)
     start = {}
@@ -356,7 +364,7 @@ def test_scores_of_a_group_move_together_along_its_mean_gradient(granularity):
 @pytest.mark.parametrize("granularity", ["channel", "2:4"])
 def test_many_masks_are_those_of_single_calls(granularity):
     keys = jax.random.split(jax.random.key(3), 3)
-    call = {"granularity": granularity, "method": dpai.DPaI(steps=12, tolerance=-1.0)}
+    call = {"granularity": granularity, "method": dpai.DPaI(steps=3)}
     many = dpai.prune_many(fn, PARAMS, X, 0.5, key=keys, **call)
     for key, one in zip(keys, many, strict=True):
         single = dpai.prune(fn, PARAMS, X, 0.5, key=key, progress=False, **call)

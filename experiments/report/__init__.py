@@ -2,6 +2,6 @@
 
 from experiments.report.figures import accuracy, draw, save
 from experiments.report.records import panels
-from experiments.report.tables import by_panel, table
+from experiments.report.tables import by_panel, sizes, table
 
-__all__ = ["accuracy", "by_panel", "draw", "panels", "save", "table"]
+__all__ = ["accuracy", "by_panel", "draw", "panels", "save", "sizes", "table"]

@@ -38,6 +38,39 @@ def results(panel: Panel) -> Grid:
     return _results(panel.groups, panel.title, detailed=True)
 
 
+def sizes(records: Sequence[Record], title: str) -> Grid:
+    """Makes the table of networks of several widths, by how many weights each has on a path.
+
+    Args:
+        records: Jobs on one data set, by kernels, by channels and dense.
+        title: Its heading.
+    """
+    found = [(panel.settings, group) for panel in own.panels(records) for group in panel.groups]
+    found.sort(key=lambda pair: -pair[1].values(own.topology("effective")).mean())
+    rows = [
+        (
+            f"{settings.get('width', '–')}",
+            group.method,
+            "–" if group.method == DENSE else percent(group.sparsity),
+            settings.get("granularity", "–"),
+            _whole(group, "weights"),
+            _whole(group, "effective"),
+            _accuracy(group, own.last),
+            _finite(group, own.best),
+            f"{len(group.records)}",
+        )
+        for settings, group in found
+    ]
+    headings = ("width", "method", "sparsity", "by", "weights", "effective", "test %", "best %")
+    return Grid(
+        title,
+        (*headings, "seeds"),
+        tuple(rows),
+        left=("method", "by"),
+        caption="effective: weights on a path; test: last epoch; best: epoch of best validation",
+    )
+
+
 def accuracies(panel: Panel) -> Grid:
     """Makes the paper's table of a panel: test accuracy by method and sparsity."""
     by_cell = {(group.method, group.sparsity): group for group in panel.groups}
