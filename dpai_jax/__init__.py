@@ -12,6 +12,7 @@ One call turns a network function, its parameters and a sparsity into masks:
 
 from dpai_jax.allocation import Allocation, er, erk, global_threshold, uniform, weights_to_keep
 from dpai_jax.caching import cache
+from dpai_jax.compacting import Compact, compact
 from dpai_jax.counts import log_paths
 from dpai_jax.files import load, save
 from dpai_jax.flax_nnx import from_nnx
@@ -51,6 +52,7 @@ __all__ = [
     "PHEW",
     "SNIP",
     "Allocation",
+    "Compact",
     "DPaI",
     "GraSP",
     "IterativeSNIP",
@@ -70,6 +72,7 @@ __all__ = [
     "ascent",
     "binarize",
     "cache",
+    "compact",
     "effective_weights",
     "er",
     "erk",

@@ -16,7 +16,17 @@ from experiments.config import Config, ConfigError
 from experiments.processes import Share, join
 
 Table = Literal[
-    "cold", "rivals", "growth", "many", "step", "training", "large", "settings", "quality"
+    "cold",
+    "rivals",
+    "growth",
+    "many",
+    "compact",
+    "sparse",
+    "step",
+    "training",
+    "large",
+    "settings",
+    "quality",
 ]
 """What `bench` measures, in this order."""
 
@@ -182,8 +192,9 @@ def bench(
 
     Args:
         tables: What to measure: first calls of DPaI, of the other methods and against the depth,
-            many calls at once, steps of DPaI, steps of training, large networks, settings of DPaI,
-            and how good mean-field counting is.
+            many calls at once; networks without dead channels, sparse products; steps of DPaI,
+            steps of training, large networks, settings of DPaI, and how good mean-field counting
+            is.
         seeds: Repetitions where masks are compared.
         torch: A Python that has PyTorch, to also measure a plain PyTorch implementation.
         folder: Where rows.jsonl goes.

@@ -40,6 +40,14 @@ def is_real(var: Any) -> bool:
     return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
 
 
+def bind(eqn: Any, *operands: Any) -> list[Any]:
+    """The results of an equation; a call with a derivative of its own keeps it."""
+    found = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
 def source_line(eqn: Any) -> str:
     """The line of the user's program that an equation comes from."""
     return str(source_info_util.summarize(eqn.source_info))

@@ -295,11 +295,11 @@ def trace(
       Xiang et al., DPaI: Differentiable Pruning at Initialization with Node-Path Balance
       Principle, ICLR 2025, for the number of effective paths R_P.
     """
-    _check_functions(fn, prunable)
+    check_functions(fn, prunable)
     if gates not in GATES:
         raise ValueError(f"gates must be one of {', '.join(GATES)}, got {shown(gates)}")
     for argument, tree in (("params", params), ("x", x)):
-        _check_arrays(argument, tree)
+        check_arrays(argument, tree)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, x)))
     arguments = (rules_in_force(), fn, tuple(leaves), treedef, prunable, gates)
     try:
@@ -370,7 +370,8 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf) if dtype is None else dtype)
 
 
-def _check_functions(fn: Any, prunable: Any) -> None:
+def check_functions(fn: Any, prunable: Any) -> None:
+    """Checks a network function, and one that chooses layers."""
     modules = {c.__module__.partition(".")[0] + "." + c.__name__ for c in type(fn).__mro__}
     if "flax.Module" in modules:
         linen = hasattr(fn, "apply")
@@ -391,7 +392,8 @@ def _check_functions(fn: Any, prunable: Any) -> None:
             raise TypeError(f"{name} must be a function {name}({arguments}): {error}") from None
 
 
-def _check_arrays(argument: str, tree: PyTree) -> None:
+def check_arrays(argument: str, tree: PyTree) -> None:
+    """Checks that all leaves of an argument are arrays."""
     for name, leaf in named_leaves(tree)[0]:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         if not is_array and not isinstance(leaf, bool | int | float | complex):

@@ -95,6 +95,15 @@ COPIES = (
 )
 """Small networks; several copies of each are trained at once."""
 
+COMPACT = (
+    Network("lenet", 10, (28, 28, 1)),
+    Network("lenet5", 10, (28, 28, 1)),
+    _RESNET20,
+    Network("vgg19", 100, (32, 32, 3), 16),
+    Network("vit_ti4", 10, (32, 32, 3), 48),
+)
+"""Networks whose dead channels are cut out."""
+
 QUALITY = (
     _RESNET20,
     _VGG19,

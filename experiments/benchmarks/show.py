@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.figure
 import rich.console
 
-from experiments.benchmarks import cold
+from experiments.benchmarks import cold, smaller
 from experiments.benchmarks import rows as measured
 from experiments.benchmarks.rows import Row
 from experiments.grid import Grid
@@ -41,6 +41,8 @@ def run(
         "rivals": cold.rivals,
         "growth": cold.growth,
         "many": cold.many,
+        "compact": smaller.compact,
+        "sparse": smaller.sparse,
         "step": lambda: measured.step(python),
         "training": lambda: measured.training(python),
         "large": measured.large,
@@ -184,6 +186,44 @@ def _many(rows: Sequence[Row]) -> Grid:
     return _grid("Many at once: milliseconds (least–most)", columns, rows)
 
 
+def _compact(rows: Sequence[Row]) -> Grid:
+    def pair(field: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[f'{field} before']:,} → {r[f'{field} after']:,}"
+
+    columns: Columns = {
+        "network": lambda r: r["network"],
+        "method": lambda r: r["method"],
+        "sparsity": lambda r: f"{r['sparsity']:.2%}",
+        "weights": pair("weights"),
+        "kB": lambda r: f"{r['bytes before'] / 1e3:,.0f} → {r['bytes after'] / 1e3:,.1f}",
+        "multiply-adds": pair("multiply_adds"),
+        "masked, ms": lambda r: _range(r["masked"], 1e-3, 2),
+        "compact, ms": lambda r: _range(r["seconds"], 1e-3, 2),
+        "times faster": lambda r: f"{r['masked']['median'] / r['seconds']['median']:.1f}",
+    }
+    title = "Masked and compact, of one input; milliseconds of 32 inputs (least–most)"
+    flat = [
+        {"network": row["network"], "method": row["method"], "masked": row["seconds"]} | at
+        for row in rows
+        for at in row["at"]
+    ]
+    return _grid(title, columns, flat)
+
+
+def _sparse(rows: Sequence[Row]) -> Grid:
+    columns: Columns = {
+        "matrix": lambda r: r["title"],
+        "sparsity": lambda r: f"{r['sparsity']:.2%}",
+        **{
+            f"{name}, ms": lambda r, name=name: _range(r[name], 1e-3, 3)  # type: ignore[misc]
+            for name in smaller.FORMATS
+        },
+    }
+    title = "A matrix times a batch of 32: milliseconds (least–most)"
+    flat = [{"title": row["title"]} | at for row in rows for at in row["at"]]
+    return _grid(title, columns, flat)
+
+
 def _training(rows: Sequence[Row]) -> Grid:
     def peer(layout: str) -> Callable[[Row], str]:
         key = f"peer {layout}"
@@ -292,6 +332,8 @@ _TABLES: Mapping[str, Callable[[Sequence[Row]], Grid]] = {
     "rivals": _rivals,
     "growth": _growth,
     "many": _many,
+    "compact": _compact,
+    "sparse": _sparse,
     "step": _step,
     "training": _training,
     "large": _large,

@@ -9,7 +9,7 @@ import pytest
 import rich.console
 
 import dpai_jax as dpai
-from experiments.benchmarks import clock, cold, networks, rows, show
+from experiments.benchmarks import clock, cold, networks, rows, show, smaller
 from experiments.benchmarks.networks import Network
 from experiments.store import Store
 
@@ -18,13 +18,13 @@ TINY = Network("lenet", 10, (6, 6, 1), 8)
 
 @pytest.fixture
 def _tiny(monkeypatch):
-    for name in ("STEP", "LARGE", "QUALITY", "SETTINGS", "COLD", "RIVALS", "COPIES"):
+    for name in ("STEP", "LARGE", "QUALITY", "SETTINGS", "COLD", "RIVALS", "COPIES", "COMPACT"):
         monkeypatch.setattr(networks, name, (TINY,))
     monkeypatch.setattr(networks, "SPARSITIES", (0.5,))
     few = dict(list(rows.METHODS.items())[1:3])
     monkeypatch.setattr(rows, "METHODS", few)
     # A process of its own would know nothing of all this.
-    for module in (rows, cold):
+    for module in (rows, cold, smaller):
         monkeypatch.setattr(module, "isolated", lambda function, *args: function(*args))
     monkeypatch.setattr(dpai, "cache", lambda _: None)
     deep = [Network("gpt2", 10, (4,), 12, depth) for depth in (1, 2)]
@@ -68,6 +68,19 @@ def test_first_calls_and_many_at_once_are_measured(tmp_path, monkeypatch):
     store = Store(tmp_path / "rows.jsonl").read()
     show.plot("growth", [row for row in store if row["table"] == "growth"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.standard_promotion
+def test_smaller_networks_and_sparse_products_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(smaller, "METHODS", {"magnitude": dpai.Magnitude()})
+    monkeypatch.setattr(smaller, "MATRICES", ((6, 4),))
+    printed = _printed(("compact", "sparse"), tmp_path)
+    for word in ("magnitude", "6 × 4", *smaller.FORMATS):
+        assert word in printed
+    row = Store(tmp_path / "rows.jsonl").read()[0]["at"][0]
+    assert row["weights after"] <= row["weights before"]
+    assert row["bytes before"] == 4 * row["weights before"]
 
 
 @pytest.mark.standard_promotion
