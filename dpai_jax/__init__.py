@@ -10,6 +10,7 @@ One call turns a network function, its parameters and a sparsity into masks:
 64
 """
 
+from dpai_jax import plot
 from dpai_jax.allocation import Allocation, er, erk, global_threshold, uniform, weights_to_keep
 from dpai_jax.caching import cache
 from dpai_jax.compacting import Compact, compact
@@ -43,6 +44,7 @@ from dpai_jax.optimizer import keep_pruned
 from dpai_jax.paths import Layer, Network, register_rule, trace
 from dpai_jax.pruning import Result, prune
 from dpai_jax.repairing import repair
+from dpai_jax.summaries import Summary
 
 __all__ = [
     "FORCE",
@@ -66,6 +68,7 @@ __all__ = [
     "Pruned",
     "Random",
     "Result",
+    "Summary",
     "SynFlow",
     "Topology",
     "apply_masks",
@@ -82,6 +85,7 @@ __all__ = [
     "load",
     "log_paths",
     "pareto",
+    "plot",
     "prune",
     "prune_many",
     "register_rule",

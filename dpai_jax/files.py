@@ -131,7 +131,10 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
         scores=structure.unflatten(meshes.device_put_like(scores, like)),
         topology=Topology(
             float(topology["log_paths"]),
-            tuple(LayerTopology(**layer) for layer in topology["layers"]),
+            tuple(
+                LayerTopology(**layer | {"shape": tuple(layer["shape"])})
+                for layer in topology["layers"]
+            ),
         ),
         history={
             name.removeprefix("history/"): array

@@ -13,7 +13,8 @@ from jax import Array
 
 from dpai_jax import checks
 from dpai_jax.counts import log_count, reached
-from dpai_jax.paths import Network
+from dpai_jax.paths import Layer, Network
+from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.switches import usual_switches
@@ -21,7 +22,7 @@ from dpai_jax.tools.switches import usual_switches
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LayerTopology:
     """What remains of one layer (of all its copies, where layers are stacked in one kernel).
 
@@ -33,7 +34,9 @@ class LayerTopology:
 
     Attributes:
       name: the kernel's path among the parameters.
+      shape: the kernel's shape.
       size: the number of its weights before pruning.
+      outputs: the number of its output features before pruning.
       weights: how many are kept.
       effective: how many of those lie on a path from the input to the output.
       nodes: output features with an effective incoming weight.
@@ -41,19 +44,29 @@ class LayerTopology:
     """
 
     name: str
+    shape: tuple[int, ...]
     size: int
+    outputs: int
     weights: int
     effective: int
     nodes: int
     kernels: int
+
+    def __repr__(self) -> str:
+        return f"LayerTopology({self.name}: {_described(self)})"
 
     @property
     def density(self) -> float:
         """The fraction of weights kept."""
         return self.weights / self.size
 
+    @property
+    def dead(self) -> int:
+        """The number of weights that are kept, but that no path passes."""
+        return self.weights - self.effective
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Topology:
     """What remains of a network under masks; printed, it is a table of the layers.
 
@@ -104,19 +117,85 @@ class Topology:
         """The names of the layers that no path passes any more."""
         return tuple(layer.name for layer in self.layers if layer.effective == 0)
 
+    @property
+    def outputs(self) -> int:
+        """The number of output features of all layers before pruning."""
+        return sum(layer.outputs for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights kept."""
+        return self.weights / self.size
+
+    @property
+    def dead(self) -> int:
+        """The number of weights that are kept, but that no path passes."""
+        return self.weights - self.effective
+
+    def __repr__(self) -> str:
+        return f"Topology({_described(self)}, log_paths={self.log_paths:.2f})"
+
     def __str__(self) -> str:
-        width = max(len("all layers"), *(len(layer.name) for layer in self.layers))
-        head = f"{'layer':<{width}} {'weights':>11} {'density':>8} {'effective':>10}"
-        head += f" {'nodes':>7} {'kernels':>9}"
-        rows = [
-            f"{r.name:<{width}} {r.weights:>11,} {r.density:>8.4f} {r.effective:>10,}"
-            f" {r.nodes:>7,} {r.kernels:>9,}"
-            for r in self.layers
-        ]
-        density = self.weights / self.size
-        total = f"{'all layers':<{width}} {self.weights:>11,} {density:>8.4f} {self.effective:>10,}"
-        total += f" {self.nodes:>7,} {self.kernels:>9,}"
-        return "\n".join([head, *rows, total, f"log-paths {self.log_paths:.2f}"])
+        return str(self.summary())
+
+    def summary(self) -> Summary:
+        """A table of the layers, for a terminal or a notebook.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+          >>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
+          >>> params = {"hidden": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
+          >>> net = dpai.trace(fn, params, jnp.ones((1, 4)))
+          >>> masks = {"hidden": jnp.eye(4, 8, dtype=bool), "out": jnp.ones((8, 2), bool)}
+          >>> dpai.topology(net, masks).summary()
+          20 of 48 weights kept
+          layer       shape  kept  density  effective    nodes  kernels  dead
+          -------------------------------------------------------------------
+          hidden      4×8       4   12.50%          4   4 of 8        4     0
+          out         8×2      16  100.00%          8   2 of 2        8     8
+          -------------------------------------------------------------------
+          all layers           20   41.67%         12  6 of 10       12     8
+          log-paths 2.08; effective: on a path; dead: kept, but on none
+
+        Returns:
+          The table. In the last row are the totals.
+        """
+        return self.titled(f"{self.weights:,} of {self.size:,} weights kept")
+
+    def titled(self, title: str) -> Summary:
+        """`summary` under a title."""
+        return Summary(
+            title=title,
+            headings=("layer", "shape", *_COLUMNS),
+            rows=tuple(
+                (layer.name, "×".join(map(str, layer.shape)), *_cells(layer))
+                for layer in self.layers
+            ),
+            total=("all layers", "", *_cells(self)),
+            caption=f"log-paths {self.log_paths:.2f}; effective: on a path;"
+            " dead: kept, but on none",
+        )
+
+
+_COLUMNS = ("kept", "density", "effective", "nodes", "kernels", "dead")
+
+
+def _cells(counts: LayerTopology | Topology) -> tuple[str, ...]:
+    return (
+        f"{counts.weights:,}",
+        f"{counts.density:.2%}",
+        f"{counts.effective:,}",
+        f"{counts.nodes:,} of {counts.outputs:,}",
+        f"{counts.kernels:,}",
+        f"{counts.dead:,}",
+    )
+
+
+def _described(counts: LayerTopology | Topology) -> str:
+    return (
+        f"{counts.weights:,} of {counts.size:,} weights kept, {counts.effective:,} effective,"
+        f" {counts.nodes:,} nodes, {counts.kernels:,} kernels"
+    )
 
 
 @usual_switches()
@@ -165,10 +244,15 @@ def measure(net: Network, masks: Sequence[list[Array]]) -> list[Topology]:
 
 def _topology(net: Network, log_paths: np.ndarray, counts: list[np.ndarray]) -> Topology:
     layers = (
-        LayerTopology(layer.name, layer.size, *map(int, numbers))
+        LayerTopology(layer.name, layer.shape, layer.size, _n_outputs(layer), *map(int, numbers))
         for layer, numbers in zip(net.layers, counts, strict=True)
     )
     return Topology(float(np.float32(log_paths)), tuple(layers))
+
+
+def _n_outputs(layer: Layer) -> int:
+    """The number of output features, over all copies."""
+    return layer.size // layer.size_of((*layer.inputs, *layer.taps))
 
 
 def compile_ahead(net: Network, weights: list[Array]) -> None:

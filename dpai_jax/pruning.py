@@ -25,6 +25,7 @@ from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
 from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
+from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.settings import described
@@ -69,12 +70,25 @@ class Result:
     net: Network
 
     def __repr__(self) -> str:
-        topo = self.topology
-        return (
-            f"Result({topo.weights:,} of {topo.size:,} weights kept,"
-            f" {topo.effective:,} effective, {topo.nodes:,} nodes, {topo.kernels:,} kernels,"
-            f" log_paths={topo.log_paths:.2f})"
-        )
+        return repr(self.topology).replace("Topology", "Result", 1)
+
+    def summary(self) -> Summary:
+        """A table of the layers, for a terminal or a notebook (see `Topology.summary`).
+
+        Example:
+          >>> import jax.numpy as jnp, dpai_jax as dpai
+          >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
+          >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
+          >>> print(result.summary().title)
+          Random at sparsity 0.5: 16 of 32 weights kept
+
+        Returns:
+          The table. In the last row are the totals.
+        """
+        topo, settings = self.topology, self.settings
+        method = settings["method"]["type"] + " and repair" * settings["repair"]
+        title = f"{method} at sparsity {settings['sparsity']:.6g}"
+        return topo.titled(f"{title}: {topo.weights:,} of {topo.size:,} weights kept")
 
     def __getstate__(self) -> dict[str, Any]:
         # A trace cannot be pickled.

@@ -291,13 +291,9 @@ def summarize(history: list[Metrics]) -> Metrics:
 
 
 def describe(result: dpai.Result) -> dict[str, Any]:
-    """Returns a pruned network's topology as plain numbers, with each layer's output features."""
+    """Returns a pruned network's topology as plain numbers."""
     topology = result.topology
-    layers = [
-        dataclasses.asdict(counts)
-        | {"outputs": math.prod(layer.shape[axis] for axis in (*layer.stack, *layer.outputs))}
-        for counts, layer in zip(topology.layers, result.net.layers, strict=True)
-    ]
+    layers = [dataclasses.asdict(layer) | {"shape": list(layer.shape)} for layer in topology.layers]
     totals = ("log_paths", "weights", "effective", "nodes", "kernels")
     return {name: getattr(topology, name) for name in totals} | {"layers": layers}
 

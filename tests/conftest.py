@@ -98,19 +98,22 @@ def fresh_caches() -> Iterator[None]:
 
 # Started first, so that no worker is left with one of them when the other has finished.
 LONGEST = ("test_sharding.py", "test_documents.py", "test_contract.py", "test_train.py")
-# Last, as its groups are small.
-ZOO = "test_zoo.py"
+# Last, as their groups are small.
+SMALL = NOTEBOOKS, ZOO = "test_notebooks.py", "test_zoo.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts long files first and small groups last, so that workers end at the same time."""
-    order = {name: place for place, name in enumerate(LONGEST)} | {ZOO: len(LONGEST) + 1}
+    order = {name: place for place, name in enumerate(LONGEST)}
+    order |= {name: len(LONGEST) + 1 + place for place, name in enumerate(SMALL)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keeps together what shares compiled programs: a file, or all tests of a network of the zoo.
+
+    Notebooks share nothing: each goes to the next worker that is free.
 
     (The `xdist_group` mark would do, but pytest-xdist 3.8 ignores it under pytest 9.2.)
     """
@@ -120,6 +123,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
             network = re.search(r"\[(\w+/\w+)", test) if file.endswith(ZOO) else None
+            if file.endswith(NOTEBOOKS):
+                return nodeid
             return network[1] if network else file
 
     return Scheduling(config, log)

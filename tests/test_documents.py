@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 
 import jax
-import nbclient
-import nbformat
 import pytest
 
 from experiments import documents
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 END_OF_BLOCK = "=== end of block ==="
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -147,14 +144,3 @@ def test_the_files_and_headings_that_a_document_links_to_exist(path: Path) -> No
         assert target.exists(), link
         if heading:
             assert heading in headings_of(target.read_text()), link
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # `make` puts the repository on the path of its environment.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # Its reader has no simulated devices, on which it would train much longer.
-    monkeypatch.delenv("XLA_FLAGS")
-    notebook = nbformat.read(path, as_version=4)
-    where = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, timeout=900, resources=where).execute()

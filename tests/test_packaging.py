@@ -141,7 +141,7 @@ def test_importing_the_library_loads_nothing_else_that_jax_and_optax_do_not() ->
 
 def test_the_library_requires_what_it_imports() -> None:
     # Whoever has an NNX module has flax. jaxlib is a part of jax that must be of its release.
-    assert imported("dpai_jax") - {"flax"} == required("library") - {"jaxlib"}
+    assert imported("dpai_jax") - {"flax"} == required("library", "show") - {"jaxlib"}
 
 
 def test_the_experiments_require_what_they_import() -> None:

@@ -30,7 +30,7 @@ PyTree = Any
 AtKernel = Callable[[KernelUse], Spread]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Layer:
     """A prunable kernel, and what its axes are to the contraction that uses it.
 
@@ -60,6 +60,13 @@ class Layer:
     taps: tuple[int, ...]
     stack: tuple[int, ...]
     groups: int
+
+    def __repr__(self) -> str:
+        outputs = self.size_of(self.outputs)
+        parts = [f"{self.groups * self.size_of(self.inputs)} to {outputs} features"]
+        kinds = {"taps": self.size_of(self.taps), "groups": self.groups, "copies": self.copies}
+        parts += [f"{number} {kind}" for kind, number in kinds.items() if number > 1]
+        return f"Layer({self.name}, {self.shape}, {', '.join(parts)})"
 
     @property
     def size(self) -> int:

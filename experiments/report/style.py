@@ -4,16 +4,22 @@ import dataclasses
 import zlib
 from typing import Any
 
+from dpai_jax.plot.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MUTED,
+    OLIVE,
+    ORANGE,
+    PAPER,
+    PURPLE,
+    RULE,
+    SKY,
+    VERMILLION,
+)
 from experiments.config import DENSE
-
-PAPER = "#ffffff"
-INK = "#1f2328"
-MUTED = "#5c636b"
-RULE = "#e3e6ea"
-
-# After Okabe and Ito, so that they differ for colour-blind eyes, at least 3 : 1 against the ground.
-BLUE, SKY, ORANGE, VERMILLION = "#0060a8", "#3298cf", "#c98000", "#b83a00"
-GREEN, PURPLE, OLIVE, BLACK, GREY = "#008a63", "#b14d8e", "#8a8200", "#3c4043", "#7a7f85"
 
 DARK = {
     PAPER: "#14171a",
