@@ -7,7 +7,7 @@ TORCH ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: demo bench notebooks test lint format clean help
+.PHONY: demo bench notebooks docs test lint format clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -32,6 +32,10 @@ bench: $(READY)  ## time, memory and objectives of pruning, in tables; up to an 
 
 notebooks: $(READY)  ## run the notebooks and keep what they print and draw
 	@$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+docs: $(READY)  ## make the documentation site in build/site; it needs no network
+	@$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees -c docs . build/site
+	@echo "Open build/site/index.html"
 
 test: lint  ## lint, types, then all tests, on two cores
 	@echo "pytest: two processes"

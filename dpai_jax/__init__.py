@@ -17,6 +17,7 @@ from dpai_jax.compacting import Compact, compact
 from dpai_jax.counts import log_paths
 from dpai_jax.files import load, save
 from dpai_jax.flax_nnx import from_nnx
+from dpai_jax.fronts import pareto
 from dpai_jax.many import prune_many
 from dpai_jax.masks import apply_masks, binarize, shuffled
 from dpai_jax.measuring import LayerTopology, Topology, effective_weights, topology
@@ -83,6 +84,7 @@ __all__ = [
     "keep_pruned",
     "load",
     "log_paths",
+    "pareto",
     "plot",
     "prune",
     "prune_many",

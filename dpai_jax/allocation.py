@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,11 +18,39 @@ from dpai_jax.tools.trees import check_structure, shown
 
 PyTree = Any
 
-# How many weights to keep: a pytree parallel to the parameters with a number for each layer, or one
-# number for all layers together.
-Allocation = Callable[[Network, float], PyTree]
 
-# Checked numbers: a list over the layers, or one for all layers together.
+class Allocation(Protocol):
+    """How many weights to keep: a function of a traced network and a sparsity.
+
+    `erk`, `er`, `uniform` and `global_threshold` are allocations; any function of this form is one.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> def first_dense(net, sparsity):  # the first layer keeps all, the second has the rest
+      ...     total, first = dpai.weights_to_keep(net, sparsity), net.layers[0].size
+      ...     return {"a": first, "b": total - first}
+      >>> params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 8))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 4)))
+      >>> first_dense(net, 0.5)
+      {'a': 8, 'b': 4}
+      >>> method = dpai.Magnitude(allocation=first_dense)
+    """
+
+    def __call__(self, net: Network, sparsity: float, /) -> PyTree:
+        """Shares out the weights to keep.
+
+        Args:
+          net: the traced network.
+          sparsity: fraction of all prunable weights to remove, in [0, 1).
+
+        Returns:
+          A pytree parallel to the parameters, with a number for each layer and 0 elsewhere; or one
+          number for all layers together. They sum to `weights_to_keep(net, sparsity)`.
+        """
+        ...
+
+
+# Checked numbers of weights to keep: a list over the layers, or one number for all of them.
 Keep = list[Any] | int
 
 
@@ -62,6 +90,12 @@ def weights_to_keep(net: Network, sparsity: float) -> int:
 def global_threshold(net: Network, sparsity: float) -> int:
     """The allocation that leaves the choice to one threshold over all layers.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 4))}, jnp.ones((1, 16)))
+      >>> dpai.global_threshold(net, 0.9)
+      6
+
     Args:
       net: the traced network.
       sparsity: fraction of all prunable weights to remove, in [0, 1).
@@ -81,12 +115,12 @@ def check_allocation(allocation: Any) -> None:
 
 
 def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
-    """The numbers that an allocation gives, checked, layer by layer or for all layers.
+    """Calls an allocation and checks the numbers that it returns.
 
     Raises:
-      TypeError: if the allocation is not a function, or gives anything but integers.
-      ValueError: if they have another structure, do not sum to the number of weights to keep, or
-        ask more of a layer than it has.
+      TypeError: if the allocation is not a function, or returns anything but integers.
+      ValueError: if the numbers do not have the structure of the parameters, do not sum to the
+        number of weights to keep, or exceed the size of a layer.
     """
     check_allocation(allocation)
     given = allocation(net, sparsity)
@@ -104,7 +138,7 @@ def resolve(net: Network, allocation: Allocation, sparsity: float) -> Keep:
 
 
 def keep_of_layers(net: Network, keep: PyTree | int, argument: str = "keep") -> Any:
-    """Numbers of weights to keep, checked: a list over the layers, or one for all of them."""
+    """Checks numbers of weights to keep; returns a list over the layers, or one for all of them."""
     if is_total(keep, net.treedef):
         return checked_count(keep, net.size, "all layers", argument)
     check_structure(keep, net.treedef, argument, "params")
@@ -115,13 +149,13 @@ def keep_of_layers(net: Network, keep: PyTree | int, argument: str = "keep") -> 
 
 
 def is_total(keep: Any, treedef: Any) -> bool:
-    """Whether the number of weights to keep is one for all layers of a tree together."""
+    """Whether `keep` is one number for all layers of a tree together."""
     is_number = jax.tree_util.all_leaves([keep]) and np.ndim(keep) == 0
     return is_number and jax.tree.structure(keep) != treedef
 
 
 def checked_count(keep: Any, size: int, name: str = "all layers", argument: str = "keep") -> Any:
-    """Numbers of weights to keep of `size`, one or one for each of several copies."""
+    """Checks how many of `size` weights to keep: one number, or one for each copy of a layer."""
     if isinstance(keep, jax.core.Tracer):
         return keep
     numbers = np.asarray(keep)
@@ -140,6 +174,13 @@ def er(net: Network, sparsity: float) -> PyTree:
 
     Density is proportional to (in + out)/(in·out), whatever a convolution's taps, capped at one
     and solved again for the layers that are not full.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 4))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> dpai.er(net, 0.75)
+      {'a': 26, 'b': 22}
 
     Args:
       net: the traced network.
@@ -164,6 +205,13 @@ def erk(net: Network, sparsity: float) -> PyTree:
     kernel's axes, capped at one and solved again for the layers that are not full. Weights that no
     mask can make effective, such as those to features that nothing reads, get no share.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 4))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> dpai.erk(net, 0.75)
+      {'a': 26, 'b': 22}
+
     Args:
       net: the traced network.
       sparsity: fraction of all prunable weights to remove, in [0, 1).
@@ -186,6 +234,13 @@ def erk(net: Network, sparsity: float) -> PyTree:
 def uniform(net: Network, sparsity: float) -> PyTree:
     """Weights to keep per layer at one density for all layers.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 4))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> dpai.uniform(net, 0.75)
+      {'a': 32, 'b': 16}
+
     Args:
       net: the traced network.
       sparsity: fraction of all prunable weights to remove, in [0, 1).
@@ -201,11 +256,11 @@ def uniform(net: Network, sparsity: float) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class _Capacity:
-    """What masks can make effective of one copy of a layer.
+    """The part of one copy of a layer that masks can make effective.
 
     Attributes:
-      inputs, outputs: how many features have such a weight.
-      taps: for each axis over a filter's positions, how many have.
+      inputs, outputs: the number of features that have such a weight.
+      taps: the number of positions that have one, for each axis of a filter.
       size: the number of such weights.
     """
 
@@ -252,7 +307,7 @@ def _allocate(net: Network, sparsity: float, share: Callable[[_Capacity], int]) 
     capacities = _capacities(net)
     sizes = [layer.size // layer.copies for layer in net.layers for _ in range(layer.copies)]
     usable = [max(capacity.size, 1) for capacity in capacities]
-    # At low sparsities some of the weights that are kept cannot be effective.
+    # At low sparsities more weights are kept than can be effective.
     if total <= sum(usable):
         sizes = usable
     parts = iter(apportion(total, [max(share(c), 1) for c in capacities], sizes))
@@ -291,7 +346,7 @@ def apportion(total: int, shares: Sequence[int], sizes: Sequence[int]) -> list[i
 
 
 def _capped(total: int, shares: Sequence[int], sizes: Sequence[int]) -> list[Fraction]:
-    """The real solution: parts proportional to shares, but for those that are full."""
+    """The real-valued solution: parts are proportional to shares, except those that are full."""
     full: set[int] = set()
     while True:
         rest = [i for i in range(len(sizes)) if i not in full]

@@ -48,8 +48,8 @@ def cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     if not os.access(path, os.W_OK):
         raise PermissionError(f"folder must be writable, got {path}")
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # By default JAX keeps programs of seconds only; pruning has many of milliseconds, too.
+    # By default JAX keeps only programs that take a second to compile. Pruning has smaller ones.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # A cache that was looked for before stays as it was found then.
+    # JAX looks for the folder once, at the first compilation, unless it is reset.
     compilation_cache.reset_cache()
     return path

@@ -1,4 +1,4 @@
-"""What arguments must be. Each check raises one sentence with the argument's name and the value."""
+"""Checks of arguments. Each raises one sentence with the argument's name and the value given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpai_jax.tools.trees import check_structure, named_leaves, shown
 PyTree = Any
 
 
-# What a number must be, and how to tell.
+# What a number must be: in words, and as a test.
 POSITIVE = "positive", lambda x: x > 0
 FRACTION = "in [0, 1]", lambda x: 0 <= x <= 1
 
@@ -29,7 +29,7 @@ def number(
     wanted: str = "a number",
     holds: Callable[[Any], bool] = lambda x: not math.isnan(x),
 ) -> None:
-    """Checks a real number for which a condition, described by `wanted`, holds."""
+    """Checks that a value is a real number and meets a condition, which `wanted` describes."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not holds(value):
         error: type[Exception] = ValueError if is_number else TypeError
@@ -37,7 +37,7 @@ def number(
 
 
 def whole(name: str, value: Any, least: int) -> None:
-    """Checks an integer that is at least `least`."""
+    """Checks that a value is an integer of at least `least`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
@@ -45,25 +45,25 @@ def whole(name: str, value: Any, least: int) -> None:
 
 
 def flag(name: str, value: Any) -> None:
-    """Checks True or False."""
+    """Checks that a value is True or False."""
     if not isinstance(value, bool | np.bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def one_of(name: str, value: Any, options: Iterable[str]) -> None:
-    """Checks one of several names."""
+    """Checks that a value is one of several names."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {shown(value)}")
 
 
 def function(name: str, value: Any, call: str) -> None:
-    """Checks a function, which is called as `call`."""
+    """Checks that a value is a function; `call` shows how it is called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function {call}, got {shown(value)}")
 
 
 def optimizer(name: str, value: Any) -> None:
-    """Checks an optax optimizer."""
+    """Checks that a value is an optax optimizer."""
     if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
         return
     hint = "; call it with its learning rate" if callable(value) else ""
@@ -73,13 +73,13 @@ def optimizer(name: str, value: Any) -> None:
 
 
 def network(net: Any) -> None:
-    """Checks a traced network."""
+    """Checks that `net` is a traced network."""
     if not isinstance(net, Network):
         raise TypeError(f"net must be a Network, as dpai_jax.trace returns it, got {shown(net)}")
 
 
 def key(value: Any) -> Array:
-    """The random key, or `jax.random.key(0)` for None."""
+    """Checks a random key; returns it, or `jax.random.key(0)` for None."""
     if value is None:
         return jax.random.key(0)
     dtype = getattr(value, "dtype", None)
@@ -92,7 +92,7 @@ def key(value: Any) -> Array:
 
 
 def layers(net: Any, tree: PyTree, argument: str) -> list[Any]:
-    """The arrays of a tree at the layers, after checking that it fits the network.
+    """Checks that a tree fits the network; returns its arrays at the layers.
 
     Raises:
       TypeError: if `net` is not a network, or a leaf is not an array.
@@ -112,19 +112,19 @@ def layers(net: Any, tree: PyTree, argument: str) -> list[Any]:
 
 
 def weighted_masks(net: Any, masks: PyTree) -> list[Array]:
-    """The layers' masks in float32: any numbers that are not negative."""
+    """Checks masks of any numbers that are not negative; returns the layers' as float32."""
     leaves = _masks_of(net, masks, lambda m: m >= 0, "have neither negative numbers nor NaN")
     return [jnp.asarray(mask, jnp.float32) for mask in leaves]
 
 
 def masks(net: Any, masks: PyTree) -> list[Array]:
-    """The layers' masks as booleans: booleans, or numbers that are all 0 or 1."""
+    """Checks masks of booleans, or of zeros and ones; returns the layers' as booleans."""
     leaves = _masks_of(net, masks, lambda m: (m == 0) | (m == 1), "be booleans or zeros and ones")
     return [jnp.asarray(mask).astype(bool) for mask in leaves]
 
 
 def _masks_of(net: Any, masks: PyTree, holds: Callable[[Array], Array], wanted: str) -> list[Array]:
-    """The layers' masks, for whose entries a condition holds; booleans always fit."""
+    """Checks that each entry of the layers' masks meets a condition; booleans always do."""
     leaves = layers(net, masks, "masks")
     for layer, mask in zip(net.layers, leaves, strict=True):
         if not _is_traced(mask) and mask.dtype != bool and not bool(jnp.all(holds(mask))):
@@ -133,7 +133,7 @@ def _masks_of(net: Any, masks: PyTree, holds: Callable[[Array], Array], wanted: 
 
 
 def scores(net: Any, tree: PyTree) -> list[Array]:
-    """The layers' scores: floating, without NaN."""
+    """Checks that scores are floating and have no NaN; returns the layers'."""
     leaves = layers(net, tree, "scores")
     for layer, score in zip(net.layers, leaves, strict=True):
         score_array(layer.name, score)
@@ -150,7 +150,7 @@ def score_array(name: str, score: Any) -> None:
 
 
 def parallel_masks(tree: PyTree, masks: PyTree) -> None:
-    """Checks boolean masks against the parameters, or what is parallel to them."""
+    """Checks that boolean masks fit the parameters, or a tree parallel to them."""
     named, treedef = named_leaves(tree)
     check_structure(masks, treedef, "masks", "params")
     for (name, leaf), mask in zip(named, treedef.flatten_up_to(masks), strict=True):
@@ -162,7 +162,7 @@ def parallel_masks(tree: PyTree, masks: PyTree) -> None:
 
 
 def boolean(name: str, mask: Any) -> None:
-    """Checks that one mask is boolean."""
+    """Checks that a mask is boolean."""
     if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
         raise TypeError(f"masks must be boolean, but {name} is {jnp.result_type(mask)}")
 

@@ -1,14 +1,14 @@
-"""Pruned networks as files, which any program can read.
+"""Pruned networks as files that any program can read.
 
-A file is in the safetensors format: the length of its header as eight bytes, the header in JSON,
-the arrays one after the other. It holds, for a leaf `params/Dense_0/kernel` of the parameters,
+A file is in the safetensors format: the length of the header in eight bytes, the header in JSON,
+then the arrays one after another. For a leaf `params/Dense_0/kernel` of the parameters it holds
 
-- `masks/params/Dense_0/kernel`, bytes of eight mask entries each in C order, the first one in the
-  highest bit, as `numpy.unpackbits` reads them;
-- `scores/params/Dense_0/kernel`, in float32 of the leaf's shape;
+- `masks/params/Dense_0/kernel`: bytes of eight mask entries each, in C order, the first entry in
+  the highest bit, as `numpy.unpackbits` reads them;
+- `scores/params/Dense_0/kernel`: float32 of the leaf's shape.
 
-an array `history/NAME` for each thing that the method measured, and in the header's
-`__metadata__` one text, `dpai_jax`, with everything else in JSON.
+There is an array `history/NAME` for each thing that the method measured. Everything else is JSON,
+in the text `dpai_jax` of the header's `__metadata__`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,19 +32,19 @@ from dpai_jax.tools.trees import named_leaves, shown
 PyTree = Any
 
 FORMAT = 1
-"""Number of the layout described above."""
+"""The version of the layout described above."""
 
 
 def save(path: str | os.PathLike[str], result: Result) -> None:
     """Writes a pruned network's masks, scores, history and settings to one file.
 
     The file is there whole or not at all. Its layout is in `dpai_jax.files`; it holds nothing that
-    reading could execute.
+    reading could execute. Of several processes all must call this, and the first one writes.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, dpai_jax as dpai
       >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
-      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
       >>> file = tempfile.mkdtemp() + "/masks.safetensors"
       >>> dpai.save(file, result)
       >>> dpai.load(file, params)
@@ -75,15 +76,24 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
         # JSON has no infinity.
         "topology": topology | {"log_paths": repr(result.topology.log_paths)},
         "settings": dict(result.settings),
-        "stopped": result.stopped,
         "seconds": result.seconds,
     }
     data = safetensors.numpy.save(arrays, {"dpai_jax": json.dumps(about, allow_nan=False)})
-    _write(pathlib.Path(path), data)
+    if jax.process_index() == 0:
+        _write(pathlib.Path(path), data)
 
 
 def load(path: str | os.PathLike[str], params: PyTree) -> Result:
     """Reads what `save` has written.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
+      >>> file = tempfile.mkdtemp() + "/masks.safetensors"
+      >>> dpai.save(file, result)
+      >>> dpai.load(file, params).settings["sparsity"]
+      0.5
 
     Args:
       path: the file.
@@ -101,6 +111,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
     shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
     leaves, structure = named_leaves(params)
     _check_fit(path, shapes, leaves)
+    _check_arrays(path, shapes, arrays)
     masks: list[Any] = []
     scores: list[Any] = []
     for name, _ in leaves:
@@ -130,7 +141,6 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
             for name, array in arrays.items()
             if name.startswith("history/")
         },
-        stopped=about["stopped"],
         seconds=about["seconds"],
         settings=about["settings"],
         net=net,
@@ -139,7 +149,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> Result:
 
 def _by_name(tree: PyTree) -> dict[str, np.ndarray]:
     leaves, _ = named_leaves(tree)
-    arrays = {name: np.asarray(leaf) for name, leaf in leaves}
+    arrays = {name: meshes.on_host(leaf) for name, leaf in leaves}
     if len(arrays) < len(leaves):
         names = [name for name, _ in leaves]
         twice = next(name for name in names if names.count(name) > 1)
@@ -148,7 +158,7 @@ def _by_name(tree: PyTree) -> dict[str, np.ndarray]:
 
 
 def _write(target: pathlib.Path, data: bytes) -> None:
-    """Writes a file in one step, as far as any reader can see."""
+    """Writes a file so that a reader sees all of it or nothing."""
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as stream:
@@ -173,10 +183,30 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError(f"path must be a file that save wrote, but {path} is not") from error
 
 
+def _check_arrays(
+    path: str | os.PathLike[str],
+    shapes: dict[str, tuple[int, ...]],
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """Refuses a file whose arrays are not those of its shapes."""
+    for leaf, shape in shapes.items():
+        if not shape:
+            continue
+        bytes_of_bits = (-(-math.prod(shape) // 8),)
+        wanted = {f"masks/{leaf}": bytes_of_bits, f"scores/{leaf}": shape}
+        for name, own in wanted.items():
+            found = arrays[name].shape if name in arrays else "none"
+            if found != own:
+                raise ValueError(
+                    f"path must be a file that save wrote, but in {path} {name} has shape {found} "
+                    f"where it needs {own}"
+                )
+
+
 def _check_fit(
     path: str | os.PathLike[str], shapes: dict[str, tuple[int, ...]], leaves: list[tuple[str, Any]]
 ) -> None:
-    """Refuses parameters that are not those of the file."""
+    """Raises a ValueError unless the parameters are those that the file was saved for."""
     names = [name for name, _ in leaves]
     for name in names:
         if name not in shapes:

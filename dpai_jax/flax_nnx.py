@@ -20,7 +20,7 @@ def from_nnx(model: Any) -> tuple[Callable[[PyTree, PyTree], PyTree], PyTree]:
       >>> from flax import nnx
       >>> model = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
       >>> fn, params = dpai.from_nnx(model)
-      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), sparsity=0.75)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 16)), 0.75, method=dpai.Random())
       >>> nnx.update(model, dpai.apply_masks(params, result.masks))
       >>> tx = dpai.keep_pruned(optax.adamw(1e-3), result.masks)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -34,7 +34,7 @@ def from_nnx(model: Any) -> tuple[Callable[[PyTree, PyTree], PyTree], PyTree]:
     Raises:
       TypeError: if `model` is not a Flax NNX module.
     """
-    # Whoever has a module has imported Flax; the library does not need it.
+    # If there is a module, Flax has been imported. The library itself does not need Flax.
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a Flax NNX module, got a {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""Several prunings of one network in one call, and where that is faster in one program."""
+"""Prunes one network several times in one call, and in one program where that is faster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpai_jax import checks
-from dpai_jax.allocation import weights_to_keep
+from dpai_jax.granularity import parsed
 from dpai_jax.methods.base import Data, Loss, Method, Problem, Report, read_batches
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import trace
@@ -20,6 +20,7 @@ from dpai_jax.pruning import (
     Result,
     check_arguments,
     check_network,
+    check_repair,
     prune,
     results_of,
     silent,
@@ -41,6 +42,7 @@ def prune_many(
     key: Array | Sequence[Array] | None = None,
     loss_fn: Loss | None = None,
     batches: Iterable[PyTree] | None = None,
+    granularity: str = "weight",
     repair: bool = False,
     prunable: Callable[[str, Any], bool] | None = None,
     gates: str = "balanced",
@@ -71,6 +73,7 @@ def prune_many(
       key: one for all, a sequence, or an array of keys; `jax.random.key(0)` if not given.
       loss_fn: as for `prune`.
       batches: as for `prune`; the same for all.
+      granularity: as for `prune`; the same for all.
       repair: as for `prune`.
       prunable: as for `prune`.
       gates: as for `prune`.
@@ -86,10 +89,12 @@ def prune_many(
     jobs = _jobs(sparsity, DPaI() if method is None else method, key)
     for _, one, one_key in jobs:
         check_arguments(one, params, x, one_key, repair, progress)
+    by = parsed(granularity)
+    check_repair(repair, by)
     net = trace(fn, params, x, prunable, gates)
     data = Data(loss_fn, None if batches is None else read_batches(batches))
     report = progress if callable(progress) else silent
-    problems = [Problem(net, params, s, checks.key(k), report, fn, x, data) for s, _, k in jobs]
+    problems = [Problem(net, params, s, checks.key(k), report, fn, x, data, by) for s, _, k in jobs]
     single = functools.partial(
         prune,
         fn,
@@ -97,6 +102,7 @@ def prune_many(
         x,
         loss_fn=data.loss_fn,
         batches=data.batches,
+        granularity=granularity,
         repair=repair,
         prunable=prunable,
         gates=gates,
@@ -134,15 +140,15 @@ def _is_sequence(value: Any) -> bool:
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         return isinstance(value, list | tuple)
-    # A key of the old kind is a vector.
+    # One old-style key is already a vector.
     return jnp.ndim(value) == 1 + bool(dtype == jnp.uint32)
 
 
 def _groups(problems: Sequence[Problem], methods: Sequence[Any]) -> list[list[int]]:
-    """The prunings that one program can do, by their places."""
+    """The prunings that can share one program, by their indices."""
     groups: dict[Any, list[int]] = {}
     for i, (problem, method) in enumerate(zip(problems, methods, strict=True)):
-        weights_to_keep(problem.net, problem.sparsity)  # checks it
+        problem.granularity.check(problem.net, problem.sparsity)
         on_mesh = any(shardings_of(problem.net.leaves(problem.params)))
         alone = on_mesh or not hasattr(method, "together")
         groups.setdefault(i if alone else method.together, []).append(i)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpai_jax import checks, selection
+from dpai_jax import checks, grouping, selection
 from dpai_jax.allocation import Keep, checked_count, is_total
 from dpai_jax.tools import meshes
 from dpai_jax.tools.switches import usual_switches
@@ -29,6 +29,12 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
 
     Exactly as many as asked: of equal scores those of lower index (in C order, layer by layer)
     come first. Pure, and jittable.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> scores = {"kernel": jnp.array([[1.0, 3.0], [3.0, 2.0]]), "bias": jnp.array(0.0)}
+      >>> dpai.binarize(scores, {"kernel": 2, "bias": 0})["kernel"].tolist()
+      [[False, True], [True, False]]
 
     Args:
       scores: pytree parallel to the parameters: a floating array at each layer, and a scalar at a
@@ -64,15 +70,18 @@ def binarize(scores: PyTree, keep: PyTree | int) -> PyTree:
     )
 
 
-def select_layers(scores: Sequence[Array], keep: Keep) -> list[Array]:
-    """The masks of the highest scores, of lists over the layers."""
-    masks: list[Array] = _select(None, list(scores), jax.tree.map(selection.as_count, keep))
+def select_layers(scores: Sequence[Array], keep: Keep, parts: grouping.Parts = ()) -> list[Array]:
+    """The masks of the highest scores, of lists over the layers (see `grouping.select`)."""
+    numbers = jax.tree.map(selection.as_count, keep)
+    masks: list[Array] = _select(None, list(scores), numbers, parts=parts)
     return masks
 
 
 @meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
-def _select(_: None, scores: list[Array], keep: list[Array] | Array) -> list[Array]:
-    return selection.select(scores, keep)[0]
+def _select(
+    _: None, scores: list[Array], keep: list[Array] | Array, *, parts: grouping.Parts
+) -> list[Array]:
+    return grouping.select(scores, keep, parts=parts)[0]
 
 
 @usual_switches()
@@ -114,6 +123,12 @@ def shuffled(masks: PyTree, key: Array) -> PyTree:
 
     This control tells how much of a method's success is due to the density of each layer, and how
     much to the choice of its weights.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> masks = {"kernel": jnp.arange(8).reshape(4, 2) < 3, "bias": jnp.array(True)}
+      >>> int(dpai.shuffled(masks, jax.random.key(0))["kernel"].sum())
+      3
 
     Args:
       masks: pytree of boolean masks.

@@ -26,6 +26,12 @@ PyTree = Any
 class LayerTopology:
     """What remains of one layer (of all its copies, where layers are stacked in one kernel).
 
+    Example:
+      >>> import dpai_jax as dpai
+      >>> layer = dpai.LayerTopology("w", size=8, weights=4, effective=3, nodes=2, kernels=3)
+      >>> layer.density
+      0.5
+
     Attributes:
       name: the kernel's path among the parameters.
       shape: the kernel's shape.
@@ -62,7 +68,16 @@ class LayerTopology:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Topology:
-    """What remains of a network under masks.
+    """What remains of a network under masks; printed, it is a table of the layers.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
+      >>> print(dpai.topology(net, {"w": jnp.eye(4, 2, dtype=bool)}))
+      layer          weights  density  effective   nodes   kernels
+      w                    2   0.2500          2       2         2
+      all layers           2   0.2500          2       2         2
+      log-paths 0.69
 
     Attributes:
       log_paths: log R_P, the natural logarithm of the number of effective paths.
@@ -193,6 +208,15 @@ def topology(net: Network, masks: PyTree) -> Topology:
     is effective is found by a pass whose counts clip to {0, 1} forward and backward, so it is free
     of rounding; gates take part in it whatever the network's `gates`.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 1))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 4)))
+      >>> masks = {"a": jnp.ones((4, 2), bool), "b": jnp.array([[True], [False]])}
+      >>> left = dpai.topology(net, masks)
+      >>> left.weights, left.effective, left.nodes
+      (9, 5, 2)
+
     Args:
       net: the traced network.
       masks: pytree parallel to the parameters: booleans, or zeros and ones.
@@ -244,6 +268,14 @@ def compile_ahead(net: Network, weights: list[Array]) -> None:
 @usual_switches()
 def effective_weights(net: Network, masks: PyTree) -> PyTree:
     """Which kept weights a path passes, as masks.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 1))}
+      >>> net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 4)))
+      >>> masks = {"a": jnp.ones((4, 2), bool), "b": jnp.array([[True], [False]])}
+      >>> dpai.effective_weights(net, masks)["a"].tolist()
+      [[True, False], [True, False], [True, False], [True, False]]
 
     Args:
       net: the traced network.

@@ -93,21 +93,21 @@ def keep_pruned(
 
 
 def _is_left_out(node: Any) -> bool:
-    """Whether a node of a state stands for a parameter that the optimizer leaves to another."""
+    """Whether a node of a state stands for a parameter that another optimizer updates."""
     return isinstance(node, optax.MaskedNode)
 
 
 def _masked_moment(moment: Any, mask: Any) -> Any:
-    """A part of the state, masked where it has a number for each weight."""
+    """A part of the state, masked if it has one number for each weight."""
     if _is_left_out(moment) or jnp.shape(moment) != jnp.shape(mask):
         return moment
     return masked(moment, mask)
 
 
 def _to_zero(update: Any, param: Any, mask: Any) -> Any:
-    """The update with, for pruned weights, the one that ends at zero."""
+    """The update, but for pruned weights the one that moves them to zero."""
     if jnp.ndim(mask) == 0:
         return update
-    # In bfloat16 the negative of a float32 weight would not be its negative.
+    # In bfloat16 the negative of a float32 weight would be rounded.
     dtype = jnp.promote_types(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))

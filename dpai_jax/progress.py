@@ -11,7 +11,7 @@ _SECONDS_BETWEEN = 0.2
 
 
 class ProgressLine:
-    """Shows how far a method has come, on one line that is written over and over."""
+    """Shows how far a method has come, on one line that is overwritten."""
 
     def __init__(self, label: str, stream: TextIO | None = None):
         self.label = label
@@ -21,7 +21,7 @@ class ProgressLine:
         self._width = 0
 
     def __call__(self, step: int, steps: int, numbers: Mapping[str, float]) -> None:
-        """Shows one step's numbers, if the last ones have stood for a moment."""
+        """Shows the numbers of a step, unless the last ones have just been shown."""
         now = time.monotonic()
         if now - self._last < _SECONDS_BETWEEN and step < steps:
             return
@@ -30,7 +30,7 @@ class ProgressLine:
         self._write(f"{self.label}  step {step}/{steps}  {shown}  {now - self._start:.0f} s")
 
     def close(self, line: str) -> None:
-        """Ends the line with what is to stay on the terminal."""
+        """Replaces the line by one that stays on the terminal."""
         self._write(line)
         self.stream.write("\n")
         self.stream.flush()

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from dpai_jax import checks, counts
-from dpai_jax.allocation import weights_to_keep
+from dpai_jax.granularity import Granularity, parsed
 from dpai_jax.measuring import Topology, compile_ahead, measure
 from dpai_jax.methods.base import Data, Loss, Method, Problem, Pruned, Report
 from dpai_jax.methods.dpai import DPaI
@@ -39,6 +39,15 @@ PyTree = Any
 class Result:
     """A pruned network.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((8, 4))}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 8)), 0.5, method=dpai.Random())
+      >>> result
+      Result(16 of 32 weights kept, 16 effective, 4 nodes, 16 kernels, log_paths=2.77)
+      >>> result.masks["w"].shape, result.settings["method"]["type"]
+      ((8, 4), 'Random')
+
     Attributes:
       masks: pytree of boolean masks parallel to the parameters, sharded as these are; `True` for a
         leaf that cannot be pruned. Exactly `round((1 − sparsity)·N)` weights are kept.
@@ -46,10 +55,9 @@ class Result:
       topology: what remains of the network.
       history: arrays of one length, what the method measured at each step (for DPaI log R_P as
         `log_paths`, R_N as `nodes`, and R_C as `kernels`).
-      stopped: why the method ended before its last step, or an empty string.
       seconds: the time that it took, compilation included.
       settings: what the call was given, in JSON's terms: the method with all of its settings, the
-        sparsity, the key, `repair` and `gates`, and the release of the library.
+        sparsity, the granularity, the key, `repair` and `gates`, and the release of the library.
       net: the traced network; None in a result that was pickled or loaded.
     """
 
@@ -57,7 +65,6 @@ class Result:
     scores: PyTree
     topology: Topology
     history: Mapping[str, np.ndarray]
-    stopped: str
     seconds: float
     settings: Mapping[str, Any]
     net: Network
@@ -103,6 +110,7 @@ def prune(
     key: Array | None = None,
     loss_fn: Loss | None = None,
     batches: Iterable[PyTree] | None = None,
+    granularity: str = "weight",
     repair: bool = False,
     prunable: Callable[[str, Any], bool] | None = None,
     gates: str = "balanced",
@@ -134,8 +142,12 @@ def prune(
         scalar.
       batches: the batches for it, each any pytree: a list, or an iterator, of which the first 128
         are read. Methods that use no loss read none.
+      granularity: which weights stand or fall together: "weight", each alone; "kernel", the taps
+        that join an input feature to an output feature; "channel", an output feature with all its
+        weights (those of the network's outputs stay); or N:M such as "2:4", of each M consecutive
+        weights along the inputs the N best, at a sparsity of 1 − N/M (see docs/structure.md).
       repair: whether to move kept weights that no path passes to where one does, as
-        `dpai_jax.repair`.
+        `dpai_jax.repair`; for single weights alone.
       prunable: narrows what is pruned (see `trace`).
       gates: see `trace`.
       progress: whether to show progress on standard error, by default if that is a terminal; or a
@@ -151,13 +163,14 @@ def prune(
     start = time.perf_counter()
     method = DPaI() if method is None else method
     check_arguments(method, params, x, key, repair, progress)
-    key = checks.key(key)
+    key, by = checks.key(key), parsed(granularity)
+    check_repair(repair, by)
     net = trace(fn, params, x, prunable, gates)
-    weights_to_keep(net, sparsity)  # checks it
+    by.check(net, sparsity)
     name, data = type(method).__name__, Data(loss_fn, batches)
     line = ProgressLine(name) if progress is True or (progress is None and _at_terminal()) else None
     report = progress if callable(progress) else line or silent
-    problem = Problem(net, params, sparsity, key, report, fn, x, data)
+    problem = Problem(net, params, sparsity, key, report, fn, x, data, by)
     with meshes.given_up_on_failure():
         if hasattr(method, "compile_ahead"):
             method.compile_ahead(problem)
@@ -173,7 +186,7 @@ def prune(
 def results_of(
     methods: Sequence[Method], problems: Sequence[Problem], found: Sequence[Pruned], repair: bool
 ) -> list[Result]:
-    """What `prune` returns for each of several problems of one network, but for the seconds."""
+    """The results of several problems on one network, without their seconds."""
     problem, net, name = problems[0], problems[0].net, type(methods[0]).__name__
     if problem.given.is_given and not problem.given.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=4)
@@ -191,9 +204,7 @@ def results_of(
     for method, problem, pruned, own, topo in zip(
         methods, problems, found, masks, topologies, strict=True
     ):
-        asked = weights_to_keep(net, problem.sparsity)
-        if topo.weights != asked:
-            raise RuntimeError(f"{name} kept {topo.weights} weights where {asked} were asked for")
+        _check_kept(name, problem, own, topo.weights)
         if topo.collapsed:
             collapsed = ", ".join(topo.collapsed)
             warnings.warn(f"no path passes {collapsed} any more (layer collapse)", stacklevel=4)
@@ -204,7 +215,6 @@ def results_of(
                 scores=net.tree(scores, lambda: np.float32(0)),
                 topology=topo,
                 history=pruned.history,
-                stopped=pruned.stopped,
                 seconds=0.0,
                 settings=_settings(method, problem, repair),
                 net=net,
@@ -213,10 +223,18 @@ def results_of(
     return results
 
 
+def _check_kept(name: str, problem: Problem, masks: list[Array], kept: int) -> None:
+    try:
+        problem.granularity.check_kept(problem.net, masks, kept, problem.sparsity)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name} {error}") from None
+
+
 def _settings(method: Method, problem: Problem, repair: bool) -> dict[str, Any]:
     return {
         "method": described(method, read=False),
         "sparsity": float(problem.sparsity),
+        "granularity": problem.granularity.name,
         "key": np.asarray(jax.random.key_data(problem.key)).tolist(),
         "repair": bool(repair),
         "gates": problem.net.gates,
@@ -228,14 +246,14 @@ def _settings(method: Method, problem: Problem, repair: bool) -> dict[str, Any]:
 def _release() -> str:
     try:
         return importlib.metadata.version("dpai_jax")
-    except importlib.metadata.PackageNotFoundError:  # a folder on Python's path
+    except importlib.metadata.PackageNotFoundError:  # imported from a folder on Python's path
         return "not installed"
 
 
 def check_arguments(
     method: Any, params: PyTree, x: PyTree, key: Any, repair: Any, progress: Any
 ) -> None:
-    """Refuses what no method could take."""
+    """Raises an error if an argument is wrong for every method."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, key))):
         raise TypeError(
             "params, x and key must not be traced, and prune must not be called under jax.jit: call"
@@ -250,8 +268,16 @@ def check_arguments(
         checks.flag("progress", progress)
 
 
+def check_repair(repair: bool, granularity: Granularity) -> None:
+    """Refuses a repair of what is no single weight."""
+    if repair and not granularity.is_weight:
+        raise ValueError(
+            f"repair must be False with granularity {granularity.name!r}: it moves single weights"
+        )
+
+
 def check_network(net: Network, params: PyTree) -> None:
-    """Refuses a network without paths, and weights that are NaN."""
+    """Raises a ValueError if the network has no path, or a weight is NaN."""
     if not any(flags.any() for flags in counts.possible(net)):
         raise ValueError("fn has no path from x to its output even with all weights kept")
     weights = net.leaves(params)
@@ -269,7 +295,7 @@ def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "
 
 @meshes.program(layers=lambda arrays: arrays)
 def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
-    """How many entries of each array are not a number."""
+    """The number of NaN entries in each array."""
     return counts_of([jnp.isnan(x) for x in arrays], are_small(arrays))
 
 
@@ -278,12 +304,11 @@ def _at_terminal() -> bool:
 
 
 def silent(step: int, steps: int, numbers: Mapping[str, float]) -> None:
-    """Reports nothing."""
+    """Ignores progress."""
 
 
 def _summary(name: str, result: Result) -> str:
     topo = result.topology
     line = f"{name}  kept {topo.weights:,} of {topo.size:,} weights"
     line += f"  log-paths {topo.log_paths:.2f}  nodes {topo.nodes:,}  kernels {topo.kernels:,}"
-    line += f"  {result.seconds:.1f} s"
-    return line + (f"  (stopped: {result.stopped})" if result.stopped else "")
+    return line + f"  {result.seconds:.1f} s"

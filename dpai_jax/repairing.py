@@ -1,4 +1,4 @@
-"""Repair: kept weights that no path passes are moved to where one does."""
+"""Repair: moves kept weights that lie on no path to places on a path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
 
-# How often a new path is looked for from one layer before another's turn: by score, then at random.
+# How often to try for a new path through each layer: first by score, then in random order.
 _TRIES = 32
 
 
@@ -77,7 +77,7 @@ def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None
 def repaired_layers(
     net: Network, masks: list[Array], scores: list[Array] | None, key: Array
 ) -> list[np.ndarray]:
-    """`repair` of the layers' boolean masks by their scores, on the host."""
+    """`repair` for lists over the layers; runs on the host."""
     kept = net.ravel(list(map(on_host, masks)))
     ranks = np.zeros(net.size, np.float32)
     if scores is not None:
@@ -90,17 +90,18 @@ def repaired_layers(
 
 
 class _Repair:
-    """A repair at work. Masks are NumPy arrays, one row of all weights; a weight is its index.
+    """One repair in progress.
 
-    Each layer, and each copy of layers stacked in one kernel, is a *slot*: a range of the row, with
-    its own number of weights to keep.
+    A mask is a NumPy array, one row of all weights; a weight is an index into it. Each layer, and
+    each copy of a layer in a stacked kernel, is a *slot*: a range of the row, with its own number
+    of weights to keep.
 
     Attributes:
       slots: the ranges.
-      counts: the number of weights to keep in each.
+      counts: the number of weights to keep in each slot.
       scores: the scores of the weights.
-      noise: what decides between equal scores.
-      between: the slots that the last new path through a slot led through besides.
+      noise: random numbers that break ties between scores.
+      between: for a slot, the other slots that the last new path through it passed.
     """
 
     def __init__(
@@ -123,22 +124,22 @@ class _Repair:
         return np.array_equal(self.used(masks), self.counts)
 
     def reached(self, masks: np.ndarray) -> np.ndarray:
-        """Which weights lie on a path, or would if they were kept."""
+        """Which weights are on a path, or would be if they were kept."""
         return self.net.ravel(jax.device_get(reached(self.net, self.net.unravel(masks))))
 
     def opened(self, masks: np.ndarray, slots: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The masks with every weight of some slots."""
+        """The masks with every weight of some slots added."""
         wider = masks.copy()
         for i in slots:
             wider[self.slots[i]] = True
         return wider
 
     def within(self, slot: int, flags: np.ndarray) -> np.ndarray:
-        """The flags of one slot, none of the others'."""
+        """The flags of one slot; those of all others are false."""
         return self.opened(np.zeros_like(flags), [slot]) & flags
 
     def is_effective(self, masks: np.ndarray) -> bool:
-        """Whether every weight kept lies on a path."""
+        """Whether every kept weight is on a path."""
         return bool(np.all(self.reached(masks)[masks]))
 
     def ranked(self, weights: np.ndarray) -> np.ndarray:
@@ -151,24 +152,24 @@ class _Repair:
         return self.ranked(np.arange(self.scores.size))
 
     def topped_up(self, masks: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-        """The masks with the best of the weights allowed, as many as are missing in each slot."""
+        """The masks with each slot's missing weights added, the best of those allowed."""
         result = masks.copy()
         missing = self.counts - self.used(masks)
         for i in np.flatnonzero(missing):
             slot = self.slots[i]
             free = slot.start + np.flatnonzero(allowed[slot] & ~masks[slot])
             if free.size > missing[i]:
-                # Spares sorting all of a large layer.
+                # This avoids sorting all of a large layer.
                 least = np.partition(self.scores[free], -missing[i])[-missing[i]]
                 free = self.ranked(free[self.scores[free] >= least])
             result[free[: missing[i]]] = True
         return result
 
     def filled(self, masks: np.ndarray) -> np.ndarray:
-        """The masks with weights that are effective at once, until none is missing or to be had.
+        """The masks with weights added that are effective at once, while there are any.
 
-        What is added in one round is effective whatever else is, so all of it is added together;
-        what it opens in other layers is for the next round.
+        Each weight added in a round is effective by itself, so all are added together. The next
+        round uses the places that they open in other layers.
         """
         while not self.is_full(masks):
             longer = self.topped_up(masks, self.reached(masks))
@@ -178,15 +179,15 @@ class _Repair:
         return masks
 
     def lengthened(self, masks: np.ndarray) -> np.ndarray | None:
-        """The masks with one more path, or with many, through a slot that lacks weights.
+        """The masks with one or more new paths through a slot that lacks weights.
 
-        None if no slot with weights to spare makes way for one.
+        None if no slot can spare the weights for one.
         """
         possible = self.reached(self.opened(masks, np.flatnonzero(self.counts))) & ~masks
         targets = np.flatnonzero((self.used(masks) < self.counts) & (self.used(possible) > 0))
         ranking = self.ranking
-        # One path often opens places for all that is missing. Where it did not, path after path
-        # would take as many searches as there are missing weights.
+        # One path often opens places for all missing weights. If the last one did not, many are
+        # looked for together, as one search for each missing weight would be slow.
         for target in sorted(self.between.keys() & set(targets.tolist())):
             longer = self._many_through(target, masks)
             if longer is not None:
@@ -200,13 +201,13 @@ class _Repair:
         return None
 
     def _through(self, target: int, masks: np.ndarray, ranking: np.ndarray) -> np.ndarray | None:
-        """The masks with one more path, through a new weight of one slot."""
+        """The masks with one new path, through a new weight of one slot."""
 
         def entries(slots: Sequence[int]) -> np.ndarray:
             return self.within(target, self.reached(self.opened(masks, slots)) & ~masks)
 
-        # Slots with weights to spare come first; the target itself, which a path may pass twice
-        # where a kernel is shared, last.
+        # Slots that lack weights come first, the target itself last: a path can pass it twice if
+        # its kernel is shared.
         full = self.used(masks) == self.counts
         slots = self.rng.permutation(np.flatnonzero(self.counts))
         slots = slots[np.lexsort((full[slots], slots == target))]
@@ -225,9 +226,9 @@ class _Repair:
         return self._relieved(joined(new), masks, ranking)
 
     def _many_through(self, target: int, masks: np.ndarray) -> np.ndarray | None:
-        """The masks with paths through all new weights that a slot lacks, or through fewer.
+        """The masks with paths through as many new weights of a slot as possible.
 
-        All lead through the slots that the first one led through.
+        All of them pass the slots that the last new path through this slot passed.
         """
         through = self.between.pop(target)
         places = self.within(target, self.reached(self.opened(masks, through)) & ~masks)
@@ -244,13 +245,13 @@ class _Repair:
     def _joined(
         self, entries: np.ndarray, through: list[int], masks: np.ndarray
     ) -> np.ndarray | None:
-        """The masks with new weights of one slot, and for their paths few weights of others."""
+        """The masks with new weights of one slot, and few weights of others to complete paths."""
         before = self.reached(self.opened(masks, through))
         longer = self.opened(masks, through)
         longer[entries] = True
         for i in through:
-            # New places that the entries open. Of these, the best into each output will do, or the
-            # best out of each input.
+            # The places that the entries open. The best one into each output is enough, or the
+            # best one out of each input.
             fresh = _ranked(self.within(i, self.reached(longer) & ~before), self.ranking)
             longer[self.slots[i]] = masks[self.slots[i]]
             firsts = [np.unique(lines[fresh], return_index=True)[1] for lines in self.lines]
@@ -264,7 +265,7 @@ class _Repair:
         return self._thinned(longer, masks)
 
     def _thinned(self, masks: np.ndarray, older: np.ndarray) -> np.ndarray | None:
-        """As `_relieved`, of weights whose input and output each have another one in the slot."""
+        """As `_relieved`, but removes only weights whose input and output have others left."""
         numbers = [np.bincount(lines[masks], minlength=self.net.size) for lines in self.lines]
         excess = np.maximum(self.used(masks) - self.counts, 0)
         for i in np.flatnonzero(excess).tolist():
@@ -281,12 +282,12 @@ class _Repair:
 
     @functools.cached_property
     def lines(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each weight, the input and the output of its slot that it joins, as numbers."""
+        """For each weight the input and the output that it joins, as numbers."""
         inputs, outputs = np.empty((2, self.net.size), np.int64)
         places = self.net.unravel(np.arange(self.net.size))
         for layer, own in zip(self.net.layers, places, strict=True):
             features = layer.by_features(own)
-            # A feature's number is the place of the first weight that it has.
+            # A feature's number is the index of its first weight.
             inputs[features] = features[:, :, :, :1, :1]
             outputs[features] = features[:, :, :1, :, :1]
         return inputs, outputs
@@ -294,9 +295,9 @@ class _Repair:
     def _relieved(
         self, masks: np.ndarray, older: np.ndarray, ranking: np.ndarray
     ) -> np.ndarray | None:
-        """The masks without as many older weights as are too many in a slot, all others effective.
+        """The masks with surplus older weights removed from each slot, all others effective.
 
-        A weight that cannot be spared now can't be later either, so each is tried once.
+        A weight that is needed now is needed after other weights go, so each is tried once.
         """
         if not self.is_effective(masks):
             return None
@@ -314,15 +315,15 @@ class _Repair:
 
 
 def _ranked(flags: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-    """The weights for which a flag is set, in the order of a ranking of all."""
+    """The weights whose flag is set, in the order of a ranking of all weights."""
     return ranking[flags[ranking]]
 
 
 def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[int]:
-    """A smallest set, in that none of it can be left out, of items for which a condition holds.
+    """A set of items that meets a condition, and of which none can be left out.
 
-    The condition must hold of all items, and of more where it holds of fewer. Earlier items are
-    preferred: the last one that is taken is as early as it can be, and so on.
+    The condition must hold for all items together, and for any set that contains one for which it
+    holds. Earlier items are preferred: the last item taken is as early as possible, and so on.
     """
     taken: list[int] = []
     end = len(items)

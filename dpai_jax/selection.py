@@ -50,6 +50,7 @@ def select(
     near: Array | None = None,
     *,
     magnitude: bool = False,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[list[Array], Array]:
     """The masks of the highest scores; of equal ones those of lower index come first.
 
@@ -59,6 +60,8 @@ def select(
         layers stacked along its axes; or one number for all layers together.
       near: the thresholds of a selection among similar scores, which shorten the search.
       magnitude: whether to go by the scores' magnitude.
+      sizes: for each layer, what one of its scores counts under one number for all layers, one if
+        not given. Then as many scores are kept as come nearest to the number.
 
     Returns:
       A boolean mask for each layer, and the thresholds: ranks, uint32 (1, number to keep).
@@ -68,17 +71,19 @@ def select(
     """
     if not scores:
         return [], jnp.zeros((1, 0), jnp.uint32)
-    layers = _layers(scores, keep, magnitude)
+    layers = _layers(scores, keep, magnitude, sizes)
     numbers = _in_row(keep)
     # Of a number for several copies, the size of one.
-    sizes = np.zeros(numbers.shape, np.uint64)
+    most = np.zeros(numbers.shape, np.uint64)
     for layer in layers:
-        sizes[0, layer.place] += layer.size
-    if sizes.max() >= 2**32:
-        raise ValueError(f"one threshold can be for less than 2^32 weights, got {sizes.max()}")
+        most[0, layer.place] += layer.size * layer.worth
+    if most.max() >= 2**32:
+        raise ValueError(f"one threshold can be for less than 2^32 weights, got {most.max()}")
     bottom = jnp.full_like(numbers, _ZERO if magnitude else _LEAST)
     parts = _parts(layers)
-    cut = _search(parts, numbers, bottom, jnp.asarray(sizes.astype(np.uint32)), near)
+    cut = _search(parts, numbers, bottom, jnp.asarray(most.astype(np.uint32)), near)
+    if sizes is not None:
+        cut = _nearest(parts, numbers, cut)
     masks = {layer: mask for part in parts for layer, mask in part.masks(cut)}
     pairs = zip(layers, scores, strict=True)
     return [masks[layer].reshape(score.shape) for layer, score in pairs], cut.thresholds
@@ -184,6 +189,20 @@ def _search(
     return _Cut(end.threshold, jnp.where(end.tied, _LAST - end.low + 1, _LAST))
 
 
+def _nearest(parts: Sequence[_Part], number: Array, cut: _Cut) -> _Cut:
+    """The cut, or that without the last score, whichever keeps nearer to the number."""
+
+    def total(cut: _Cut) -> Array:
+        masks = [pair for part in parts for pair in part.masks(cut)]
+        counts = [jnp.sum(m, dtype=jnp.uint32) * np.uint32(layer.worth) for layer, m in masks]
+        return functools.reduce(jnp.add, counts)
+
+    # Where more is kept than the number, the search has ended at a single score (see `_State`).
+    shorter = cut._replace(ends=cut.ends - 1)
+    is_nearer = total(cut) - number > number - total(shorter)
+    return cut._replace(ends=jnp.where(is_nearer, shorter.ends, cut.ends))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Layer:
     """A layer's scores, and which of all numbers to keep are about it.
@@ -194,6 +213,7 @@ class _Layer:
       place: that of its numbers among all.
       before: how many scores come before its own under the same number.
       magnitude: whether the scores go by their magnitude.
+      worth: what one of its scores counts.
     """
 
     scores: Array
@@ -201,6 +221,7 @@ class _Layer:
     place: slice
     before: int
     magnitude: bool
+    worth: int = 1
 
     @property
     def size(self) -> int:
@@ -254,16 +275,25 @@ class _Layer:
         """See `_Part`."""
         return np.arange(self.place.start, self.place.stop)
 
+    @property
+    def worths(self) -> np.ndarray:
+        """See `_Part`."""
+        return np.full(len(self.places), self.worth, np.uint32)
+
 
 class _Part(Protocol):
     """Scores that are counted together.
 
     Attributes:
       places: for each column of its counts, which number to keep it is about.
+      worths: for each column, what one score counts.
     """
 
     @property
     def places(self) -> np.ndarray: ...
+
+    @property
+    def worths(self) -> np.ndarray: ...
 
     def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
         """How many scores reach each probe, (probe, column).
@@ -291,6 +321,7 @@ class _Row:
         self.layers = layers
         copies = [(layer, copy) for layer in layers for copy in range(math.prod(layer.shape))]
         self.places = np.asarray([layer.place.start + copy for layer, copy in copies])
+        self.worths = np.asarray([layer.worth for layer, _ in copies], np.uint32)
         self.row = Row([layer.size for layer, _ in copies])
         before = np.asarray([layer.before for layer, _ in copies])[self.row.array]
         first = jnp.asarray((before + self.row.first).astype(np.uint32)[:, None])
@@ -348,6 +379,8 @@ def _counts(
 ) -> Array:
     """How many scores reach probes (probe, number)."""
     columns = [part.count(probes, wanted, threshold, tied) for part in parts]
+    if any(np.any(part.worths != 1) for part in parts):
+        columns = [c * part.worths[None] for c, part in zip(columns, parts, strict=True)]
     if probes.shape[1] == 1:
         sums = [jnp.sum(c, 1, jnp.uint32, keepdims=True) for c in columns]
         return functools.reduce(jnp.add, sums)
@@ -364,7 +397,12 @@ def _parts(layers: Sequence[_Layer]) -> list[_Part]:
     return [*([_Row(small)] if small else []), *others]
 
 
-def _layers(scores: Sequence[Array], keep: list[Any] | Any, magnitude: bool) -> list[_Layer]:
+def _layers(
+    scores: Sequence[Array],
+    keep: list[Any] | Any,
+    magnitude: bool,
+    sizes: Sequence[int] | None,
+) -> list[_Layer]:
     """The layers, and which numbers to keep are about each."""
     shared = not isinstance(keep, list)
     layers: list[_Layer] = []
@@ -377,7 +415,8 @@ def _layers(scores: Sequence[Array], keep: list[Any] | Any, magnitude: bool) -> 
         start = 0 if shared or last is None else last.place.stop
         before = last.before + last.size if shared and last is not None else 0
         place = slice(start, start + math.prod(shape))
-        layers.append(_Layer(x, shape, place, before, magnitude))
+        worth = 1 if sizes is None else sizes[i]
+        layers.append(_Layer(x, shape, place, before, magnitude, worth))
     return layers
 
 

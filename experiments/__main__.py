@@ -49,7 +49,7 @@ def train(
         config: The job.
         folder: Where results.jsonl and the checkpoints go.
         again: Run the job from the start even if it has a result.
-        json: Print the record as a line of JSON, and nothing else.
+        json: Print only the record, as a line of JSON.
     """
     from experiments import jobs, report
     from experiments.board import Board
@@ -108,12 +108,12 @@ def sweep(
         epochs: Passes over the training split in place of the recipe's.
         folder: Where results.jsonl and the checkpoints go; by default runs/RECIPE.
         again: Run every job from the start even if it has a result.
-        json: Print the records as lines of JSON, and nothing else.
-        share: "jobs": each process trains jobs of its own. "batch": all processes train each job
+        json: Print only the records, as lines of JSON.
+        share: "jobs": each process trains its own jobs. "batch": all processes train each job
             together under `jax.distributed`, on all of their devices.
-        processes: How many processes there are. To share jobs it is only needed where they have no
-            folder in common; to share batches, where JAX does not find the cluster by itself.
-        process: Which of them this one is, from 0.
+        processes: How many processes there are. To share jobs, it is needed only if they have no
+            common folder; to share batches, only if JAX does not find the cluster by itself.
+        process: The number of this process, from 0.
         coordinator: Address of process 0 as HOST:PORT, to share batches.
     """
     from experiments import jobs, report
@@ -186,18 +186,17 @@ def bench(
 ) -> None:
     """Measure time, memory and objectives of pruning, and print a table of each.
 
-    Keep the machine quiet meanwhile. After an interruption the same command goes on where it
-    stopped.
+    Keep the machine quiet. After an interruption the same command goes on where it stopped.
 
     Example: python -m experiments bench --tables step training
 
     Args:
         tables: What to measure: first calls of DPaI, of the other methods and against the depth,
             many calls at once; networks without dead channels, sparse products; steps of DPaI,
-            steps of training, large networks, settings of DPaI,
-            and what counting in the mean field is worth.
+            steps of training, large networks, settings of DPaI, and how good mean-field counting
+            is.
         seeds: Repetitions where masks are compared.
-        torch: A Python that has PyTorch, to measure a plain PyTorch implementation beside.
+        torch: A Python that has PyTorch, to also measure a plain PyTorch implementation.
         folder: Where rows.jsonl goes.
     """
     from experiments.benchmarks import show
@@ -217,7 +216,7 @@ def report(
     Args:
         folders: Folders that hold a results.jsonl, or .jsonl files; their jobs are put together.
         out: Where the page and the figures go; by default "report" beside the first store.
-        json: Print what the tables hold as JSON, in place of the tables.
+        json: Print the tables' contents as JSON instead of the tables.
     """
     import json as encoder
 
@@ -236,7 +235,7 @@ def documents(
         pathlib.Path("docs/experiments.md"),
     ),
 ) -> None:
-    """Write the tables in documents anew, from the records that each of them names.
+    """Update the tables in documents from the records that each table names.
 
     Example: python -m experiments documents docs/performance.md
 
@@ -250,20 +249,20 @@ def documents(
 
 
 def keep_compiled() -> None:
-    """Keeps what is compiled in the user's cache folder, for the next command."""
+    """Keeps compiled programs in the user's cache folder, for the next command."""
     import dpai_jax as dpai
 
     try:
         dpai.cache()
     except OSError as error:
-        print(f"What is compiled is not kept: {error}", file=sys.stderr)
+        print(f"Compiled programs are not kept: {error}", file=sys.stderr)
 
 
 def _console(json: bool = False) -> Any:
-    """Returns where commands show what they do; in files, tables have room.
+    """Returns the console that commands print to, wide if it is not a terminal.
 
     Args:
-        json: Leave standard output to records.
+        json: Print to standard error, and leave standard output to records.
     """
     import rich.console
 
@@ -273,7 +272,7 @@ def _console(json: bool = False) -> Any:
 
 @contextlib.contextmanager
 def _kept_for_records(json: bool) -> Iterator[None]:
-    """Sends to standard error what libraries print, those in C++ too; does nothing without JSON."""
+    """With JSON, redirects what libraries print, also from C++, to standard error."""
     if not json:
         yield
         return
@@ -313,7 +312,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _parsed(args: Sequence[str] | None) -> Callable[[], None]:
-    """Returns the call that a command line asks for; a wrong one ends the process in one line."""
+    """Returns the call that a command line asks for; exits with one line if it is wrong."""
     commands = (train, sweep, report, demo, bench, documents)
     said = io.StringIO()
     try:
@@ -331,7 +330,7 @@ def _parsed(args: Sequence[str] | None) -> Callable[[], None]:
 
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """Returns a function of the same arguments that returns the call to be made."""
+    """Returns a function of the same arguments that returns the call without making it."""
 
     @functools.wraps(command)
     def call(*args: Any, **kwargs: Any) -> Callable[[], None]:
@@ -341,7 +340,7 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def _one_line(panel: str) -> str:
-    """Returns what tyro's panel says above its first ruler, and where more is said."""
+    """Returns the text of tyro's panel above its first ruler, and a pointer to the help."""
     lines = [line.strip("│ ") for line in panel.splitlines()[1:]]
     rulers = [number for number, line in enumerate(lines) if line.startswith("─")]
     what = " ".join(lines[: rulers[0] if rulers else len(lines)])

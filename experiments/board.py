@@ -1,4 +1,4 @@
-"""Shows how jobs go: bars on a terminal, a line for each job anywhere else."""
+"""Shows the progress of jobs: bars on a terminal, lines anywhere else."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -11,18 +11,18 @@ from experiments.config import Config
 from experiments.train import Metrics, Report
 
 LINE_SECONDS = 60.0
-"""Least time between two plain lines while a job runs."""
+"""The least time between two lines while a job runs."""
 
 _STAGES = {"start": "setting up", "prune": "pruning"}
 
 
 class Board:
-    """A line for each job that has ended, and bars for the current one and for all. A context.
+    """A line for each job that has ended, and bars for the current job and for all. A context.
 
     Args:
         console: Where to show them.
         configs: The jobs, in the order in which they run.
-        known: Those of them that had ended before.
+        known: The jobs that had ended before.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Board:
         self._bars.stop()
 
     def report(self, config: Config) -> Report:
-        """Returns the function that a job tells how it goes."""
+        """Returns the function that a job reports its progress to."""
 
         def update(stage: str, done: int, total: int, metrics: Metrics) -> None:
             if stage == "known" and config in self._known:
@@ -89,7 +89,7 @@ class Board:
         self._show(config, "failed", 1, 1, f"failed: {why}", True)
 
     def waiting(self, number: int) -> None:
-        """Shows that all that is left is run by other processes."""
+        """Shows that other processes run all jobs that are left."""
         note = f"waiting for {number} job{'s'[: number > 1]} of other processes"
         self._bars.update(self._job, description="", total=None, visible=True, note=note)
         if not self._waiting:
@@ -123,9 +123,9 @@ class Board:
         return f"{time.monotonic() - self._begin:5.0f} s"
 
     def _time_left(self) -> str:
-        """What the epochs that are left take, at the pace of those that ended since the begin.
+        """How long the epochs that are left will take, at the pace since the start.
 
-        Those that other processes have taken count as well, so their pace does.
+        Epochs of other processes count too.
         """
         left = sum(self._left.values())
         ended = self._epochs - left

@@ -15,13 +15,13 @@ from experiments.config import Config, ConfigError
 
 
 class Checkpoints:
-    """The newest state of one job, in a folder of its own. Use it as a context manager.
+    """The newest state of one job, in a separate folder. Use it as a context manager.
 
     Args:
-        folder: Where the checkpoints lie; made if need be.
+        folder: Where the checkpoints are; made if it does not exist.
         config: The job. A folder belongs to one job for good.
-        made_by: What else must be the same, in JSON's terms, to go on from a checkpoint: one that
-            was made by other code, or by other settings of the method, is dropped.
+        made_by: What else must match to continue from a checkpoint, as JSON. A checkpoint made by
+            other code, or by other settings of the method, is dropped.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, epoch: int, state: Any, masks: Any, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint and drops the one before; returns when it is on disk.
+        """Writes a checkpoint and removes the one before; returns when it is on disk.
 
         Args:
             epoch: Epochs done.
             state: Pytree of arrays.
             masks: Nested dict of arrays.
-            progress: Whatever else must survive, as JSON.
+            progress: Everything else to keep, as JSON.
         """
         document = {
             "config": self._config.as_dict(),
@@ -65,7 +65,7 @@ class Checkpoints:
         self._manager.save(epoch, args=items)
 
     def progress(self) -> dict[str, Any] | None:
-        """Returns the progress of the newest checkpoint, None where there is none to go on from.
+        """Returns the progress of the newest checkpoint, or None if there is none to continue from.
 
         Raises:
             ConfigError: The folder holds another job's checkpoints, or a damaged one.
@@ -115,7 +115,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{name: how}))[name]
-        except Exception as error:  # what orbax raises for damaged arrays has no type of its own
+        except Exception as error:  # orbax has no specific error for damaged arrays
             raise self._damaged() from error
 
     def _damaged(self) -> ConfigError:

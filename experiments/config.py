@@ -1,4 +1,4 @@
-"""What one training job is. Imports nothing heavy, so that `--help` stays quick."""
+"""The configuration of a training job. Imports nothing heavy, so that `--help` stays quick."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ _NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": (lambda x: 0.0 <= x < math.inf, "be finite and not negative"),
     "warmup": (lambda x: 0.0 <= x < 1.0, "lie in [0, 1)"),
 }
-"""What the number of a field must be, as a test and in words."""
+"""What a field's number must be, as a test and in words."""
 
 DENSE = "dense"
 """The method that removes no weight."""
@@ -48,12 +48,14 @@ class Config:
             layer; by default the published number.
         method: Name of the pruning method; "dense" prunes nothing.
         sparsity: Fraction of the prunable weights to remove. "dense" sets it to 0.
+        granularity: Which weights stand or fall together: "kernel", "channel", or N:M such as
+            "2:4"; by default each stands alone. "dense" has none.
         seed: Seed of the initial weights, the pruning and the order of the data.
         init: Checkpoint whose weights the network starts from, instead of random ones.
-        train_images: Train on so many images of the training split only.
-        augmentation: What is done to training images; by default what suits the data set.
-        image_size: Images are resized to so many pixels along both axes, bilinearly, on their way
-            into the network; by default they stay as they are.
+        train_images: Train on this many images of the training split only.
+        augmentation: How training images are augmented; by default as suits the data set.
+        image_size: The network first resizes images to this many pixels along both axes,
+            bilinearly; by default it does not.
         epochs: Passes over the training split.
         batch_size: Images in a training step. An epoch's incomplete last batch is dropped.
         optimizer: "sgd" or "adamw".
@@ -62,8 +64,8 @@ class Config:
         weight_decay: Of SGD, the factor of the weights added to the gradients; of AdamW, the
             decoupled decay. Biases and norms decay too, as they do by default in PyTorch.
         warmup: Fraction of the steps in which the learning rate rises from zero.
-        drops: Epochs after which the learning rate falls to a tenth; where there are none it falls
-            to zero along a cosine. None falls within the warm-up.
+        drops: Epochs after which the learning rate falls to a tenth, none of them in the warm-up;
+            if empty, it falls to zero along a cosine.
         dtype: What the network computes in, "float32" or "bfloat16"; weights, the optimizer and
             the loss are float32.
     """
@@ -73,6 +75,7 @@ class Config:
     width: int | None = None
     method: str = "dpai"
     sparsity: float = 0.99
+    granularity: str | None = None
     seed: int = 0
     init: str | None = None
     train_images: int | None = None
@@ -91,6 +94,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.method == DENSE:
             object.__setattr__(self, "sparsity", 0.0)
+            object.__setattr__(self, "granularity", None)
 
     def check(self) -> None:
         """Raises a `ConfigError` that names the first field whose value makes no sense."""
@@ -124,18 +128,21 @@ class Config:
     @property
     def label(self) -> str:
         """What tells the job from its neighbours in a comparison: "dpai 99%"."""
-        return self.method if self.method == DENSE else f"{self.method} {percent(self.sparsity)}"
+        if self.method == DENSE:
+            return self.method
+        by = "" if self.granularity is None else f" by {self.granularity}"
+        return f"{self.method} {percent(self.sparsity)}{by}"
 
     @property
     def title(self) -> str:
-        """What tells the job from all others of a sweep, but for its recipe's settings."""
+        """A name for the job within a sweep; it leaves out the recipe's settings."""
         return f"{self.label}, seed {self.seed}, {self.model} on {self.dataset}"
 
     @property
     def name(self) -> str:
         """A name for files, one per configuration."""
         digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
-        # A file's own name, without the folders of its path.
+        # Of a path, only the file's name.
         dataset = pathlib.PurePath(self.dataset.replace(":", "/")).name
         parts = [dataset, self.model, self.method, f"{self.sparsity:g}", f"seed{self.seed}"]
         plain = [re.sub(r"[^\w.+=-]+", "_", part)[:60] for part in parts]
@@ -147,10 +154,10 @@ class Config:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
-        """Returns the configuration that `as_dict` gave these fields of."""
+        """Returns the configuration with these fields, as `as_dict` returns them."""
         return cls(**{**fields, "drops": tuple(fields["drops"])})
 
 
 def percent(fraction: float) -> str:
-    """Writes a sparsity as it is read in tables: 0.9684 as "96.84%", 0.9 as "90%"."""
+    """Returns a sparsity as tables show it: 0.9684 as "96.84%", 0.9 as "90%"."""
     return f"{100 * fraction:.4g}%"

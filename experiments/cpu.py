@@ -1,4 +1,4 @@
-"""All that is done for CPUs alone. On accelerators none of it does anything."""
+"""Everything that is done for CPUs only. On accelerators it does nothing."""
 
 import ctypes
 import math
@@ -9,20 +9,20 @@ from typing import Any
 import jax
 from jax import lax
 
-# Pixels of an image from which on a step of ResNet-20 gains.
+# From this many pixels an image on, a step of ResNet-20 gets faster.
 _SMALL = 16 * 16
 
-# The numbers of malloc.h: a single heap (M_ARENA_MAX), never trimmed (M_TRIM_THRESHOLD), that large
-# blocks come from, too (M_MMAP_MAX).
+# Numbers from malloc.h: a single heap (M_ARENA_MAX), which is never trimmed (M_TRIM_THRESHOLD) and
+# also holds large blocks (M_MMAP_MAX).
 _MALLOC_OPTIONS = ((-8, 1), (-1, 2**31 - 1), (-4, 0))
 
 
 def keep_freed_memory(image_shape: tuple[int, ...]) -> None:
-    """Keeps freed memory at hand, where images are not small.
+    """Keeps freed memory in the process, unless images are small.
 
-    Linux would take back hundreds of megabytes that a step frees, only to hand them out page by
-    page at the next step. A step on small images gets slower by it. It works best before JAX starts
-    its threads, each of which would have a heap of its own.
+    Otherwise Linux takes back hundreds of megabytes that a step frees, and hands them out again
+    page by page in the next step. On small images it makes steps slower. Call it before JAX starts
+    its threads, as each of them would get its own heap.
 
     Args:
         image_shape: Shape of an image, (height, width, channels); of a text (length,).
@@ -45,9 +45,9 @@ def cores() -> int:
 def compiler_options() -> dict[str, str]:
     """Returns XLA's options for a training step on this machine's devices.
 
-    On CPUs XLA removes barriers before it fuses, unless it is told to skip that pass. Of its two
-    libraries of convolutions there, YNNPACK, the faster one, runs a convolution on a single core;
-    so a lone device of several cores takes Eigen, which is left where nothing goes to YNNPACK.
+    On CPUs XLA removes barriers before it fuses, unless told to skip that pass. It has two
+    libraries for convolutions. YNNPACK is the faster one, but runs a convolution on one core. So a
+    single device with several cores uses Eigen, by sending nothing to YNNPACK.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -58,20 +58,20 @@ def compiler_options() -> dict[str, str]:
 
 
 def settled(batch: Any) -> Any:
-    """Returns what it is given, on CPUs once it is computed.
+    """Returns the batch; on CPUs it first waits until the batch is computed.
 
-    There a step that was started before its batch is ready continues on the threads that computed
-    the batch. Devices that wait for one another in a step could then take all threads.
+    On CPUs a step that was started before its batch is ready runs on the threads that computed the
+    batch. Devices that wait for one another within a step could then block all threads.
     """
     return jax.block_until_ready(batch) if jax.default_backend() == "cpu" else batch
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """Returns `lax.conv_general_dilated` of the same arguments, its input written out on CPUs.
+    """Returns `lax.conv_general_dilated` of the same arguments; on CPUs its input is written out.
 
-    The kernel's gradient reads the input transposed. XLA on CPUs would fuse that with all that
-    leads to the input, and so compute the norms and residual sums of a whole stage again for each
-    layer, in a slow order. A barrier keeps them apart, in programs that are compiled with
+    The kernel's gradient reads the input transposed. XLA on CPUs would fuse this with everything
+    that the input is computed from, and compute the norms and residual sums of a whole stage again
+    for each layer, in a slow order. A barrier prevents it, in programs that are compiled with
     `compiler_options()`.
     """
     if jax.default_backend() == "cpu":

@@ -24,7 +24,7 @@ def run(folder: pathlib.Path, seeds: int, again: bool, console: rich.console.Con
         folder: Where results, checkpoints and the picture go.
         seeds: How often each job is run, each time with other weights and masks.
         again: Run finished jobs again.
-        console: Where to show it all.
+        console: Where to print.
 
     Raises:
         ConfigError: A job failed.
@@ -51,7 +51,7 @@ Go on with:
 
 
 def next_command() -> str:
-    """Returns a command for one more job, by the Python that runs this one."""
+    """Returns a command that runs one more job with this Python."""
     python = pathlib.Path(sys.executable)
     if python.is_relative_to(pathlib.Path.cwd()):
         python = python.relative_to(pathlib.Path.cwd())

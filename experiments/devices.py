@@ -1,4 +1,4 @@
-"""Training on all devices: batches are split over them, everything else is whole on each."""
+"""Training on all devices: batches are split over them, everything else is replicated."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ DATA = "data"
 
 
 def data_mesh() -> Mesh:
-    """Returns the mesh of all devices, those of other processes too, along one axis."""
+    """Returns a mesh of all devices, including those of other processes, with one axis."""
     return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
 
 
@@ -31,25 +31,25 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 
 
 def split(mesh: Mesh, *trees: Any, axis: int = 0) -> list[Any]:
-    """Returns trees of arrays split along an axis, of which each process has the whole."""
+    """Returns trees of arrays split along an axis; each process must have the full arrays."""
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), list(trees)
     )
 
 
-def whole(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what is whole on every device."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_each(mesh: Mesh, tree: Any) -> Any:
-    """Returns a tree of arrays, each of them whole on every device.
+    """Returns a tree of arrays replicated on every device.
 
     Args:
         mesh: The devices.
-        tree: Arrays of which each process has the whole.
+        tree: Arrays that each process has in full.
     """
     if jax.process_count() > 1:
         return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
-    return jax.device_put(tree, whole(mesh))
+    return jax.device_put(tree, replicated(mesh))

@@ -1,7 +1,7 @@
-"""Tables and plots in documents, made by this command from records that are committed beside them.
+"""Tables and plots in documents, made from records that are committed beside them.
 
-A table stands between two comments, of which the first names it, its records and, where it needs
-one, its heading; a plot behind a comment that names its table:
+A table stands between two comments. The first one names the table, its records and, if needed, its
+heading. A plot follows a comment that names its table and records:
 
     <!-- table step of results/bench.jsonl -->
     <!-- end of table -->
@@ -9,7 +9,8 @@ one, its heading; a plot behind a comment that names its table:
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
 
-The table "jobs" and the plot "accuracy" are of finished jobs; the others are of benchmarks.
+The tables "jobs" and "sizes" and the plot "accuracy" are of finished jobs; the others are of
+benchmarks.
 """
 
 import pathlib
@@ -27,8 +28,8 @@ _TABLE = re.compile(
     re.DOTALL,
 )
 
-JOBS = ("jobs", "accuracy")
-"""The table and the plot that are made of the records of jobs."""
+JOBS = ("jobs", "sizes", "accuracy")
+"""The tables and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
     r"<!-- plot (?P<name>\w+) of (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>[^)]+)\)"
@@ -36,7 +37,7 @@ _PLOT = re.compile(
 
 
 def update(path: pathlib.Path) -> None:
-    """Writes the tables of a document, and draws its plots, anew.
+    """Updates the tables of a document, and draws its plots again.
 
     Args:
         path: The document, in Markdown.
@@ -55,7 +56,7 @@ def update(path: pathlib.Path) -> None:
 
 
 def updated(path: pathlib.Path) -> str:
-    """Returns a document with its tables as their records have them; see `update`."""
+    """Returns a document's text with its tables made from their records."""
 
     def table(match: re.Match[str]) -> str:
         records = _records(path, match["file"], match["name"])
@@ -71,7 +72,7 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
     records = store.read()
     if name not in JOBS:
         own = [record for record in records if record.get("table") == name]
-        # Of rows that were measured again, the last.
+        # If a row was measured again, the last one counts.
         records = list({record["title"]: record for record in own}.values())
     if not records:
         raise ConfigError(f"{path}: no records for the table {name} in {store.path}.")
@@ -79,11 +80,13 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
 
 
 def _grid(name: str, records: list[Record], title: str) -> Grid:
-    return report.table(records, title) if name == "jobs" else show.grid(name, records)
+    if name in JOBS:
+        return (report.sizes if name == "sizes" else report.table)(records, title)
+    return show.grid(name, records)
 
 
 def _origin(records: list[Record]) -> str:
-    """On what the records were measured, and by which commits."""
+    """A sentence with the commits and the machines that the records come from."""
     commits = ", ".join(dict.fromkeys(f"`{record['commit'][:7]}`" for record in records))
     machines = ", ".join(
         dict.fromkeys(

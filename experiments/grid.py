@@ -1,4 +1,4 @@
-"""Tables, as a terminal shows them and as documents and pages hold them."""
+"""Tables for terminals, documents and web pages."""
 
 import dataclasses
 import html
@@ -17,11 +17,11 @@ class Grid:
     """A table of text.
 
     Attributes:
-        title: What stands above it.
+        title: The text above it.
         headings: The columns' names.
         rows: The cells, row by row; None draws a line.
-        left: The columns that are aligned to the left; the others to the right.
-        caption: What stands below it.
+        left: The columns that are aligned to the left; the others are aligned to the right.
+        caption: The text below it.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Grid:
         items: Sequence[Any],
         **options: Any,
     ) -> Self:
-        """Makes a table with a row for each item, its cells made by the columns' functions."""
+        """Makes a table with a row for each item; the columns' functions make the cells."""
         rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
         return cls(title, tuple(columns), rows, **options)
 
@@ -71,7 +71,7 @@ class Grid:
         return "\n\n".join(part for part in (f"*{self.title}*", text, self.caption) if part)
 
     def html(self) -> str:
-        """Returns the table for a page; what lines part are bodies of their own."""
+        """Returns the table for a page; lines separate the table's bodies."""
 
         def row(cells: Cells, tag: str) -> str:
             texts = (

@@ -1,4 +1,4 @@
-"""Runs jobs once: what a store already holds is not run again."""
+"""Runs each job once: a job that has a record in the store is not run again."""
 
 import contextlib
 import dataclasses
@@ -23,15 +23,15 @@ RESULTS = "results.jsonl"
 """Name of the store in a folder of runs."""
 
 POLL_SECONDS = 0.2
-"""Between two looks at jobs that other processes run."""
+"""The time between two looks at jobs that other processes run."""
 
 _FAILURES = (ValueError, RuntimeError, ArithmeticError, MemoryError)
-"""What ends a job and not the sweep; among them `ConfigError` and what XLA raises."""
+"""Errors that end a job but not the sweep, including `ConfigError` and XLA's errors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of jobs.
+    """The outcome of jobs.
 
     Attributes:
         records: The records, in the order of the jobs.
@@ -43,9 +43,9 @@ class Outcome:
 
 
 def description(config: Config) -> dict[str, Any]:
-    """Returns what a job's record is found by: its settings, its method's, and the code.
+    """Returns what identifies a job's record: its settings, its method's, and the code.
 
-    The content of a checkpoint to start from and of a user's own data, too, where there is one.
+    The content of an initial checkpoint and of a user's own data set also belong to it.
 
     Raises:
         ConfigError: A name is unknown, or a file does not exist.
@@ -68,13 +68,13 @@ def run(
     again: bool = False,
     report: train.Report | None = None,
 ) -> Record:
-    """Returns a job's record, running the job where there is none yet.
+    """Returns a job's record; runs the job if it has none yet.
 
     Args:
         config: The job.
         folder: Holds the store, and the checkpoints in a folder for each job.
-        again: Forget the job's checkpoint and run it even if it has a record.
-        report: Told how the job goes.
+        again: Delete the job's checkpoint and run it even if it has a record.
+        report: Takes the job's progress.
 
     Raises:
         BusyError: Another process runs this job.
@@ -94,17 +94,17 @@ def run_all(
 ) -> Outcome:
     """Runs the jobs that have no record yet, together with all processes that do the same.
 
-    A process takes the next job that nobody runs. At the end it waits for the jobs of the others,
-    and takes over those of a process that died. A job that fails ends neither.
+    A process takes the next job that no other process runs. At the end it waits for the others'
+    jobs, and takes over those of a process that died. A job that fails does not stop the others.
 
     Args:
         todo: The jobs.
         folder: Holds the store and the checkpoints, for all processes.
-        console: Where to show how it goes.
-        again: Run even the jobs that have a record by now.
+        console: Where to show progress.
+        again: Run even the jobs that already have a record.
 
     Raises:
-        ConfigError: A job can't be run as it is configured; found out before the first one starts.
+        ConfigError: A job can't be run as it is configured. Raised before the first job starts.
     """
     check(todo)
     store = Store(folder / RESULTS)
@@ -112,7 +112,7 @@ def run_all(
     known = {config for config in todo if store.find(description(config), since or 0)}
     records: dict[Config, Record] = {}
     failures: dict[Config, str] = {}
-    # Processes that share a batch must stay in step: only what all of them meet is no end.
+    # Processes that share a batch must stay in step, so they survive only errors that all meet.
     survived = (ConfigError,) if jax.distributed.is_initialized() else _FAILURES
     left = list(dict.fromkeys(todo))
     if not decides():
@@ -136,7 +136,7 @@ def run_all(
 
 
 def check(todo: Sequence[Config]) -> None:
-    """Checks all that can be known of jobs before they run.
+    """Checks everything about jobs that can be checked before they run.
 
     Raises:
         ConfigError: A value makes no sense, a name is unknown, or data is missing.
@@ -144,25 +144,26 @@ def check(todo: Sequence[Config]) -> None:
     for config in todo:
         config.check()
         methods.find(config.method)
+        methods.check_granularity(config)
     for config in dict.fromkeys(dataclasses.replace(c, method=DENSE, seed=0) for c in todo):
         train.resolve(config)
 
 
 def decides() -> bool:
-    """Returns whether this process decides, writes and speaks for those that train with it."""
-    # Asking for the index starts JAX's devices, whose number a job may still have to set.
+    """Returns whether this process decides, writes and prints for those that train with it."""
+    # Asking for the index starts JAX's backend. Without a cluster it must not start yet.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _run(config: Config, store: Store, since: int | None, report: train.Report | None) -> Record:
-    """Returns a job's record, running the job where there is none.
+    """Returns a job's record; runs the job if it has none.
 
     Args:
         config: The job.
         store: Where the record is, or goes.
-        since: Counts only records that were appended when the store had this size, and forgets the
-            job's checkpoint.
-        report: Told how the job goes.
+        since: If given, ignore records that were there when the store had this size, and delete
+            the job's checkpoint.
+        report: Takes the job's progress.
     """
     job = description(config)
     workdir = store.path.parent / "checkpoints" / config.name
@@ -180,9 +181,9 @@ def _run(config: Config, store: Store, since: int | None, report: train.Report |
 def _claimed(
     config: Config, job: Record, workdir: pathlib.Path, store: Store, since: int | None
 ) -> Iterator[Record | None]:
-    """Holds a job's lock. Gives the job's record, if there is one.
+    """Holds a job's lock, and gives the job's record if there is one.
 
-    Of processes that train each job together, the first decides for all.
+    If several processes train each job together, the first one decides for all.
     """
     free, record = True, None
     reason = f"another process is running {config.title}, in {workdir.parent.parent}."
@@ -210,6 +211,6 @@ def _agreed(*decisions: bool) -> tuple[bool, ...]:
 
 
 def _line(error: BaseException) -> str:
-    """Returns what an error says, in one line."""
+    """Returns the first line of an error's message."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

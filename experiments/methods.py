@@ -1,8 +1,8 @@
 """Pruning methods by the names that configurations use. A new method is one line here.
 
-After a name settings of the method can stand in brackets, "dpai[alpha=0.9,allocation=uniform]".
-Then "+repair" can be added, for masks whose every kept weight is effective, or "+shuffled", for the
-same number of weights in each layer at random places.
+A name can be followed by settings in brackets, "dpai[alpha=0.9,allocation=uniform]", and then by
+"+repair", which makes every kept weight effective, or "+shuffled", which keeps the same number of
+weights in each layer at random places.
 """
 
 import ast
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import dpai_jax as dpai
-from experiments.config import DENSE, ConfigError
+from dpai_jax import granularity
+from experiments.config import DENSE, Config, ConfigError
 
 Train = Callable[[Any, Any], Any]
 """Trains a network: from its variables and masks to its trained variables."""
@@ -36,10 +37,10 @@ class Pruning:
     """How a network is pruned.
 
     Attributes:
-        method: The method; or a function that makes it of one that trains the network.
-        batches: Batches of ten images a class that it may look at.
+        method: The method; or a function that makes it from a function that trains the network.
+        batches: Number of batches that it may use, of ten images a class.
         temperature: What the logits are divided by in its loss.
-        images: Images in the input that it draws for itself.
+        images: Images in the input that it draws itself.
         afterwards: What is done to its masks, one of `AFTERWARDS`, or nothing.
     """
 
@@ -107,8 +108,27 @@ def find(name: str) -> Pruning:
     return dataclasses.replace(pruning, afterwards=parts["afterwards"] or "")
 
 
+def check_granularity(config: Config) -> None:
+    """Checks which weights of a job stand or fall together.
+
+    Raises:
+        ConfigError: There is no such granularity, or it does not go with the method.
+    """
+    if config.granularity is None:
+        return
+    try:
+        granularity.parsed(config.granularity)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
+    if find(config.method).afterwards:
+        raise ConfigError(
+            f"granularity can't go with +repair or +shuffled, which move single weights; got "
+            f"{config.granularity!r} and {config.method!r}."
+        )
+
+
 def _with_settings(name: str, method: Any, given: list[tuple[str, str]]) -> Any:
-    """Returns the method, or the class of one, with other settings."""
+    """Returns the method, or the class of a method, with other settings."""
     fields = {item.name: getattr(method, item.name, None) for item in dataclasses.fields(method)}
     can_set = {
         field: value
@@ -127,14 +147,14 @@ def _with_settings(name: str, method: Any, given: list[tuple[str, str]]) -> Any:
         if not isinstance(method, type):
             return dataclasses.replace(method, **settings)
         make = functools.partial(method, **settings)
-        make(lambda variables, _: variables)  # which checks the settings
+        make(lambda variables, _: variables)  # checks the settings
         return make
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method {name!r} can't be: {error}") from error
 
 
 def _value(name: str, field: str, text: str, now: Any) -> Any:
-    """Reads a setting's value, of the kind that it has now."""
+    """Reads a setting's value, which must have the type of the present one."""
     if isinstance(now, str):
         return text
     if callable(now):

@@ -24,15 +24,15 @@ _MARK = "_METADATA"
 def load_variables(path: str | os.PathLike[str], variables: Any) -> Any:
     """Returns a network's variables with the values of a checkpoint.
 
-    Names are joined by "/" or ".", with "params" in front or without. Whatever else the file holds
-    beside "params" and "batch_stats", such as an optimizer's state, is left out. Where it has no
-    running statistics at all, they stay as they are.
+    Names may be joined by "/" or ".", with or without "params" in front. Anything in the file
+    besides "params" and "batch_stats", such as an optimizer's state, is ignored. If the file has no
+    running statistics, they stay as they are.
 
     Args:
-        path: A file that `flax.serialization` wrote (`.msgpack`), a file of safetensors
-            (`.safetensors`), or a folder of orbax: of one checkpoint, or of a manager, whose
-            newest is read; a job's own folder of checkpoints, too.
-        variables: Dict of "params" and, where the network has them, "batch_stats".
+        path: A file that `flax.serialization` wrote (`.msgpack`), a safetensors file
+            (`.safetensors`), or an orbax folder: a checkpoint, or a manager's folder, of which the
+            newest checkpoint is read. A job's folder of checkpoints works too.
+        variables: Dict of "params" and, if the network has them, "batch_stats".
 
     Returns:
         New variables of the same structure, shapes and dtypes.
@@ -66,7 +66,7 @@ def check_exists(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the path of a checkpoint.
 
     Raises:
-        ConfigError: Nothing is there, or it is no kind of checkpoint.
+        ConfigError: There is nothing, or it is not a checkpoint.
     """
     place = pathlib.Path(path).expanduser()
     if not place.exists():
@@ -114,7 +114,7 @@ def _restore(folder: pathlib.Path) -> Any:
     handler = ocp.PyTreeCheckpointHandler()
     try:
         tree = handler.metadata(folder).tree
-        # As NumPy's, arrays come back whatever the devices.
+        # NumPy arrays can be restored whatever devices there are.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     finally:

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, that run one sweep."""
+"""Several processes, on one or more machines, that run one sweep."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from experiments.config import Config, ConfigError
 
 Share = Literal["jobs", "batch"]
-"""What they share: the jobs, each of which one process trains; or each job's batches."""
+"""What processes share: the jobs, each trained by one process; or the batches of each job."""
 
 
 def join(
@@ -21,9 +21,9 @@ def join(
     Args:
         todo: The jobs of all processes.
         share: What the processes share.
-        processes: How many there are. Not needed for jobs that are shared out by the locks of one
-            folder, nor for batches on a cluster that JAX finds by itself.
-        process: Which of them this one is, from 0.
+        processes: How many there are. Not needed if processes share jobs through one folder, or
+            share batches on a cluster that JAX finds by itself.
+        process: The number of this process, from 0.
         coordinator: Address of process 0 as HOST:PORT, to share batches.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a number was made by: settings, code, versions and hardware, for the records of a store."""
+"""Where numbers come from: settings, code, versions and hardware, for the records of a store."""
 
 import ast
 import functools
@@ -24,13 +24,13 @@ _COMPUTING = (
     *(_HERE / name for name in ("devices.py", "methods.py", "pretrained.py", "steps.py")),
     _HERE / "train.py",
 )
-"""The code that numbers are made by; all else shows or stores them."""
+"""The code that computes numbers. Everything else shows or stores them."""
 
 
-# Once a process: a sweep asks for the same file's with each job.
+# Cached, as a sweep asks for the same file with each job.
 @functools.cache
 def content(place: pathlib.Path) -> str:
-    """Returns a hash of what a file, or each file in a folder, holds."""
+    """Returns a hash of the content of a file, or of all files in a folder."""
     digest = hashlib.sha256()
     for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
         if file.is_file():
@@ -42,10 +42,10 @@ def content(place: pathlib.Path) -> str:
 
 @functools.cache
 def code() -> str:
-    """Returns a hash of the code that numbers are made by, but for comments and docstrings.
+    """Returns a hash of the code that computes numbers, without comments and docstrings.
 
-    A commit that changes documents or tests alone leaves it as it is; a change that is not
-    committed does not.
+    A commit that only changes documents or tests does not change it. An uncommitted change of the
+    code does.
     """
     digest = hashlib.sha256()
     for place in _COMPUTING:
@@ -70,7 +70,7 @@ def _is_text(line: ast.stmt) -> bool:
 
 @functools.cache
 def origin() -> dict[str, Any]:
-    """Returns the commit, the versions and the hardware; for information, not to match by."""
+    """Returns the commit, versions and hardware, for information. Records don't match by them."""
     return {"commit": _commit(), "versions": versions(), "hardware": hardware()}
 
 
@@ -88,7 +88,7 @@ def _commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of what the experiments stand on."""
+    """Returns the versions of Python and of the main packages."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Returns what the computer is: its processor, and the devices that JAX sees."""
+    """Returns the computer's processor and the devices that JAX sees."""
     device = jax.devices()[0]
     return {
         "cpu": _cpu_model(),
@@ -111,7 +111,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Returns the processor's name; Linux keeps it in a file, others in what Python reports."""
+    """Returns the processor's name: on Linux from a file, elsewhere from Python."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What training computes: the state, the optimizer and the jitted steps, pure functions all."""
+"""What training computes: the state, the optimizer and the jitted steps, all pure functions."""
 
 import dataclasses
 import functools
@@ -18,11 +18,11 @@ from experiments import cpu
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a training step reads and writes.
+    """Everything that a training step reads and writes.
 
     Attributes:
         params: Weights; the pruned ones are exactly 0.
-        batch_stats: Running statistics of batch normalization; empty where there are none.
+        batch_stats: Running statistics of batch normalization; empty if there are none.
         opt_state: State of the optimizer.
         masks: Pytree parallel to `params`: which weights are kept. Never changes.
     """
@@ -35,16 +35,16 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How weights are updated, in steps: hashable, so one compiled step serves many jobs.
+    """How weights are updated. Hashable, so that jobs with equal settings share a compiled step.
 
     Attributes:
         learning_rate: Peak learning rate.
         momentum: Momentum of SGD.
-        weight_decay: Of SGD, added to the gradients; of AdamW, decoupled. Of all parameters.
-        warmup_steps: Steps in which the learning rate rises from zero along a line.
-        steps: Steps in all.
-        drops: Steps after which the learning rate falls to a tenth; where there are none it falls
-            to zero along a cosine.
+        weight_decay: Decay of all parameters, for SGD added to the gradients, for AdamW decoupled.
+        warmup_steps: Steps in which the learning rate rises linearly from zero.
+        steps: Total number of steps.
+        drops: Steps after which the learning rate falls to a tenth; if empty, it falls to zero
+            along a cosine.
         name: One of `config.OPTIMIZERS`.
     """
 
@@ -67,7 +67,7 @@ class Optimizer:
         return optax.join_schedules([rise, fall], [self.warmup_steps])
 
     def under(self, masks: Any) -> optax.GradientTransformation:
-        """Returns the optimizer under which pruned weights stay 0."""
+        """Returns the optax optimizer, which keeps pruned weights at 0."""
         if self.name == "adamw":
             dense = optax.adamw(self.schedule(), weight_decay=self.weight_decay)
         else:
@@ -83,8 +83,8 @@ def initialize(
     image_shape: tuple[int, ...],
     dtype: Any = jnp.float32,
 ) -> Any:
-    """Returns the network's variables: "params" and, where it has them, "batch_stats"."""
-    # The default generator compiles anew for each kernel, three times slower in all.
+    """Returns the network's variables: "params" and, if it has them, "batch_stats"."""
+    # The default generator would be compiled for each kernel, which takes three times as long.
     key = jax.random.key(seed, impl="rbg")
     return model.init(key, jnp.zeros((1, *image_shape), dtype), train=False)
 
@@ -99,9 +99,9 @@ def start(optimizer: Optimizer, variables: Any, masks: Any) -> TrainState:
 def train_step(
     model: nn.Module, optimizer: Optimizer, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one step. The masks are data, so jobs that differ in them share one program.
+    """Takes one step. The masks are data, so jobs with different masks share one program.
 
-    It is called from Python, never inside another transformation (see `belong_in_one_program`).
+    Call it from Python, not inside another transformation (see `belong_in_one_program`).
     """
     return _jitted(_step)(model, optimizer, state, images, labels)
 
@@ -115,21 +115,21 @@ def train_epoch(
         model: The network.
         optimizer: How its weights are updated.
         state: The state before the first step.
-        batch_of: Gives the batch of a step.
-        each: What it is called with, arrays whose first axis is that of the steps.
+        batch_of: Returns the batch of a step.
+        each: Its arguments for all steps: arrays whose first axis is over the steps.
 
     Returns:
-        The state after the last step, and the metrics of each.
+        The state after the last step, and the metrics of each step.
     """
     return _jitted(_epoch)(model, optimizer, state, batch_of, each)
 
 
 @functools.lru_cache
 def belong_in_one_program(model: nn.Module, image_shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether the steps of an epoch are one program: for all but convolutions on CPUs.
+    """Whether to run the steps of an epoch in one program: always, except convolutions on CPUs.
 
     A step of a small network takes less time than starting a program. But inside `lax.scan` XLA
-    runs convolutions for CPUs on one core.
+    runs convolutions on a single CPU core.
     """
     if jax.default_backend() != "cpu":
         return True
@@ -138,7 +138,7 @@ def belong_in_one_program(model: nn.Module, image_shape: tuple[int, ...], dtype:
     return "conv_general_dilated" not in str(jax.make_jaxpr(in_training(model))(variables, x))
 
 
-# The platform is asked for at the first step, not at import, which would start JAX's backend.
+# Called at the first step, not at import, as asking for the platform starts JAX's backend.
 @functools.cache
 def _jitted(function: Callable[..., Any]) -> Any:
     options = cpu.compiler_options()
@@ -173,10 +173,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, temperature: float = 1.0
     return optax.softmax_cross_entropy_with_integer_labels(scaled, labels).mean()
 
 
-# The same function for the same arguments: jobs share what is compiled for it.
+# Cached, so that jobs get the same function, and share what is compiled for it.
 @functools.lru_cache
 def in_training(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
-    """Returns the network as a function of variables and images, its norms over the batch."""
+    """Returns the network as a function of variables and images, with norms over the batch."""
 
     def fn(variables: Any, images: Any) -> jax.Array:
         logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -187,7 +187,7 @@ def in_training(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
 
 @functools.lru_cache
 def pruning_loss(model: nn.Module, temperature: float) -> Callable[[Any, Any], jax.Array]:
-    """Returns the loss by which methods prune: as in training, its logits divided by a number."""
+    """Returns the loss that methods prune by: the training loss of logits over a temperature."""
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
         images, labels = batch
@@ -201,9 +201,9 @@ def pruning_loss(model: nn.Module, temperature: float) -> Callable[[Any, Any], j
 def count_correct(
     model: nn.Module, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns how many labels the network finds by its running statistics, and how many there are.
+    """Returns how many labels the network predicts correctly, and how many there are.
 
-    Labels of -1 don't count.
+    Norms use their running statistics. Labels of -1 don't count.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits: Any = model.apply(variables, images, train=False)
@@ -211,5 +211,5 @@ def count_correct(
 
 
 def batch_stats(variables: Any) -> Any:
-    """Returns the running statistics among a network's variables; empty where it has none."""
+    """Returns the running statistics among a network's variables; empty if it has none."""
     return variables.get("batch_stats", {})

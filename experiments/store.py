@@ -1,4 +1,4 @@
-"""The store of all that was measured: one JSON line a record, appended and never rewritten."""
+"""The store of all measurements: one line of JSON for each record, appended, never rewritten."""
 
 import contextlib
 import dataclasses
@@ -25,12 +25,12 @@ class BusyError(ConfigError):
 
 @dataclasses.dataclass
 class _Index:
-    """Where the newest record of each content is, in the lines up to a certain one.
+    """Where to find records in the lines of a file that have been read so far.
 
     Attributes:
-        lines: How many lines have been looked at.
-        end: The place in the file where they end.
-        places: Where a record begins, by the digest of what it is found by.
+        lines: How many lines have been read.
+        end: The position in the file where they end.
+        places: Where the newest record begins, by the digest of the keys that it is found by.
     """
 
     lines: int = 0
@@ -47,19 +47,19 @@ class Store:
     """
 
     path: pathlib.Path
-    # One for each set of keys that records are found by.
+    # One index for each set of keys that records are found by.
     _indexes: dict[tuple[str, ...], _Index] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def append(self, record: Record) -> Record:
-        """Adds a record, whole or not at all, and waits until it is on disk.
+        """Appends a record completely or not at all, and waits until it is on disk.
 
         Args:
             record: Numbers that aren't finite are written as null.
 
         Returns:
-            The record as it is read back.
+            The record as `read` would return it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(plain(record), allow_nan=False)
@@ -77,27 +77,27 @@ class Store:
         return json.loads(line)
 
     def read(self) -> list[Record]:
-        """Returns the records in order; none where there is no file. Damaged lines are left out."""
+        """Returns the records in order, or none if there is no file. Damaged lines are skipped."""
         return list(self.by_line().values())
 
     def by_line(self) -> dict[int, Record]:
-        """Returns the records by the numbers of their lines, from 1."""
+        """Returns the records by their line numbers, from 1."""
         lines = enumerate(self._records(_Index()), start=1)
         return {line: record for line, (_, record) in lines if record is not None}
 
     def find(self, what: Mapping[str, Any], since: int = 0) -> Record | None:
-        """Returns the newest record that says all of this; None where there is none yet.
+        """Returns the newest record with these keys and values, or None.
 
-        Each line is parsed once in the life of this object, however many records are asked for.
+        This object parses each line only once, however many records are asked for.
 
         Args:
             what: Some keys of the record, with their values.
-            since: Looks only at records that were appended when the file had this size.
+            since: Ignore records that were there when the file had this size.
         """
         keys = tuple(sorted(what))
         wanted = _digest(what, keys)
         index = self._indexes.setdefault(keys, _Index())
-        if self.size() < index.end:  # another file took its place
+        if self.size() < index.end:  # the file was replaced
             index = self._indexes[keys] = _Index()
         for place, record in self._records(index):
             if record is not None and record.keys() >= set(keys):
@@ -106,7 +106,7 @@ class Store:
         return self._at(place) if place >= since else None
 
     def size(self) -> int:
-        """Returns the bytes of the file; 0 where there is none."""
+        """Returns the size of the file in bytes; 0 if there is none."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def _at(self, place: int) -> Record:
@@ -115,13 +115,13 @@ class Store:
             return json.loads(file.readline())
 
     def _records(self, index: _Index) -> Iterator[tuple[int, Record | None]]:
-        """Yields what follows the lines of an index, each with its place, and counts it there."""
+        """Yields the records after an index's lines, each with its position, and advances it."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(index.end)
             for line in file:
-                # One without its newline is being written, or was cut off by a crash.
+                # A line without its newline is being written, or was cut off by a crash.
                 if not line.endswith(b"\n"):
                     return
                 place = index.end
@@ -135,11 +135,11 @@ class Store:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, busy: str) -> Iterator[None]:
-    """Holds a lock file, which the system lets go of when the process ends, however it ends.
+    """Holds a lock file. The system releases it when the process ends, even by a crash.
 
     Args:
-        path: The file; made if need be, and left behind.
-        busy: What to raise as a `BusyError` where another process holds it.
+        path: The file; made if it does not exist, and never deleted.
+        busy: The message of the `BusyError` that is raised if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -151,7 +151,7 @@ def locked(path: pathlib.Path, busy: str) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as JSON has it: numbers that aren't finite become None."""
+    """Returns a value for JSON: numbers that aren't finite become None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -162,7 +162,7 @@ def plain(value: Any) -> Any:
 
 
 def _record(line: bytes) -> Record | None:
-    """Returns the record of a line; None of a damaged one."""
+    """Returns the record of a line, or None if it is damaged."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Jobs by the grid: methods, sparsities and seeds of one recipe. Imports nothing heavy."""
+"""Grids of jobs: methods, sparsities and seeds of one recipe. Imports nothing heavy."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from experiments.config import DENSE, Config, ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One recipe under several methods, at several sparsities, several times.
+    """One recipe with several methods, sparsities and seeds.
 
     Attributes:
         base: What all jobs have in common; its method, sparsity and seed are replaced.
@@ -28,7 +28,7 @@ class Sweep:
         """Returns the jobs, seed by seed: the dense network, then each method at each sparsity.
 
         Raises:
-            ConfigError: There would be none but the dense network.
+            ConfigError: There would be no job besides the dense network.
         """
         for argument, values in (("methods", self.methods), ("sparsities", self.sparsities)):
             if not values:
@@ -56,9 +56,9 @@ class Sweep:
         seeds: int | None = None,
         epochs: int | None = None,
     ) -> Self:
-        """Returns the sweep with what is given in place of its own.
+        """Returns the sweep with some of its settings replaced.
 
-        With other epochs the learning rate falls at the same fractions of them.
+        If the epochs are, the learning rate falls at the same fractions of them.
         """
         base = self.base
         if dataset is not None:
@@ -79,7 +79,7 @@ def configs(names: Sequence[str], scale: str, **changes: Any) -> list[Config]:
     Args:
         names: Names of recipes, or files.
         scale: "full" or "small".
-        **changes: What replaces the recipes' own; see `Sweep.changed`.
+        **changes: Settings that replace those of the recipes; see `Sweep.changed`.
 
     Raises:
         ConfigError: There is no such recipe, or it gives no jobs.

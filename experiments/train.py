@@ -1,4 +1,4 @@
-"""Prunes a network, trains what is left and measures it."""
+"""Prunes a network, trains it and measures it."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ from experiments.steps import Optimizer, TrainState
 
 Metrics = dict[str, Any]
 Report = Callable[[str, int, int, Metrics], None]
-"""Told a stage, how much of it is done, how much there is in all, and the newest metrics.
+"""Takes progress: a stage, how much of it is done, how much there is in all, the newest metrics.
 
-Stages are "start", "prune" before the pruning and after some of its steps, "train" before the first
-epoch and after each, and "known" for a job that had been finished before.
+The stages are "start", "prune" before the pruning and after some of its steps, "train" before the
+first epoch and after each epoch, and "known" for a job that was finished before.
 """
 
 
@@ -40,7 +40,7 @@ class Job:
         feeds: The batches of each split, by name.
         model: Its network.
         pruning: How it is pruned.
-        optimizer: Its optimizer's numbers.
+        optimizer: How its weights are updated.
         mesh: The devices that share its batches.
     """
 
@@ -67,25 +67,26 @@ def train_and_evaluate(
     report: Report | None = None,
     checkpoint_seconds: float = 15.0,
 ) -> dict[str, Any]:
-    """Prunes and trains one network; an interrupted call resumes where its checkpoint stands.
+    """Prunes and trains one network. After an interruption it resumes from the last checkpoint.
 
-    A resumed job ends with bitwise the weights of one that was never interrupted. A job whose loss
-    is no longer finite ends there.
+    A resumed job ends with bitwise the same weights as one that was never interrupted. A job ends
+    when its loss is no longer finite.
 
     Args:
         config: The job.
         workdir: Folder of the job's checkpoints; the trained weights stay there.
-        job: What made a checkpoint to go on from (see `jobs.description`); others are dropped.
+        job: What identifies the job (see `jobs.description`). A checkpoint with another one is
+            dropped.
         mesh: The devices to train on, with an axis "data" over which batches are split; by default
-            all of them.
-        report: Told how the job goes.
+            all devices.
+        report: Takes the job's progress.
         checkpoint_seconds: Least time between two checkpoints. There is always one after the
             pruning and one after the last epoch.
 
     Returns:
         Metrics by name: accuracies between 0 and 1 after the last epoch and at the epoch of best
-        validation accuracy, the topology, the history, one dict per epoch, the epoch in which the
-        loss diverged, if it did, and seconds, those of all calls that the job took.
+        validation accuracy; the topology; the history, one dict for each epoch; the epoch in which
+        the loss diverged, if it did; and the seconds of all calls that the job took.
 
     Raises:
         ConfigError: A value in `config` makes no sense, or `workdir` belongs to another job.
@@ -112,7 +113,7 @@ def train_and_evaluate(
             if not finite:
                 progress["diverged"] = len(history)
             elif now - saved >= checkpoint_seconds or len(history) == config.epochs:
-                _save(config, checkpoints, state, progress)
+                _save(checkpoints, state, progress)
                 saved = time.monotonic()
             say("train", len(history), config.epochs, history[-1])
     return {**summarize(history), **progress}
@@ -123,7 +124,7 @@ def _ended(progress: Mapping[str, Any], config: Config) -> bool:
 
 
 def resolve(config: Config, mesh: Mesh | None = None) -> Job:
-    """Looks up all that a configuration names, to be run on a mesh or else on all devices.
+    """Looks up everything that a configuration names, for a mesh or else for all devices.
 
     Raises:
         ConfigError: A value makes no sense, or a name is unknown.
@@ -132,6 +133,7 @@ def resolve(config: Config, mesh: Mesh | None = None) -> Job:
     if config.init is not None:
         pretrained.check_exists(config.init)
     pruning = methods.find(config.method)
+    methods.check_granularity(config)
     data = datasets.load(config.dataset, train_images=config.train_images)
     if mesh is None:
         shape = models.resized_shape(data.image_shape, config.image_size)
@@ -170,15 +172,15 @@ def _feeds(config: Config, data: datasets.Dataset, mesh: Mesh) -> dict[str, data
 
 
 def _dtype(config: Config) -> Any:
-    """The dtype to ask of a network; nothing for that of its weights."""
+    """The dtype that a network computes in, or None for that of its weights."""
     return None if config.dtype == "float32" else jnp.dtype(config.dtype)
 
 
 def initial_variables(job: Job) -> Any:
-    """Returns the weights that a job starts from: random ones, or those of its checkpoint.
+    """Returns the weights that a job starts from: random ones, or those of a checkpoint.
 
     Raises:
-        ConfigError: The checkpoint is another network's.
+        ConfigError: The checkpoint belongs to another network.
     """
     variables = steps.initialize(job.model, job.config.seed, job.image_shape, job.data.dtype)
     if job.config.init is None:
@@ -187,7 +189,7 @@ def initial_variables(job: Job) -> Any:
 
 
 def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
-    """Prunes a job's network before its training: masks parallel to its variables."""
+    """Prunes a job's network; the masks are parallel to its variables."""
     # The bare method, not a closure: jobs that share a network then share its trace.
     apply, key, pruning = job.model.apply, jax.random.key(job.config.seed), job.pruning
 
@@ -200,13 +202,14 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
         data["batches"] = datasets.samples(job.data, pruning.batches, seed=job.config.seed)
     try:
         result = dpai.prune(
-            # On images of its own making a method would meet running statistics of nothing.
+            # The running statistics do not fit images that a method draws itself.
             steps.in_training(job.model) if pruning.images > 1 else apply,
             variables,
             images(pruning.images),
             sparsity=job.config.sparsity,
             method=pruning.make(functools.partial(train_variables, job)),
             key=key,
+            granularity=job.config.granularity or "weight",
             repair=pruning.afterwards == "repair",
             progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
             **data,
@@ -216,13 +219,13 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     masks = result.masks
     if pruning.afterwards == "shuffled":
         masks = dpai.shuffled(masks, key)
-    # Whatever a method looked at, paths are those of one image.
+    # Whatever input a method used, the reported paths are those of one image.
     net = dpai.trace(apply, variables, images(1))
     return dataclasses.replace(result, masks=masks, net=net, topology=dpai.topology(net, masks))
 
 
 def train_variables(job: Job, variables: Any, masks: Any) -> Any:
-    """Trains a network under masks from the given variables; returns the trained ones."""
+    """Trains a network with masks from the given variables; returns the trained variables."""
     state = devices.on_each(job.mesh, steps.start(job.optimizer, variables, masks["params"]))
     for epoch in range(job.config.epochs):
         state, _ = train_epoch(job, state, epoch)
@@ -230,7 +233,7 @@ def train_variables(job: Job, variables: Any, masks: Any) -> Any:
 
 
 def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Metrics]:
-    """Takes one pass over the training split; returns the means of the steps' metrics."""
+    """Trains for one epoch; returns the state and the means of the steps' metrics."""
     feed = job.feeds["train"]
     if isinstance(feed, datasets.Resident) and steps.belong_in_one_program(
         job.model, job.image_shape, job.data.dtype
@@ -247,7 +250,7 @@ def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Me
 
 
 def evaluate(job: Job, state: TrainState, history: list[Metrics]) -> Metrics:
-    """Measures the validation split and, where its result may be reported, the test split."""
+    """Measures the validation split and, if its result may be reported, the test split."""
 
     def measure(split: str) -> float:
         return accuracy(job.model, state, job.feeds[split])
@@ -260,16 +263,16 @@ def evaluate(job: Job, state: TrainState, history: list[Metrics]) -> Metrics:
 
 
 def accuracy(model: nn.Module, state: TrainState, feed: datasets.Feed) -> float:
-    """Returns the fraction of a split's labels that the network finds."""
+    """Returns the fraction of a split's labels that the network predicts correctly."""
     counts = [steps.count_correct(model, state, images, labels) for images, labels in feed.once()]
     correct, labels = np.sum(jax.device_get(counts), axis=0).tolist()
     return correct / labels
 
 
 def summarize(history: list[Metrics]) -> Metrics:
-    """Picks the numbers to report: the last epoch's, and the best one's by validation.
+    """Picks the numbers to report: those of the last epoch, and of the best one by validation.
 
-    Of a run that diverged there is no accuracy to report: both are NaN.
+    A run that diverged has no accuracy to report: all are NaN.
     """
     if "validation_accuracy" not in history[-1]:
         names = ("test_accuracy", "validation_accuracy", "train_loss")
@@ -295,8 +298,8 @@ def describe(result: dpai.Result) -> dict[str, Any]:
     return {name: getattr(topology, name) for name in totals} | {"layers": layers}
 
 
-def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
-    """Checks that the masks keep what was asked for and that all else is exactly zero.
+def check_pruned(params: Any, masks: Any, asked: int) -> None:
+    """Checks that the masks keep as many weights as asked and that all else is exactly zero.
 
     Raises:
         RuntimeError: They don't. This is a defect of the training or the library.
@@ -304,7 +307,6 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
     prunable = [(np.asarray(leaf), np.asarray(mask)) for leaf, mask in leaves if mask.ndim]
     kept = sum(int(mask.sum()) for _, mask in prunable)
-    asked = round((1.0 - sparsity) * sum(mask.size for _, mask in prunable))
     alive = sum(int(np.count_nonzero(leaf[~mask])) for leaf, mask in prunable)
     if kept != asked or alive:
         raise RuntimeError(
@@ -314,13 +316,13 @@ def check_pruned(params: Any, masks: Any, sparsity: float) -> None:
 
 
 def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the checkpoint's state and progress, or prunes and starts."""
+    """Returns the state and progress of the checkpoint, or after pruning if there is none."""
     variables = initial_variables(job)
     if (progress := checkpoints.progress()) is not None:
         masks = devices.on_each(job.mesh, checkpoints.masks())
         fresh = steps.start(job.optimizer, devices.on_each(job.mesh, variables), masks)
         template = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.whole(job.mesh)),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.replicated(job.mesh)),
             fresh.replace(masks=None),
         )
         return checkpoints.state(template).replace(masks=masks), progress
@@ -334,17 +336,15 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "topology": describe(result),
         "history": [],
     }
-    # The whole state, for the optimizer's counters begin on one device.
+    # The whole state, as the optimizer's counters start on one device.
     state = steps.start(job.optimizer, variables, result.masks["params"])
     state = devices.on_each(job.mesh, state)
-    _save(job.config, checkpoints, state, progress)
+    _save(checkpoints, state, progress)
     return state, progress
 
 
-def _save(
-    config: Config, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]
-) -> None:
-    check_pruned(state.params, state.masks, config.sparsity)
+def _save(checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> None:
+    check_pruned(state.params, state.masks, progress["topology"]["weights"])
     # As NumPy's, masks come back whatever the devices.
     masks = jax.device_get(state.masks)
     checkpoints.save(len(progress["history"]), state.replace(masks=None), masks, progress)

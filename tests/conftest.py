@@ -1,6 +1,7 @@
 """Settings that every test runs under. They must come before JAX starts its backend."""
 
 import gc
+import importlib.metadata
 import os
 import re
 import tempfile
@@ -9,8 +10,20 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Eight simulated devices, so that sharded networks and masks are tested on any machine.
-_DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+_FLAGS = "--xla_force_host_platform_device_count=8"
+# JAX 0.10 still has XLA's older code generator for CPUs, which compiles in less than half the time.
+# The tests on JAX 0.12 (see .ci/run), documents and notebooks use the one that users have.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+# A worker inherits the variable from the process that starts it.
+if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+
+# All processes of a run share compiled programs on disk, including those that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
@@ -18,6 +31,7 @@ from typing import Any  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 # A count of one rank must never broadcast silently against one of another.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,13 +56,13 @@ def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def compiled_programs() -> Iterator[None]:
-    """Keeps on disk what is compiled, as long as the tests run: many need the same programs."""
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        yield
+@pytest.fixture(autouse=True)
+def shared_cache() -> Iterator[None]:
+    """Returns to the run's cache after a test that chose another folder."""
+    yield
+    if jax.config.jax_compilation_cache_dir != os.environ["JAX_COMPILATION_CACHE_DIR"]:
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,12 +26,15 @@ print(folder, events.count("cache_hits"), events.count("cache_misses"), result.t
 
 
 def run(*args: str, **environment: str) -> list[str]:
+    # Without the cache that the tests' processes share.
+    shared = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    own = {name: value for name, value in os.environ.items() if name not in shared}
     process = subprocess.run(
         [sys.executable, "-c", PROCESS, *args],
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | environment,
+        env=own | environment,
     )
     return process.stdout.split()
 

@@ -58,13 +58,8 @@ def assert_same(fn: Any, params: PyTree, masks: PyTree, x: PyTree) -> dpai.Compa
         np.testing.assert_allclose(
             np.where(mask, small_g, 0), np.where(mask, expected, 0), 1e-4, 1e-5, err_msg=leaf.name
         )
-    for whole, leaf in zip(
-        jax.tree.leaves(masked), jax.tree.leaves(small.expand(small.params)), strict=True
-    ):
-        assert leaf.shape == whole.shape
-    again = jax.jit(fn)(small.expand(small.params), x)
-    for y, y2 in zip(jax.tree.leaves(outputs), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(y2, y, 1e-5, 1e-5)
+    # Put back, all weights are the masked ones.
+    jax.tree.map(np.testing.assert_array_equal, small.expand(small.params), masked)
     return small
 
 
@@ -185,7 +180,7 @@ def test_numbers_of_dead_channels_reach_what_follows() -> None:
     )
     small = assert_same(fn, params, masks, normal(2, 5, 5, 2))
     assert small.params["w1"].shape == (3, 3, 2, 4)
-    assert small.params["w2"].shape == (3, 3, 4, 4)  # channel 2 has numbers from dead ones
+    assert small.params["w2"].shape == (3, 3, 4, 3)  # output 2 is the number of its bias
     other = normal(3, 4, 7, 2)
     np.testing.assert_allclose(
         small.fn(small.params, other), fn(dpai.apply_masks(params, masks), other), 1e-5, 1e-5

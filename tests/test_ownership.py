@@ -89,9 +89,9 @@ def test_another_setting_that_a_step_does_not_use_compiles_nothing(monkeypatch):
     compiled = set(first.net.programs)
     for settings in (
         {"steps": 3},
-        {"tolerance": 0.5},
+        {"beta": 0.75},
         {"allocation": lambda net, sparsity: dpai.erk(net, sparsity)},
-        {"optimizer": optax.sgd(0.01)},
+        {"optimizer": optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))},
         {"scores": scores},
         {"alpha": 0.3},
         {"beta": 0.9},

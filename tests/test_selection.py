@@ -91,6 +91,26 @@ def test_all_layers_together_keep_the_highest_scores(
     assert_masks(masks, by_sorting_together(scores, keep, magnitude))
 
 
+SIZES = (3, 1, 5)
+by_size = jax.jit(lambda scores, keep: select(scores, keep, sizes=SIZES))
+
+
+@some_values
+@given(st.data())
+def test_of_scores_that_count_more_than_one_as_many_are_kept_as_come_nearest(
+    values: Any, data: st.DataObject
+) -> None:
+    scores = drawn(data, values)
+    sizes = np.repeat(SIZES, [s.size for s in scores])
+    keep = data.draw(st.integers(0, int(sizes.sum())))
+    masks, _ = by_size(scores, jnp.uint32(keep))
+    order = ranking(np.concatenate([s.ravel() for s in scores]))
+    totals = np.cumsum([0, *sizes[order]])
+    # Of two equally near totals the higher one.
+    number = min(range(len(totals)), key=lambda i: (abs(int(totals[i]) - keep), -i))
+    assert_masks(masks, by_sorting_together(scores, number))
+
+
 @by_magnitude
 def test_ties_under_one_threshold_go_from_layer_to_layer(magnitude: bool) -> None:
     """Every number to keep, so that the ties end at every place of every layer."""

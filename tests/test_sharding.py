@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import dpai_jax as dpai
 from dpai_jax import counts, measuring
 from dpai_jax.methods import dpai as method
-from dpai_jax.methods import noise
+from dpai_jax.methods import noise, selector
 from dpai_jax.methods.noise import normal_scores
 from tests.support import sharded
 
@@ -151,14 +151,15 @@ def programs(params, fn, x, optimizer):
     net = dpai.trace(fn, params, x)
     how = dpai.DPaI(optimizer=optimizer)
     scores = normal_scores(net, jax.random.key(0), params)
+    strengths = [method._strength(jnp.abs, s) for s in scores]
     state = method._State(scores, optimizer.init(scores))
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
-    masks, _ = method._select(*find)
-    step = (net, state, masks, how._weights())
+    masks, _ = selector._select(*find)
+    step = (net, state, masks, strengths, how._weights())
     axes = tuple(measuring._axes(net))
     return [
-        method._select.lower(*find).compile(),
+        selector._select.lower(*find).compile(),
         method._step.lower(*step, **how._settings()).compile(),
         counts.reached.lower(net, masks).compile(),
         measuring._log_paths.lower(net, masks).compile(),
@@ -245,7 +246,7 @@ def test_memory_of_a_device_falls_with_their_number():
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
 
     def memory(n):
-        found = [p.memory_analysis() for p in programs(on_devices(n), wide, x, method._ASCENT)]
+        found = [p.memory_analysis() for p in programs(on_devices(n), wide, x, method.RESCORE)]
         return [
             a.argument_size_in_bytes
             + a.temp_size_in_bytes

@@ -1,7 +1,8 @@
 """Pruning methods, one file each."""
 
+from dpai_jax.methods.balance import ascent
 from dpai_jax.methods.base import Method, Problem, Pruned
-from dpai_jax.methods.dpai import DPaI, ascent
+from dpai_jax.methods.dpai import DPaI
 from dpai_jax.methods.force import FORCE
 from dpai_jax.methods.grasp import GraSP
 from dpai_jax.methods.imp import IMP

@@ -16,6 +16,15 @@ class FORCE(InSteps):
     A weight removed by one step may come back in the next. Step t of T keeps the fraction d^(t/T)
     of the weights, d being the density asked for.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> loss_fn = lambda params, batch: jnp.sum(batch @ params["w"])
+      >>> data = {"loss_fn": loss_fn, "batches": [jnp.array([[0.0, 1.0, 2.0, 3.0]])]}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=dpai.FORCE(2), **data)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       steps: T.
       allocation: see `SNIP`.

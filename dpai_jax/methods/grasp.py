@@ -27,6 +27,15 @@ class GraSP:
 
     The paper divides logits by a temperature of 200; that is up to `loss_fn`.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> loss_fn = lambda params, batch: jnp.sum((batch @ params["w"]) ** 2)
+      >>> data = {"loss_fn": loss_fn, "batches": [jnp.array([[0.0, 1.0, 2.0, 3.0]])]}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=dpai.GraSP(), **data)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       allocation: see `SNIP`.
 

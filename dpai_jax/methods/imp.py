@@ -30,6 +30,14 @@ class IMP:
     To rewind to step k (a few hundred, where θ_0 gives no winning ticket), pass the parameters at
     step k as `params`, and let `train` go on from there.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> method = dpai.IMP(train=lambda params, masks: params)  # your training
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       train: trains masked parameters and returns the trained ones, of the same structure.
       fraction: what a round removes of the weights that are left, in (0, 1).

@@ -15,6 +15,14 @@ from dpai_jax.methods.saliency import one_shot
 class Magnitude:
     """Keeps the weights of the largest |θ|.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> method = dpai.Magnitude()
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.global_threshold` for one
         threshold over all layers, `dpai_jax.erk`, `dpai_jax.uniform` or the like for one a layer.

@@ -1,4 +1,4 @@
-"""Normally distributed scores: the same for a key on any number of devices."""
+"""Normally distributed scores, the same on any number of devices."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def normal_scores(net: Network, key: Array, params: PyTree) -> list[Array]:
     key = _threefry(key)
     if all(sharding is None for sharding in shardings):
         return list(_normal(net, key))
-    # NumPy arrays are taken by every process and every mesh.
+    # Any process and any mesh accepts NumPy arrays.
     key_data = np.asarray(jax.random.key_data(key))
     starts = itertools.accumulate((layer.size for layer in net.layers), initial=0)
     return [
@@ -47,7 +47,7 @@ def normal_scores(net: Network, key: Array, params: PyTree) -> list[Array]:
 
 
 def _threefry(key: Array) -> Array:
-    """A Threefry key, whose random bits can be drawn one by one."""
+    """A Threefry key made from a key; with Threefry, any entry can be drawn by itself."""
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
@@ -71,13 +71,13 @@ def _normal_of_many(net: Network, keys: Array) -> list[Array]:
 
 @program()
 def _normal(net: Network, key: Array) -> list[Array]:
-    # One draw for all layers: each draw takes half a second to compile. On a mesh the bits are
-    # those of the partitionable layout, whatever the user's configuration.
+    # One draw for all layers, as each draw takes half a second to compile. The partitionable
+    # layout, whatever the user's configuration, gives the bits that a mesh draws.
     ends = list(itertools.accumulate(layer.size for layer in net.layers))
     with jax.threefry_partitionable(True):
         noise = jax.random.normal(key, (ends[-1],), jnp.float32)
-    # Small networks compile faster if the noise is there twice, for layers to read in turn; else
-    # each of them draws its part itself.
+    # Small networks compile faster if layers read the noise from two arrays in turn. XLA would
+    # fuse a single one into its readers, and so draw it once for each layer.
     twice = written_out(noise) if net.size <= _FEW else (noise, noise)
     parts = [jnp.split(x, ends[:-1]) for x in twice]
     return [parts[i % 2][i].reshape(layer.shape) for i, layer in enumerate(net.layers)]
@@ -88,7 +88,7 @@ _FEW = 2**22
 
 @functools.lru_cache
 def _drawing(shape: tuple[int, ...], sharding: Sharding | None) -> Callable[..., Array]:
-    """Draws what `jax.random.normal` does from some place on, each device its own part."""
+    """Draws a stretch of what `jax.random.normal` draws; each device draws its own part."""
     draw = functools.partial(_normal_at, shape)
     return jax.jit(functools.partial(auto_sharded, draw, like=sharding), out_shardings=sharding)
 
@@ -109,5 +109,5 @@ def _normal_at(shape: tuple[int, ...], key_data: Array, start: Array) -> Array:
 
 
 def _digits(places: np.ndarray) -> np.ndarray:
-    """Places as two digits of 32 bits, the higher ones first."""
+    """Indices as two digits of 32 bits, the higher digit first."""
     return np.stack([places >> np.uint64(32), places & np.uint64(2**32 - 1)]).astype(np.uint32)

@@ -18,10 +18,10 @@ from dpai_jax.paths.channels import numbered_weights
 from dpai_jax.tools.meshes import on_host
 from dpai_jax.tools.random import numpy_generator
 
-# A layer with more pairs of an input and an output feature is solved in chunks.
+# A layer with more pairs of an input and an output feature than this is solved in chunks.
 _LARGE = 64 * 32
 
-# Numbers of paths below this fraction of a layer's largest are a convolution's rounding errors.
+# Path counts below this fraction of a layer's largest are rounding errors of a convolution.
 _ROUNDING = 1e-7
 
 
@@ -50,6 +50,14 @@ class NPB:
     Groups share only k. The key chooses among solutions of equal value. The weights of a feature
     are spread evenly over the output features. Copies of a layer that are stacked in one kernel are
     layers of their own, in the order of the stack.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> method = dpai.NPB(alpha=0.1)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
 
     Attributes:
       alpha: weight of nodes against paths, in [0, 1]. At the published .01 a layer leaves features
@@ -91,13 +99,14 @@ class NPB:
         Raises:
           ValueError: if the allocation gives one number for all layers.
         """
+        problem.refuse_groups("NPB")
         net, rng = problem.net, numpy_generator(problem.key)
         keep = problem.keep(self.allocation)
         if not isinstance(keep, list):
             raise ValueError(f"allocation must give a number for each layer, got {keep} for all")
         masks = _Choice(self, net, keep, rng, problem.report).masks()
         scores = _moved(net, masks, rng)
-        # A repair has only chance to choose by.
+        # A repair chooses at random.
         noise = [rng.random(score.shape, np.float32) for score in scores]
         arrays = [jnp.asarray(score) for score in scores]
         rank = [jnp.asarray(score + n) for score, n in zip(scores, noise, strict=True)]
@@ -123,7 +132,7 @@ class NPB:
         groups = range(n_groups)
         paths = np.stack([incoming[:, group == g].mean((1, 2)) for g in groups])
         paths = np.where(paths > _ROUNDING * paths.max(), paths, 0) if paths.any() else paths + 1
-        # Numbers that differ by rounding alone are equal, on any machine.
+        # Rounded, so that counts that differ by rounding errors alone are equal on any machine.
         mantissas, exponents = np.frexp(paths)
         paths = np.ldexp(np.round(mantissas * 2**16) / 2**16, exponents)
         parts = min(-(-outputs // self.chunk), keep) if inputs * outputs > _LARGE else 1
@@ -147,10 +156,10 @@ def _by_outputs(array: np.ndarray) -> np.ndarray:
 
 
 class _Choice:
-    """The layers' masks, each chosen where an evaluation of the network first meets its kernel.
+    """Chooses each layer's mask when an evaluation of the network first meets its kernel.
 
     The paths that arrive there have passed the masks chosen before, so one evaluation serves all
-    layers. It runs operation by operation, not compiled, because each choice is made on the host.
+    layers. It is not compiled, because each choice is made on the host.
     """
 
     def __init__(
@@ -172,7 +181,7 @@ class _Choice:
         )
         self.kept = np.ones(net.size, np.float32)
         self.entering = np.zeros(net.size, np.float32)
-        # Views of the two rows, layer by layer.
+        # Views of the two rows, one pair for each layer.
         self.kernels = list(zip(*map(net.unravel, (self.kept, self.entering)), strict=True))
         self.waiting = dict.fromkeys(range(len(sizes)))
 
@@ -199,7 +208,7 @@ class _Choice:
         return use.contract(use.flow.spread, Spread(jnp.asarray(chosen), use.weight.shape))
 
     def _choose(self, slots: list[int]) -> None:
-        """Chooses the masks of some slots by the paths that enter at each weight."""
+        """Chooses the masks of some slots from the paths that enter at each weight."""
         for slot in slots:
             i, copy = self.slots[slot]
             layer, (kept, entering) = self.net.layers[i], self.kernels[i]
@@ -214,7 +223,7 @@ class _Choice:
 
 
 def _entering(use: KernelUse) -> np.ndarray:
-    """How many paths enter at each weight of a kernel, kept or not; the largest is one."""
+    """The number of paths that enter at each weight, kept or not, divided by the largest."""
 
     def paths(weight: Array) -> Array:
         return jnp.sum(use.contract(use.flow.spread, Spread(weight, use.weight.shape)).array)
@@ -235,14 +244,13 @@ def balanced(
 ) -> np.ndarray:
     """How many weights each input feature keeps at the optimum of NPB's integer program.
 
-    All output features of a group are alike to the objective. So only the number of weights of each
-    input feature matters. The first weight is worth a node; each of the first `width` weights
-    starts a kernel and is worth one; and each weight is worth its paths. Output features are worth
-    a node each, up to the number of kernels of living input features, since those can always be
-    placed so that no output is missed. This program has three variables for each input feature in
-    place of one for each kernel, and the same optimum. Its constraints are sums over nested sets,
-    so all vertices of its linear relaxation are integral, and the simplex method, which ends at a
-    vertex, needs no branching.
+    The objective treats all output features of a group alike, so only the number of weights of each
+    input feature matters. Its first weight is worth a node, each of its first `width` weights is
+    worth a kernel, and each weight is worth its paths. Each output feature is worth a node, up to
+    the number of kernels of live input features, since these can always be placed so that they miss
+    no output. This program has three variables for each input feature instead of one for each
+    kernel, and the same optimum. Its constraints are sums over nested sets, so all vertices of its
+    linear relaxation are integral. The simplex method ends at a vertex, so it needs no branching.
 
     Args:
       paths: (groups, inputs) numbers of paths into the input features of each group.
@@ -298,10 +306,10 @@ def balanced(
 def _spread_over(
     row: np.ndarray, paths: np.ndarray, width: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The weights of each kernel (inputs, width), where an input feature has `row` in all.
+    """Spreads the weights of each input feature, `row`, over its kernels; returns (inputs, width).
 
-    Each input feature in turn, that of most paths first, leads to the output features that fewest
-    paths lead to yet; so none is missed as long as there are weights for it.
+    Input features take turns, those with the most paths first. Each takes the output features with
+    the fewest paths so far, so none is missed as long as there are enough weights.
     """
     counts = np.zeros((len(row), width), int)
     leading = np.zeros(width)
@@ -314,7 +322,7 @@ def _spread_over(
 
 
 def _placed(counts: np.ndarray, incoming: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A mask (inputs, outputs, taps) of so many weights in each kernel, at random."""
+    """A mask (inputs, outputs, taps) with a given number of weights at random in each kernel."""
     # Taps that read nothing but padding come last.
     order = np.argsort(rng.random(incoming.shape) + (incoming <= 0), axis=2)
     mask = np.zeros(incoming.shape, np.float32)
@@ -323,12 +331,12 @@ def _placed(counts: np.ndarray, incoming: np.ndarray, rng: np.random.Generator) 
 
 
 def _moved(net: Network, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """The masks with weights that no path passes at places where one does, as far as there are."""
+    """The masks with weights moved from places on no path to places on one, if there are any."""
     moves = 1
     while moves:
         moves = 0
         effective = [m.astype(bool) & r for m, r in zip(masks, _reached(net, masks), strict=True)]
-        # A place must not depend on a weight that is to be moved.
+        # A place must not depend on a weight that will be moved.
         places = _reached(net, effective)
         for i, layer in enumerate(net.layers):
             kept = np.array(layer.by_features(masks[i]))
@@ -352,7 +360,7 @@ def _move(
     """Moves the dead weights of one mask (inputs, outputs, taps) in place; returns how many."""
     dead, free = np.argwhere((kept > 0) & ~effective), np.argwhere((kept == 0) & reached)
     of_kernel, of_input = effective.sum(2), effective.sum((1, 2))
-    # Kernels of equal standing are filled one after another.
+    # One of several equal kernels is filled before the next.
     chance = rng.random(of_kernel.shape)
     i, j, _ = free.T
     order = np.lexsort((chance[i, j], -of_input[i], -of_kernel[i, j]))

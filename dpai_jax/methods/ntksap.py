@@ -35,6 +35,14 @@ class NTKSAP:
     the weights, d being the density asked for; what a step removed stays removed, and has the score
     −∞. Scores are not normalised. Needs no data.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> method = dpai.NTKSAP(steps=2)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
+
     Attributes:
       steps: T.
       epsilon: ε, the size of the change.

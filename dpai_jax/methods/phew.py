@@ -1,4 +1,4 @@
-"""PHEW: random walks that prefer strong weights; what they pass is kept."""
+"""PHEW: keeps the weights on random walks that prefer strong weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dpai_jax.tools.random import numpy_generator
 # Walks drawn at once, half of them in each direction.
 _WALKS = 4096
 
-# Walking ends when this many walks in a row find less than one weight in a hundred walks.
+# Walking ends when a batch of walks finds fewer new weights than this, one in a hundred walks.
 _TOO_FEW = _WALKS // 100
 
-# How often weights that lie on no path are dropped.
+# How often to drop weights that are on no path.
 _ROUNDS = 50
 
 
@@ -52,6 +52,14 @@ class PHEW:
     The score of a weight is the number of walks that passed it, and ½ if it was added for its
     magnitude; so all kept weights have positive scores.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> method = dpai.PHEW()
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
+
     References:
       Patil and Dovrolis, PHEW: Constructing Sparse Networks that Learn Fast and Generalize Well
       without Training Data, ICML 2021.
@@ -70,6 +78,7 @@ class PHEW:
           TypeError: if the parameters are shapes.
           ValueError: if a weight is not finite.
         """
+        problem.refuse_groups("PHEW")
         net = problem.net
         keep = weights_to_keep(net, problem.sparsity)
         strength = net.ravel(_magnitudes(problem))
@@ -108,12 +117,15 @@ def _magnitudes(problem: Problem) -> list[np.ndarray]:
 
 
 def _effective(net: Network, kept: np.ndarray) -> np.ndarray:
-    """Which of the weights kept a path passes; both rows of all weights."""
+    """Which of the kept weights are on a path; both are rows of all weights."""
     return net.ravel(jax.device_get(effective(net, net.unravel(kept))))
 
 
 def _batches(graph: Channels, strength: np.ndarray, key: jax.Array) -> Iterator[np.ndarray]:
-    """Endless batches of walks, forward and backward in turn: (walks, steps), padded with −1."""
+    """Yields batches of walks without end, forward and backward in turn, padded with −1.
+
+    A batch is (walks, steps). If the network's input reaches no kernel, there are none.
+    """
     if not np.any(graph.entered):
         return
     forward, backward = Walker(graph, strength), Walker(graph.reversed(), strength)
@@ -130,17 +142,17 @@ def _walk(
     history: list[int],
     report: Report,
 ) -> bool:
-    """Walks until enough weights are passed, or hardly any new ones turn up.
+    """Walks until enough weights are passed, or hardly any new ones are found.
 
     Args:
       walks: batches of walks.
-      passes: how often each weight was passed, which is added to.
+      passes: how often each weight was passed; updated in place.
       keep: the number of weights to pass.
-      history: the number of weights passed after each batch, which is added to.
+      history: the number of weights passed after each batch; updated in place.
       report: takes progress.
 
     Returns:
-      Whether there were enough.
+      Whether enough weights were passed.
     """
     kept = int(np.count_nonzero(passes))
     while kept < keep:
@@ -162,7 +174,7 @@ def _walk(
 
 
 def _interleaved(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """The walks of two arrays (walks, steps) in turn, padded with −1."""
+    """Interleaves the walks of two arrays (walks, steps), padded with −1."""
     steps = max(forward.shape[1], backward.shape[1])
     padded = [
         np.pad(walks, ((0, 0), (0, steps - walks.shape[1])), constant_values=-1)
@@ -172,7 +184,7 @@ def _interleaved(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
 
 class Walker:
-    """Draws walks through a channel graph without dead ends; backward ones if it is reversed.
+    """Draws walks through a channel graph without dead ends, backward if the graph is reversed.
 
     Args:
       graph: the graph.
@@ -184,7 +196,7 @@ class Walker:
         tables = [_kernel_sums(kernel, strength) for kernel in kernels]
         self.numbers = _joined(kernels)
         self.tap_sums, self.norm_sums, mass = map(_joined, zip(*tables, strict=True))
-        # For each feature read: its features written, their taps, and where each is found.
+        # For each feature read: how many features it leads to, their taps, and where each starts.
         features = [k.shape[0] * k.shape[1] for k in kernels]
         self.outputs = np.repeat([k.shape[2] for k in kernels], features)
         self.taps = np.repeat([k.shape[3] for k in kernels], features)
@@ -204,7 +216,7 @@ class Walker:
         """Draws walks.
 
         Args:
-          turns: numbers of the walks; walks of consecutive numbers start from features in turn.
+          turns: the walks' numbers; consecutive ones start from consecutive features.
           rng: the generator.
 
         Returns:
@@ -229,7 +241,7 @@ class Walker:
 def _kernel_sums(
     kernel: np.ndarray, strength: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums of |θ| up to each tap, sums of norms up to each output, and those of all outputs."""
+    """Cumulative sums of |θ| over taps, of norms over outputs, and the norms' totals."""
     present = kernel >= 0
     weights = np.where(present, strength[kernel], np.float32(0))
     norms = np.sum(weights, -1)
@@ -238,7 +250,7 @@ def _kernel_sums(
 
 
 def _or_even(chances: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Chances along the last axis, even ones where all are zero."""
+    """Chances along the last axis, replaced by even ones where all are zero."""
     return np.where(np.any(chances > 0, -1, keepdims=True), chances, present.astype(np.float32))
 
 
@@ -269,10 +281,10 @@ class _Uses:
         return cls(read, written, leads)
 
     def turns(self, readers: np.ndarray, ends: bool) -> tuple[np.ndarray, float]:
-        """The probabilities of entering each use that reads a feature, and of passing them all.
+        """The probabilities of entering each use that reads a feature, and of entering none.
 
-        Uses are side by side if none of them leads to another. Each such set is entered or passed
-        with even chances; the last one is entered, unless the output comes after it.
+        Uses are side by side if none of them leads to another. A walk enters each such set or goes
+        past it with even chances. It enters the last one, unless the output comes after it.
         """
         sets: list[list[int]] = []
         for use in readers:
@@ -314,9 +326,9 @@ class _Forks:
 
 
 def _fork_chances(graph: Channels, uses: _Uses, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chance of each edge, and of the end behind each feature where there is one."""
+    """The chance of each edge, and of ending after each feature that the output reads."""
     n = len(uses.leads)
-    # Pairs of a feature and a use that reads it: there the feature to enter is drawn by its mass.
+    # Pairs of a feature and a use that reads it. Within one, a feature is drawn by its mass.
     pairs, pair = np.unique(graph.written * n + uses.read[graph.read], return_inverse=True)
     total = np.bincount(pair, mass[graph.read], len(pairs))[pair]
     alike = 1 / np.bincount(pair)[pair]
@@ -337,19 +349,19 @@ def _fork_chances(graph: Channels, uses: _Uses, mass: np.ndarray) -> tuple[np.nd
 def _draw(
     sums: np.ndarray, first: np.ndarray, size: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draws an entry of each of several rows.
+    """Draws one entry from each of several rows.
 
     Args:
-      sums: the sums of each row's chances up to each entry, all rows one after another.
-      first: where each row to draw from starts.
-      size: how many entries it has.
+      sums: cumulative sums of each row's chances, all rows one after another.
+      first: where each row starts.
+      size: how many entries each row has.
       rng: the generator.
 
     Returns:
-      The place of each entry drawn among the entries of all rows.
+      The index of each drawn entry, counted over all rows.
     """
     low, high = first, first + size - 1
-    # Above zero, and up to the whole: an entry without a chance is never the first to reach it.
+    # In (0, sum]: so the first entry whose sum reaches it has a chance above zero.
     target = sums[high] * (1 - rng.random(len(first)))
     while np.any(low < high):
         middle = (low + high) // 2
@@ -363,5 +375,5 @@ def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
-    """Where each of several runs of these sizes starts."""
+    """Where each of several consecutive runs of these sizes starts."""
     return np.cumsum(sizes) - sizes

@@ -26,6 +26,15 @@ class ProsPr:
     batches they come round again. All floating parameters are trained. The derivative runs back
     through the steps, second-order terms included. Scores are not normalised.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> loss_fn = lambda params, batch: jnp.sum(batch @ params["w"])
+      >>> data = {"loss_fn": loss_fn, "batches": [jnp.array([[0.0, 1.0, 2.0, 3.0]])]}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=dpai.ProsPr(), **data)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       steps: M.
       learning_rate: of the steps.
@@ -63,7 +72,7 @@ class ProsPr:
 def _meta_gradient(
     net: Network, params: PyTree, batches: list[PyTree], learning_rate: float, *, loss_fn: Alike
 ) -> list[Array]:
-    # Recomputed on the way back, so that one step's activations are held at a time.
+    # Recomputed on the way back, so that only one step's activations are in memory at a time.
     @jax.checkpoint
     def step(params: PyTree, batch: PyTree) -> PyTree:
         gradients = jax.grad(loss_fn, allow_int=True)(params, batch)

@@ -13,6 +13,14 @@ from dpai_jax.methods.noise import normal_scores
 class Random:
     """Keeps weights at random, as many in each layer as its share of the whole says.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> method = dpai.Random()
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.topology.weights
+      4
+
     Attributes:
       allocation: weights to keep per layer, `allocation(net, sparsity)`: `dpai_jax.erk`,
         `dpai_jax.er`, `dpai_jax.uniform`, or another function of the same kind.

@@ -1,4 +1,4 @@
-"""What the methods that score weights by a saliency share: derivatives, selection, schedules."""
+"""Shared by methods that score weights by a saliency: derivatives, selection, schedules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpai_jax.tools.signatures import Alike
 
 PyTree = Any
 
-# From the layers' masks, as float32, and the number of the step: the layers' saliencies.
+# Takes the layers' masks, as float32, and the step's number; returns the layers' saliencies.
 Saliency = Callable[[list[Array], int], list[Array]]
 
 
@@ -39,14 +39,14 @@ def gradual(
     *,
     revive: bool = False,
 ) -> Pruned:
-    """Prunes in steps, scoring anew what each has left.
+    """Prunes in steps; each scores the weights that the last one left.
 
     Args:
       problem: what to prune.
       saliency: the layers' saliencies under given masks.
-      sparsities: those after each step; the last is the one asked for.
+      sparsities: the sparsity after each step; the last is the one asked for.
       allocation: weights to keep at a sparsity.
-      revive: whether a weight that was removed may come back. If not, its score is −∞.
+      revive: whether a removed weight can come back. If not, its score is −∞.
 
     Returns:
       The masks, and the scores of the last step; the history holds the weights kept by each step.
@@ -60,13 +60,13 @@ def gradual(
             scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
         keep = problem.keep(allocation, sparsity)
         masks = problem.select(scores, keep)
-        kept.append(sum(int(np.sum(k)) for k in jax.tree.leaves(keep)))
+        kept.append(problem.weights_of(keep, masks))
         problem.report(t + 1, len(sparsities), {"weights": kept[-1]})
     return Pruned(masks, scores, {"weights": np.asarray(kept)})
 
 
 def ones(problem: Problem) -> list[Array]:
-    """The layers' masks before pruning in float32, sharded as the weights are."""
+    """The layers' masks before pruning, all ones in float32, sharded like the weights."""
     net = problem.net
     arrays = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
     placed: list[Array] = meshes.device_put_like(arrays, net.leaves(problem.params))
@@ -86,16 +86,12 @@ class InSteps:
 
 
 def exponential(sparsity: float, steps: int) -> list[float]:
-    """Sparsities whose densities fall by one factor a step: d^(t/T), and d itself at the end."""
+    """Sparsities whose densities fall by the same factor each step: d^(t/T), d at the end."""
     return [1 - (1 - sparsity) ** (t / steps) for t in range(1, steps)] + [sparsity]
 
 
 def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> None:
-    """Refuses saliencies that are no numbers, and warns of layers where all of them are zero.
-
-    Raises:
-      ValueError: if one is NaN.
-    """
+    """Raises a ValueError if a saliency is NaN; warns of layers whose saliencies are all zero."""
     flags = jax.device_get(_flags(saliencies))
     layers = problem.net.layers
     for layer, (is_nan, _) in zip(layers, flags, strict=True):
@@ -127,7 +123,7 @@ def put(net: Network, params: PyTree, weights: list[Array]) -> PyTree:
 
 
 def scaled(net: Network, params: PyTree, factors: list[Array]) -> PyTree:
-    """The parameters with the layers' weights multiplied by float32 factors, in their own dtype."""
+    """The parameters with the layers' weights multiplied by factors; dtypes stay."""
     pairs = zip(net.leaves(params), factors, strict=True)
     return put(net, params, [w * f.astype(w.dtype) for w, f in pairs])
 
@@ -151,8 +147,8 @@ def _mask_gradient(
 
 
 def mean(trees: Any) -> Any:
-    """The mean of several trees of arrays, of which one at a time is held."""
+    """The mean of trees of arrays, which are added up one at a time."""
     total, n = None, 0
-    for n, tree in enumerate(trees, 1):  # noqa: B007  (their number is what it ends with)
+    for n, tree in enumerate(trees, 1):  # noqa: B007  (n is used after the loop)
         total = tree if total is None else jax.tree.map(jnp.add, total, tree)
     return jax.tree.map(lambda x: x / n, total)

@@ -26,6 +26,15 @@ class SNIP:
     The derivative is that of the mean loss of all batches, by the mask at one. Scores are not
     normalised.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> loss_fn = lambda params, batch: jnp.sum(batch @ params["w"])
+      >>> data = {"loss_fn": loss_fn, "batches": [jnp.array([[0.0, 1.0, 2.0, 3.0]])]}
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=dpai.SNIP(), **data)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.global_threshold` for one
         threshold over all layers, `dpai_jax.erk` or the like for one a layer.
@@ -55,6 +64,17 @@ class IterativeSNIP(InSteps):
 
     Step t of T keeps the fraction d^(t/T) of the weights, d being the density asked for. What a
     step removed stays removed; its score is −∞.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> loss_fn = lambda params, batch: jnp.sum(batch @ params["w"])
+      >>> data = {"loss_fn": loss_fn, "batches": [jnp.array([[0.0, 1.0, 2.0, 3.0]])]}
+      >>> result = dpai.prune(
+      ...     fn, params, jnp.ones((1, 4)), 0.5, method=dpai.IterativeSNIP(2), **data
+      ... )
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
 
     Attributes:
       steps: T.

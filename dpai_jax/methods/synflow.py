@@ -26,6 +26,14 @@ class SynFlow(InSteps):
     d^(t/T) of the weights, d being the density asked for; what a step removed stays removed, and
     has the score −∞. Needs no data.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(8.0).reshape(4, 2)}
+      >>> method = dpai.SynFlow(steps=2)
+      >>> result = dpai.prune(fn, params, jnp.ones((1, 4)), 0.5, method=method)
+      >>> result.masks["w"].tolist()
+      [[False, False], [False, False], [True, True], [True, True]]
+
     Attributes:
       steps: T.
       allocation: see `SNIP`.

@@ -1,8 +1,8 @@
 """Counting paths: a transformation of network functions, like `jax.grad`.
 
 This package knows nothing of pruning. It evaluates the jaxpr of a function with masks in place of
-kernels and ones in place of the input, every primitive replaced by what it does to the number of
-paths, and the result is again an ordinary JAX function of the masks.
+kernels and ones in place of the input, and replaces every primitive by what it does to the number
+of paths. The result is an ordinary JAX function of the masks.
 """
 
 from dpai_jax.paths.counting import EXACT, MEAN_FIELD, REACH, Counting

@@ -18,7 +18,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
+    """The number of a scan's operands that are constants, and that are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
@@ -36,7 +36,7 @@ def dtype_of(var: Any) -> Any:
 
 
 def is_real(var: Any) -> bool:
-    """Whether a variable holds real (or complex) numbers, rather than integers or truth values."""
+    """Whether a variable holds real or complex numbers, not integers or booleans."""
     return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
 
 
@@ -54,7 +54,7 @@ def source_line(eqn: Any) -> str:
 
 
 def at_source(eqn: Any) -> AbstractContextManager[None]:
-    """A context whose equations come from the same line of the user's program as this one."""
+    """A context in which new equations get the source line of this one."""
     context: AbstractContextManager[None] = source_info_util.user_context(
         eqn.source_info.traceback, name_stack=eqn.source_info.name_stack
     )

@@ -1,14 +1,15 @@
-"""The channel graph: which features of kernels lead to which, with no kernel between.
+"""The channel graph: which features of kernels lead to which, with no kernel in between.
 
-A feature that one kernel writes is followed alone: the network is evaluated with a one at that
-feature, behind the kernel, and zeros wherever else paths start. Where something arrives at the
-inputs of the other kernels, those features read it. As every kernel starts anew, no contraction
-with a kernel is ever computed.
+Each feature that a kernel writes is followed by itself. The network is evaluated with a one at that
+feature, behind the kernel, and with zeros wherever else paths start. The features that read it are
+those at which something arrives, at the inputs of other kernels. Paths end at every kernel, so no
+contraction with a kernel is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,10 +23,10 @@ from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import Network
 from dpai_jax.paths.values import Flow, Shape, Spread
 
-# Features followed at once.
+# How many features to follow at once.
 _TOGETHER = 128
 
-# The numbers of weights are sent through a trace as two digits, each exact in float32.
+# Weights' numbers go through a trace as two digits to this base, each exact in float32.
 _BASE = 2**20
 
 
@@ -33,16 +34,16 @@ _BASE = 2**20
 class Channels:
     """A network as a graph of the features that its kernels read and write.
 
-    A kernel used twice, or in several steps of a scan, stands here once for each use. Features are
-    numbered kernel by kernel, group by group: those that are read from 0 on, and likewise those
-    that are written.
+    A kernel that is used twice, or in several steps of a scan, has one entry for each use. Features
+    are numbered from 0, kernel by kernel and group by group: those that are read, and separately
+    those that are written.
 
     Attributes:
       kernels: for each use of a kernel, in the order of evaluation, the numbers of its weights as
         an array (groups, inputs, outputs, taps). Weights are numbered through all layers, each
-        in C order; −1 where there is none that can be pruned.
-      written, read: the edges, pairs of a feature written and a feature that reads it, by the
-        number of the first and then of the second.
+        in C order; −1 where there is no prunable weight.
+      written, read: the edges, pairs of a feature written and a feature that reads it, sorted by
+        the first and then by the second.
       entered: for each feature read, whether the network's input reaches it without a kernel.
       left: for each feature written, whether the network's output reads it without a kernel.
     """
@@ -54,18 +55,18 @@ class Channels:
     left: np.ndarray
 
     def reversed(self) -> Channels:
-        """The graph with all edges reversed, and all numbers counted from the last."""
+        """The graph with all edges reversed, and features numbered from the last."""
         read, written = len(self.left) - 1 - self.written, len(self.entered) - 1 - self.read
         order = np.lexsort((read, written))
         kernels = tuple(k[::-1, ::-1, ::-1].swapaxes(1, 2) for k in reversed(self.kernels))
         return Channels(kernels, written[order], read[order], self.left[::-1], self.entered[::-1])
 
     def without_dead_ends(self) -> Channels:
-        """The graph without what no path from the input to the output passes."""
+        """The graph without weights and edges on no path from the input to the output."""
         return self._leading_out().reversed()._leading_out().reversed()
 
     def _leading_out(self) -> Channels:
-        """The graph without what leads to no output."""
+        """The graph without weights and edges from which no path leads to the output."""
         kernels: list[np.ndarray] = []
         read, reaches = np.zeros(len(self.entered), bool), self.left.copy()
         n_in, n_out = len(self.entered), len(self.left)
@@ -97,7 +98,7 @@ def channels(net: Network) -> Channels:
     Returns:
       The graph.
     """
-    # Each step of a scan is a use of its own.
+    # Each step of a scan is a separate use.
     net = net.unrolled()
     kernels, mixed = numbered_weights(net, KernelUse.kernel)
     outputs = sum(k.shape[0] * k.shape[2] for k in kernels)
@@ -118,7 +119,7 @@ def channels(net: Network) -> Channels:
 
 
 class _Open(Reach):
-    """What is reached where every factor of a product counts as alive."""
+    """As `Reach`, but every factor of a product counts as alive."""
 
     tracks_constants = False
 
@@ -136,11 +137,11 @@ def numbered_weights(
 
     Args:
       net: the traced network, without scans.
-      view: how to look at a kernel in use, linear in its weights.
+      view: gives an array from a use, linear in the kernel's weights.
 
     Returns:
-      For each use an integer array of the view's shape, of numbers as in `Network.ravel`, −1 where
-      there is no weight that can be pruned; and whether there are such places with a one in them.
+      For each use an integer array of the view's shape, with numbers as in `Network.ravel`, −1
+      where there is no prunable weight; and whether a one stands at any of those places.
     """
 
     @jax.jit
@@ -158,7 +159,7 @@ def numbered_weights(
         arrays = net.unravel(leaf(np.arange(net.size)).astype(np.float32))
         return [np.asarray(view) for view in views(arrays)]
 
-    # Views are linear in the leaves. What nobody prunes is a one in them, whatever the leaves.
+    # Views are linear in the leaves. Weights that are not prunable are ones, whatever the leaves.
     rest = through(np.zeros_like)
     present = [seen - r == 1 for seen, r in zip(through(np.ones_like), rest, strict=True)]
     high = through(lambda numbers: numbers // _BASE)
@@ -174,7 +175,7 @@ def numbered_weights(
 def _follow(
     net: Network, shapes: Sequence[Shape], mixed: Sequence[bool]
 ) -> Callable[[Array], Array]:
-    """Where features lead, by their number: to each feature read and, last, to the output."""
+    """A function from features' numbers to where they lead: features read and, last, the output."""
     sizes = [groups * outputs for groups, _, outputs, _ in shapes]
     ends = np.cumsum(sizes)
     leaves = [jnp.zeros(layer.shape, jnp.float32) for layer in net.layers]
@@ -188,13 +189,13 @@ def _follow(
         reads: list[Array] = []
 
         def start_anew(use: KernelUse) -> Spread:
-            """Paths end at every kernel, and start behind the one that is followed."""
+            """Ends paths at every kernel, and starts new ones at the feature that is followed."""
             number = len(reads)
             reads.append(use.arriving())
             behind = use.behind(starts[number])
             if not mixed[number]:
                 return behind
-            # The masks are zero here, so what passes does so by weights that nobody prunes.
+            # The masks are zero here, so paths pass only by weights that are not prunable.
             return Spread(behind.array + use.count().array, use.shape)
 
         interpreter = Interpreter("jacobian", _OPEN, start_anew, start)
@@ -203,3 +204,25 @@ def _follow(
         return jnp.concatenate([*reads, output[None]]) > 0
 
     return jax.jit(jax.vmap(follow))
+
+
+def are_outputs(net: Network) -> list[bool]:
+    """For each layer, whether the network's output reads what it writes with no kernel between."""
+    places = {layer.index: i for i, layer in enumerate(net.layers)}
+    leaves = [jnp.zeros(layer.shape, jnp.float32) for layer in net.layers]
+
+    @jax.jit
+    @jax.grad
+    def reads(starts: Array) -> Array:
+        def start_anew(use: KernelUse) -> Spread:
+            """Paths end at every kernel, and start behind it."""
+            own = [starts[places[leaf]] for leaf, _ in use.weight.sources]
+            written = [i for i in (*use.batch, *use.outputs) if i in use.writes]
+            features = math.prod(use.weight.shape[i] for i in written)
+            return use.behind(jnp.broadcast_to(jnp.max(jnp.stack(own)), (features,)))
+
+        flows = net.evaluate(leaves, Interpreter("jacobian", _OPEN, start_anew, 0.0))
+        return sum((jnp.sum(flow.mantissa) for flow in flows), jnp.float32(0))
+
+    found = jax.device_get(reads(jnp.ones(len(leaves), jnp.float32)))
+    return [bool(x > 0) for x in found]

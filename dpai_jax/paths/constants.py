@@ -1,7 +1,7 @@
-"""Constant folding: what is computed from constants alone keeps its value.
+"""Constant folding: values that are computed from constants alone are kept.
 
-Index tables, loop counters and literal numbers matter to path semantics (a gather needs its
-indices), so they are followed through the trace; nothing is computed before a rule asks for it.
+Path semantics need index tables, loop counters and literal numbers (a gather needs its indices).
+They are followed through the trace, but computed only when a rule asks for them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def constant(value: Any) -> Independent:
 
 
 def unknown(eqn: JaxprEqn) -> list[Value]:
-    """Independent results of which only the shapes are known."""
+    """Independent results with unknown values."""
     return [Independent(shape_of(var)) for var in eqn.outvars]
 
 
 def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
-    """The results of an equation without flows or weights: constants where all operands are."""
+    """The results of an equation without flows or weights: constants if all operands are."""
     known = [arg.known for arg in args if isinstance(arg, Independent) and arg.known is not None]
     if len(known) < len(args) or eqn.primitive.name in _LOOPS:
         return unknown(eqn)
@@ -61,7 +61,7 @@ def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
 
 
 def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Independent:
-    """One number that stands for every entry of the result."""
+    """A result whose entries are all the same number."""
     shape = shape_of(eqn.outvars[0])
     single = (1,) * len(shape)
     params = eqn.params

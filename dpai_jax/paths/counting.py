@@ -1,8 +1,8 @@
-"""Ways of counting paths: exactly, in the mean field, and by what is reached at all.
+"""Ways of counting paths: exactly, in the mean field, or only whether a path exists.
 
-A counting owns the arithmetic of counts: how they are kept in range, added up and contracted, and
-what happens where an axis of equal counts meets padding. The rules ask it and nobody else. A new
-way of counting is a subclass of `Counting`.
+A counting defines the arithmetic of counts: how they are kept in range, added up and contracted,
+and what happens where an axis of equal counts meets padding. All rules leave this to the counting.
+A new way of counting is a subclass of `Counting`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dpai_jax.paths import values as v
 from dpai_jax.paths.values import Flow, Shape, Spread
 from dpai_jax.tools.sums import product_sum, sum_over, written_out_backward
 
-# The two sides of a contraction, each its axes, as in the dimension numbers of `lax.dot_general`.
+# Axes of the two sides of a contraction, as in the dimension numbers of `lax.dot_general`.
 Pair = tuple[Sequence[int], Sequence[int]]
-# A mantissa, its exponent, and whether it has an entry above zero.
+# A mantissa, its exponent, and whether any entry is above zero.
 Normal = tuple[Spread, Array, Array | np.bool]
 
-# A mantissa below this is near its normal form.
+# Mantissas below this are close enough to normal form.
 _NEAR = 2.0**8
 
 
@@ -32,8 +32,8 @@ class Counting:
     """Exact counting: every position of every feature map, zero padding and all.
 
     Attributes:
-      averages: whether the mean over an axis stands for counts that padding makes uneven.
-      gated: whether a network's `gates` applies to products.
+      averages: whether counts that padding makes uneven along an axis are replaced by their mean.
+      gated: whether a network's `gates` apply to products.
       tracks_constants: whether units that only constants reach count as alive.
     """
 
@@ -44,7 +44,7 @@ class Counting:
     def normalize(self, counts: Spread, exponent: Array, filled: Any = None) -> Normal:
         """Counts in normal form: mantissa, exponent, and whether any count is not zero.
 
-        Counts of which that is known stay as they are if they are known to be near normal form.
+        If the last is given, counts with a small known bound are returned unchanged.
         """
         if filled is not None and counts.below is not None and counts.below <= _NEAR:
             return counts, exponent, filled
@@ -52,11 +52,11 @@ class Counting:
         return Spread(array, counts.shape, below=1.0), exponent, filled
 
     def alive(self, flow: Flow) -> Array:
-        """One where a unit gives something, zero where it is dead; a constant to gradients."""
+        """One where a unit is alive, zero where it is dead; a constant for gradients."""
         return flow.alive()
 
     def joined(self, array: Array) -> Array:
-        """The sum of two flows, from which paths may part again."""
+        """Called on the sum of two flows, after which paths may part again."""
         return array
 
     def sum(self, spread: Spread, axes: Sequence[int]) -> Spread:
@@ -69,7 +69,7 @@ class Counting:
         return jnp.sum(array, axes, keepdims=True)
 
     def dot(self, a: Spread, b: Spread, dims: tuple[Pair, Pair], shape: Shape) -> Spread:
-        """`lax.dot_general`, which writes out uniform axes only where it must."""
+        """`lax.dot_general` that expands uniform axes only where it must."""
         (contract_a, contract_b), (batch_a, batch_b) = dims
         scale = 1.0
         for i, j in zip(contract_a, contract_b, strict=True):
@@ -93,9 +93,9 @@ class Counting:
 
 
 class MeanField(Counting):
-    """Counting in which uniform axes stay uniform: where padding would end that, the mean stands.
+    """Counting that keeps uniform axes uniform: counts that padding makes uneven are averaged.
 
-    Its sums do not depend on the order of their terms.
+    Sums do not depend on the order of their terms.
     """
 
     averages = True
@@ -103,7 +103,7 @@ class MeanField(Counting):
 
     def joined(self, array: Array) -> Array:
         """See `Counting.joined`."""
-        # Else a deep network's gradient would be one long sum, worked out for every weight.
+        # Otherwise XLA makes a deep network's gradient one long sum, computed for every weight.
         return written_out_backward(array)
 
     def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
@@ -126,7 +126,7 @@ class MeanField(Counting):
 
 
 class Reach(Counting):
-    """Which units a path reaches: counts clip to {0, 1}, forward and backward, free of rounding."""
+    """Whether a path reaches a unit: counts are clipped to {0, 1}, forward and backward."""
 
     gated = False
 
@@ -141,12 +141,12 @@ COUNTINGS = {"exact": EXACT, "mean_field": MEAN_FIELD}
 
 
 def _is_vector(x: Spread, axes: set[int]) -> bool:
-    """Whether an array is uniform along all but some axes."""
+    """Whether an array is uniform along all axes except these."""
     return all(i in axes or x.uniform(i) for i in range(len(x.shape)))
 
 
 def _dot_vector(x: Spread, vector: Spread, dims: tuple[Pair, Pair]) -> Array:
-    """The contraction of `x` with a vector: the batch axes, then the other axes of `x`."""
+    """The contraction of `x` with a vector; its axes are the batch axes, then the others of `x`."""
     (contract, contract_vector), (batch, batch_vector) = dims
     pairs = sorted(zip([*batch, *contract], [*batch_vector, *contract_vector], strict=True))
     others = tuple(i for i in range(len(x.shape)) if i not in (*batch, *contract))

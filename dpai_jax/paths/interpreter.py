@@ -1,4 +1,4 @@
-"""The evaluator: a jaxpr, equation by equation, in path semantics.
+"""The interpreter: evaluates a jaxpr in path semantics, equation by equation.
 
 A rule says what a primitive does to the number of paths. It is a function
 `rule(interpreter, eqn, *values)` that takes one `Value` for each operand and returns one for each
@@ -28,9 +28,9 @@ GATES = ("balanced", "jacobian", "signal")
 
 Rule = Callable[..., Value | Sequence[Value]]
 _RULES: dict[str, Rule] = {}
-# Primitives that hold equations of their own, which may be computed from constants alone.
+# Primitives with inner equations, which are evaluated even if no operand is a flow.
 _INLINED: set[str] = set()
-# Primitives whose rules hand on the constants beside a flow themselves (see `Flow.constants`).
+# Primitives whose rules pass on the constants beside a flow themselves (see `Flow.constants`).
 _CARRIERS: set[str] = set()
 
 
@@ -41,9 +41,9 @@ class Interpreter:
     Attributes:
       gates: how a factor that is alive everywhere takes part in a product (`dpai_jax.trace`).
       counting: how counts are kept, added up and contracted.
-      at_kernel: gives the counts behind a kernel from its use. To record uses, change what passes
-        or shard it, wrap `KernelUse.count`.
-      start: what each entry of the network's input holds, one path or none.
+      at_kernel: computes the counts behind a kernel from its use. Wrap `KernelUse.count` to record
+        uses, or to change or shard the counts.
+      start: the number of paths that start at each entry of the network's input, one or none.
     """
 
     gates: str
@@ -54,7 +54,7 @@ class Interpreter:
     _callers: list[JaxprEqn] = dataclasses.field(default_factory=list)
 
     def unit(self, *origin: Hashable) -> object:
-        """The unit of this origin: one unit for the same operation on the same units."""
+        """The unit of this origin: the same operation on the same units gives the same unit."""
         return self._units.setdefault(origin, object())
 
     def flow(
@@ -72,11 +72,11 @@ class Interpreter:
         Args:
           spread: the counts.
           exponent: int32 scalar, the power of two that they are multiples of.
-          unit: which unit it is, for a result that is one of the operands (an activation).
+          unit: its unit, if the result is one of the operands (an activation).
           ancestors: the units that it is a statistic or a view of.
-          at_zero: what it gives where no path reaches it (see `Flow.at_zero`).
-          filled: whether any count is not zero, if that is known; where the counts are known to be
-            near their normal form, it spares the pass that finds the largest.
+          at_zero: its value where no path reaches it (see `Flow.at_zero`).
+          filled: whether any count is not zero, if known. With a small known bound it saves the
+            pass that finds the largest count.
 
         Returns:
           The flow.
@@ -95,7 +95,7 @@ class Interpreter:
         )
 
     def source(self, shape: Shape) -> Flow:
-        """A flow that starts here: one path to every unit, or none (see `start`)."""
+        """A flow that starts here, with `start` paths to every unit."""
         return self.flow(Spread(v.ones(shape).array * self.start, shape), jnp.int32(0))
 
     def evaluate(self, jaxpr: Any, *args: Value) -> list[Value]:
@@ -119,7 +119,7 @@ class Interpreter:
 
     def source_line(self) -> str:
         """The line of the user's program that is being evaluated."""
-        # A library's compiled function may know no line of the user's; its caller does.
+        # A function that a library compiled may have no line of the user's program; its caller has.
         lines = (source_line(eqn) for eqn in reversed(self._callers))
         return next((line for line in lines if line), "an unknown line")
 
@@ -139,16 +139,16 @@ class Interpreter:
                 )
             return unknown(eqn)
         kernels = [i for i, arg in enumerate(args) if isinstance(arg, Weight | WeightSum)]
-        # A call or a loop may use its kernels several times: the equations within are taken apart.
+        # A call or a loop may use its kernels several times, so its inner equations are split.
         if len(kernels) == 1 and isinstance(args[kernels[0]], WeightSum) and name not in _CARRIERS:
             return self._by_terms(eqn, args, kernels[0])
         results = _listed(rule(self, eqn, *args))
-        if name not in _CARRIERS and any(_constants_of(arg) is not None for arg in args):
-            return self._beside(rule, eqn, args, results)
-        return results
+        if name in _CARRIERS or not any(getattr(arg, "constants", None) for arg in args):
+            return results
+        return self._beside(rule, eqn, args, results)
 
     def _by_terms(self, eqn: JaxprEqn, args: Sequence[Value], i: int) -> Sequence[Value]:
-        """The results of an equation of which one operand is a sum of kernels, term by term."""
+        """The results of an equation with a sum of kernels as an operand, term by term."""
         terms = cast(WeightSum, args[i]).terms
         cases = [self.apply(eqn, *args[:i], term, *args[i + 1 :]) for term in terms]
         return [self._sum(case) for case in zip(*cases, strict=True)]
@@ -166,7 +166,7 @@ class Interpreter:
     def _beside(
         self, rule: Rule, eqn: JaxprEqn, args: Sequence[Value], results: Sequence[Value]
     ) -> list[Value]:
-        """The results with what the rule makes of the constants beside the operands."""
+        """The results, with the rule also applied to the constants beside the operands."""
         beside = dataclasses.replace(self, at_kernel=KernelUse.count)
         constants = _listed(rule(beside, eqn, *map(_only_constants, args)))
         return [
@@ -184,12 +184,8 @@ def _listed(results: Value | Sequence[Value]) -> Sequence[Value]:
     return [results] if isinstance(results, Value) else results
 
 
-def _constants_of(value: Value) -> Flow | None:
-    return value.constants if isinstance(value, Flow) else None
-
-
 def _only_constants(value: Value) -> Value:
-    """A value by its constants alone: of a flow the paths from them, or none."""
+    """A value without paths from the input: of a flow only the paths from constants are left."""
     if not isinstance(value, Flow):
         return value
     none = jnp.zeros((1,) * len(value.shape), jnp.float32)
@@ -199,17 +195,17 @@ def _only_constants(value: Value) -> Value:
 def derived(
     interpreter: Interpreter, eqn: JaxprEqn, x: Flow, spread: Spread, at_zero: float, which: int = 0
 ) -> Flow:
-    """What an operation without a kernel makes of one flow: a view or a statistic of it."""
+    """The result of an operation without a kernel on one flow: a view or a statistic of it."""
     unit = derived_unit(interpreter, eqn, x, which)
     return interpreter.flow(spread, x.exponent, unit=unit, ancestors=x.lineage, at_zero=at_zero)
 
 
 def derived_unit(interpreter: Interpreter, eqn: JaxprEqn, x: Flow, which: int = 0) -> object:
-    """The unit that is an operation's result, or one of them."""
+    """The unit of an operation's result; `which` tells several results apart."""
     try:
         return interpreter.unit(eqn.primitive, which, tuple(sorted(eqn.params.items())), x.unit)
     except TypeError:
-        # The operation's parameters can't be compared.
+        # The operation's parameters cannot be hashed.
         return object()
 
 
@@ -255,9 +251,9 @@ def rules_for(
 
     Args:
       names: the primitives' names.
-      inlined: whether the primitive holds equations of its own, which are to be evaluated even
-        where no operand is a flow.
-      carries_constants: whether the rule hands on `Flow.constants` itself.
+      inlined: whether the primitive has inner equations, which are evaluated even if no operand is
+        a flow.
+      carries_constants: whether the rule passes on `Flow.constants` itself.
 
     Returns:
       A decorator that returns the rule unchanged.
@@ -274,5 +270,5 @@ def rules_for(
 
 
 def rules_in_force() -> tuple[Rule, ...]:
-    """All rules as they stand; a network traced under others is out of date."""
+    """All current rules. A network that was traced under other rules is out of date."""
     return tuple(_RULES.values())

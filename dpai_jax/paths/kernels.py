@@ -1,4 +1,4 @@
-"""A kernel that meets a flow: the one record that every contraction rule builds."""
+"""Uses of kernels: the record that every contraction rule builds where a kernel meets a flow."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Contract(Protocol):
     """A contraction of a flow and a kernel."""
 
     def __call__(self, flow: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
-        """The counts behind the kernel; `by_taps` sums a grouped convolution tap by tap."""
+        """The counts behind the kernel; `by_taps` computes a grouped convolution tap by tap."""
         ...
 
 
 class AxesOfLeaf(NamedTuple):
-    """A kernel by its index among the leaves of the parameters, and what its axes are."""
+    """The index of a kernel among the leaves of the parameters, and the roles of its axes."""
 
     leaf: int
     inputs: tuple[int, ...]
@@ -35,19 +35,19 @@ class AxesOfLeaf(NamedTuple):
 class KernelUse:
     """One use of a kernel as the weight of a contraction with a flow.
 
-    Axes are those of the kernel as it is seen here, through reshapes and transposes.
+    Axes are those of the kernel as it is used here, after reshapes and transposes.
 
     Attributes:
       weight: the kernel's mask.
       flow: what it is contracted with.
       inputs, outputs, taps: the axes over input features, output features and filter positions.
-      batch: the axes over groups that have an axis of their own.
-      groups: into how many groups the output features are split besides.
-      reads: for axes of the kernel, the axis of the flow that each meets.
-      writes: for axes of the kernel, the axis of the result that each becomes.
-      contract: the contraction itself.
+      batch: the axes over groups, where groups have their own axes.
+      groups: the number of groups that the output features are split into along their own axis.
+      reads: maps axes of the kernel to axes of the flow.
+      writes: maps axes of the kernel to axes of the result.
+      contract: the contraction.
       shape: the shape of the result.
-      is_lookup: whether rows are looked up by token ids; every token is an input feature.
+      is_lookup: whether token ids look up rows; then every token is an input feature.
     """
 
     weight: Weight
@@ -79,7 +79,7 @@ class KernelUse:
         return array.swapaxes(1, 2).reshape(batch * self.groups, inputs, -1, taps)
 
     def arriving(self) -> Array:
-        """What arrives at the input features, group by group, summed over positions; flat."""
+        """The counts at the input features, group by group, summed over positions; flat."""
         if self.is_lookup:
             rows = math.prod(self.weight.shape[i] for i in self.inputs)
             return jnp.broadcast_to(jnp.max(self.flow.mantissa), (rows,))
@@ -90,7 +90,7 @@ class KernelUse:
         return sums.transpose([kept.index(axis) for axis in axes]).ravel()
 
     def behind(self, features: Array) -> Spread:
-        """The result that has these counts at the output features, at every position alike."""
+        """The result with these counts at the output features, the same at every position."""
         written = [i for i in (*self.batch, *self.outputs) if i in self.writes]
         array = features.reshape([self.weight.shape[i] for i in written])
         places = [self.writes[i] for i in written]
@@ -99,14 +99,14 @@ class KernelUse:
         return Spread(jnp.expand_dims(array, others), self.shape)
 
     def axes_of_leaves(self) -> list[AxesOfLeaf]:
-        """What the axes of each kernel in the weight are to this contraction."""
+        """The roles of each kernel's axes in this contraction."""
         found = []
         for leaf, axes in self.weight.sources:
             inputs, taps = _own(axes, self.inputs), _own(axes, self.taps)
-            # An axis that was merged from features of both sides counts as an input.
+            # An axis merged from input and output features counts as an input.
             outputs = _own(axes, (*self.outputs, *self.batch))
             outputs = tuple(i for i in outputs if i not in inputs + taps)
-            # Blocks of input features, each multiplied by itself and then summed, are no groups.
+            # Blocks of input features that are multiplied separately and then summed are no groups.
             groups = [self.weight.shape[i] for i in self.batch if axes[i].isdisjoint(inputs)]
             found.append(AxesOfLeaf(leaf, inputs, outputs, taps, self.groups * math.prod(groups)))
         return found

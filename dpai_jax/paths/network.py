@@ -34,6 +34,13 @@ AtKernel = Callable[[KernelUse], Spread]
 class Layer:
     """A prunable kernel, and what its axes are to the contraction that uses it.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
+      >>> layer = net.layers[0]
+      >>> layer.name, layer.inputs, layer.outputs, layer.size
+      ('w', (0,), (1,), 8)
+
     Attributes:
       name: its path among the parameters, such as `params/Dense_0/kernel`.
       index: its place among the leaves of the parameters.
@@ -107,6 +114,12 @@ class Network:
     """A network function traced once, ready to count the paths of any masks.
 
     Made by `trace`. Networks compare by identity, so one can be a static argument of `jax.jit`.
+
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
+      >>> net
+      Network(1 layers, 8 weights, gates='balanced')
 
     Attributes:
       layers: the prunable layers, in the order in which an input passes them.

@@ -1,4 +1,4 @@
-"""Programs in simpler terms: without scans, or on whole arrays instead of one device's blocks."""
+"""Rewrites programs: without scans, or on whole arrays instead of one device's blocks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ CALLS = """
     shard_map
     """.split()
 
-# What an equation is replaced by: a function of it and of its operands.
+# Replaces an equation: takes it and its operands, and returns its results.
 Rewrite = Callable[[JaxprEqn, Sequence[Any]], Sequence[Any]]
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Any:
-    """The jaxpr that one of `CALLS` calls, on the equation's operands."""
+    """The jaxpr that one of `CALLS` applies to its operands."""
     if eqn.primitive.name == "shard_map":
         return _on_whole_arrays(eqn)
     return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
 
 
 def unrolled(jaxpr: Any) -> Any:
-    """The same program without scans."""
+    """The same program with scans unrolled."""
     if not _has_scan(jaxpr):
         return jaxpr
     return jax.make_jaxpr(lambda *args: _run(jaxpr, args, {"scan": _steps}))(*jaxpr.in_avals)
@@ -45,7 +45,7 @@ def _has_scan(jaxpr: Any) -> bool:
 
 
 def _run(jaxpr: Any, args: Sequence[Any], rewrites: Mapping[str, Rewrite]) -> list[Any]:
-    """The results of a jaxpr, some primitives of which are replaced, also within calls."""
+    """Evaluates a jaxpr with some primitives replaced, also inside calls."""
     opened, consts = open_jaxpr(jaxpr)
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *args), strict=True))
 
@@ -68,7 +68,7 @@ def _run(jaxpr: Any, args: Sequence[Any], rewrites: Mapping[str, Rewrite]) -> li
 
 
 def _steps(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """A scan, step by step."""
+    """Evaluates a scan step by step."""
     n_consts, n_carry = scan_arity(eqn.params)
     consts, carry = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
     xs, length = operands[n_consts + n_carry :], eqn.params["length"]
@@ -89,10 +89,10 @@ def _steps(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 
 def _on_whole_arrays(eqn: JaxprEqn) -> Any:
-    """What a `shard_map` computes, on whole arrays.
+    """The program of a `shard_map`, rewritten to whole arrays.
 
-    The devices along each axis of the mesh become an axis of the arrays, over which the program of
-    one device is mapped by `jax.vmap`. That turns the collectives into sums and rearrangements.
+    Each axis of the mesh becomes an axis of the arrays. `jax.vmap` maps the program of one device
+    over it, which turns collectives into sums and rearrangements.
     """
     params = eqn.params
     sizes = {name: params["mesh"].shape[name] for name in params["mesh"].axis_names}
@@ -106,7 +106,7 @@ def _on_whole_arrays(eqn: JaxprEqn) -> Any:
 
         mapped = of_a_device
         for name in reversed(axes):
-            # Blocks have their axes over devices first, in the order of the mesh.
+            # A block's axes over devices come first, in the order of the mesh.
             in_axes = tuple(0 if any(name in at for at in places) else None for places in split_at)
             mapped = jax.vmap(mapped, in_axes, axis_name=name, axis_size=sizes[name])
         blocks = mapped(*(_split(x, at, axes, sizes) for x, at in zip(args, split_at, strict=True)))
@@ -120,7 +120,7 @@ Places = tuple[tuple[str, ...], ...]
 
 
 def _names(spec: Any) -> Places:
-    """For each axis of an array the mesh axes that it is split over."""
+    """The mesh axes that each axis of an array is split over."""
     return tuple(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for entry in spec
@@ -128,7 +128,7 @@ def _names(spec: Any) -> Places:
 
 
 def _split(x: Array, places: Places, axes: Sequence[str], sizes: Mapping[str, int]) -> Array:
-    """An array as its blocks on all devices: one axis more for each mesh axis that splits it."""
+    """Splits an array into the blocks of all devices; each mesh axis used adds an axis."""
     shape: list[int] = []
     at: dict[str, int] = {}
     for axis, size in enumerate(x.shape):
@@ -143,7 +143,7 @@ def _split(x: Array, places: Places, axes: Sequence[str], sizes: Mapping[str, in
 
 
 def _join(x: Array, places: Places, axes: Sequence[str], sizes: Mapping[str, int]) -> Array:
-    """The inverse of `_split`; of blocks that are the same on all devices the first."""
+    """The inverse of `_split`; where all devices hold the same block, the first is taken."""
     named = [name for names in places for name in names]
     for i, name in reversed(list(enumerate(axes))):
         if name not in named:
@@ -158,14 +158,6 @@ def _join(x: Array, places: Places, axes: Sequence[str], sizes: Mapping[str, int
     return x.transpose(order).reshape(shape)
 
 
-def _unchanged(_: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    return operands
-
-
-def _psum(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    return [lax.psum(x, eqn.params["axes"]) for x in operands]
-
-
 def _all_gather(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     params = eqn.params
     names, axis, tiled = params["axis_name"], params["all_gather_dimension"], params["tiled"]
@@ -173,7 +165,7 @@ def _all_gather(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _gathered(x: Array, names: Any, axis: int, tiled: bool) -> Array:
-    """`lax.all_gather`; `jax.vmap` takes it over one axis of the mesh at a time."""
+    """`lax.all_gather` over one mesh axis after another, as `jax.vmap` needs it."""
     *others, last = (names,) if isinstance(names, str) else names
     x = lax.all_gather(x, last, axis=axis, tiled=tiled)
     for name in reversed(others):
@@ -184,7 +176,7 @@ def _gathered(x: Array, names: Any, axis: int, tiled: bool) -> Array:
 
 
 def _all_to_all(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """Each device's own block of what all devices hold."""
+    """`lax.all_to_all`: each device gathers everything and takes its own block."""
     params = eqn.params
     names, split, concat = (params[name] for name in ("axis_name", "split_axis", "concat_axis"))
     results = []
@@ -203,7 +195,7 @@ def _all_to_all(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _scan(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """A scan with the same replacements in its body."""
+    """A scan whose body is rewritten, too."""
     n_consts, n_carry = scan_arity(eqn.params)
     consts, start = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
 
@@ -216,11 +208,11 @@ def _scan(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     return [*carry, *ys]
 
 
-# `jax.vmap` knows no types that vary over a mesh, has no tiled `all_to_all`, and takes
-# `all_gather` over one axis of the mesh alone (JAX 0.10 to 0.12).
+# In JAX 0.10 to 0.12 `jax.vmap` supports neither types that vary over a mesh nor a tiled
+# `all_to_all`, and `all_gather` only over one mesh axis.
 _OF_A_DEVICE: Mapping[str, Rewrite] = {
-    "pvary": _unchanged,
-    "psum_invariant": _psum,
+    "pvary": lambda _, operands: operands,
+    "psum_invariant": lambda eqn, operands: [lax.psum(x, eqn.params["axes"]) for x in operands],
     "all_gather": _all_gather,
     "all_gather_invariant": _all_gather,
     "all_to_all": _all_to_all,

@@ -1,4 +1,4 @@
-"""When two jaxprs are the same program: networks made anew share what was compiled before."""
+"""Tells whether two jaxprs are the same program, so that equal networks share compiled code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dpai_jax.tools.signatures import signature
 
 
 class ComparableJaxpr:
-    """A jaxpr that is equal to others of the same equations.
+    """A jaxpr that is equal to others with the same equations.
 
-    Of a call only the program that it calls matters, not its derivatives. Equations whose
-    parameters cannot be compared are equal to themselves alone.
+    For a call only the called program matters, not its custom derivatives. An equation whose
+    parameters cannot be hashed is equal only to itself.
     """
 
     def __init__(self, jaxpr: Any):
@@ -58,7 +58,7 @@ def _of_jaxpr(jaxpr: Any) -> Hashable:
 
 
 def _of_value(value: Any) -> Hashable:
-    """What stands for a parameter, a constant or a literal."""
+    """A hashable stand-in for a parameter, a constant or a literal."""
     if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
         return _of_jaxpr(value)
     if isinstance(value, tuple | list):

@@ -1,10 +1,10 @@
-"""The values of path semantics: what every variable of a traced network stands for.
+"""The values of path semantics, one for every variable of a traced network.
 
-A variable is one of these kinds:
+A value is of one of these kinds:
 
 * `Independent`: does not depend on the network's input; only its shape matters.
-* `Weight`: the mask of a prunable kernel, seen through reshapes, transposes, casts and scalings;
-  `WeightSum`: several of them, added up.
+* `Weight`: the mask of a prunable kernel, after reshapes, transposes, casts and scalings;
+  `WeightSum`: a sum of several.
 * `Flow`: the number of paths from the input to each unit.
 
 Flows are held in *block floating point*: a float32 mantissa whose largest entry is in [1/2, 1),
@@ -12,8 +12,8 @@ and one integer exponent for the whole array. A power of two scales without roun
 are as exact as float32 on any depth, and the scale, a constant to differentiation, cancels from
 the gradient of the logarithm of a count.
 
-An array of a flow may have size one along an axis whose logical size is larger: the count is then
-*uniform* along it. The rules spread such an axis only where an operation needs it.
+An array of a flow may have size one along an axis whose logical size is larger. The count is then
+*uniform* along it. The rules expand such an axis only where an operation needs it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Shape = tuple[int, ...]
 
 
 class Spread(NamedTuple):
-    """An array that stands for a larger one: axes of size one are uniform along `shape`.
+    """An array that stands for a larger one, to whose shape it broadcasts.
 
     Attributes:
-      array: the array.
-      shape: the shape of the one that it stands for.
-      below: what no entry exceeds, where that is known when the program is built.
+      array: the array; along an axis of size one the values are uniform.
+      shape: the shape of the larger array.
+      below: an upper bound of all entries, if one is known when the program is built.
     """
 
     array: Array
@@ -47,14 +47,14 @@ class Spread(NamedTuple):
     below: float | None = None
 
     def full(self, *axes: int) -> Spread:
-        """The same values with the given axes written out; all axes where none is given."""
+        """The same values with the given axes expanded, or all axes if none is given."""
         spread = set(axes) if axes else set(range(len(self.shape)))
         sizes = zip(self.array.shape, self.shape, strict=True)
         target = tuple(full if i in spread else size for i, (size, full) in enumerate(sizes))
         return self._replace(array=jnp.broadcast_to(self.array, target))
 
     def uniform(self, axis: int) -> bool:
-        """Whether the values along the axis are held once for all."""
+        """Whether all values along the axis are equal and held only once."""
         return self.array.shape[axis] == 1
 
 
@@ -64,10 +64,10 @@ def ones(shape: Shape) -> Spread:
 
 
 class Known:
-    """A value computed from constants alone, when a rule first asks for it.
+    """A value that depends on constants alone, computed when a rule first asks for it.
 
-    Like the array of a flow it may have size one along axes that are uniform.
-    A value that depends on the counter of a loop is a traced array, known from the start.
+    Like the array of a flow it may have size one along uniform axes. A value that depends on a
+    loop counter is a traced array, given from the start.
     """
 
     def __init__(self, compute: Callable[[], Array | np.ndarray], shape: Shape, traced: bool):
@@ -78,7 +78,7 @@ class Known:
 
     @classmethod
     def of(cls, value: Array | np.ndarray) -> Known:
-        """A value that is there already."""
+        """Wraps a value that is already computed."""
         return cls(lambda: value, np.shape(value), isinstance(value, jax.core.Tracer))
 
     @property
@@ -91,7 +91,7 @@ class Known:
 
     @property
     def scalar(self) -> float | None:
-        """The number that it holds at every position, if there is one and it can be read now."""
+        """The number at every position, if it is the same everywhere and not traced."""
         if self.traced or math.prod(self.shape) != 1:
             return None
         value = np.asarray(self.value)
@@ -104,7 +104,7 @@ class Independent:
 
     Attributes:
       shape: its shape.
-      known: its value, where it is computed from constants alone.
+      known: its value, if it depends on constants alone.
       at_zero: for a boolean from comparing flows, its value when all flows are zero.
     """
 
@@ -114,11 +114,11 @@ class Independent:
 
     @property
     def scalar(self) -> float | None:
-        """The known number that it holds at every position, if there is one."""
+        """The known number at every position, if it is the same everywhere."""
         return None if self.known is None else self.known.scalar
 
 
-# For each axis of a view of kernels, the axes of a kernel that it is made of.
+# For each axis of a view of a kernel, the axes of the kernel that it is made of.
 Axes = tuple[frozenset[int], ...]
 
 
@@ -128,9 +128,9 @@ class Weight:
 
     Attributes:
       array: the mask as float32, of the view's full shape.
-      sources: for each kernel in it, by its index among the leaves of the parameters, the kernel's
-        axes that each axis of the view is made of.
-      below: what no entry exceeds, where that is known.
+      sources: for each kernel in it, its index among the leaves of the parameters, and its axes
+        that each axis of the view is made of.
+      below: an upper bound of all entries, if known.
     """
 
     array: Array
@@ -149,15 +149,15 @@ class Weight:
 
     @property
     def terms(self) -> tuple[Weight, ...]:
-        """The weight as a sum of one term (see `WeightSum`)."""
+        """The weight itself, as the only term of a sum (see `WeightSum`)."""
         return (self,)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightSum:
-    """Kernels of one shape that are added up and used as one, each giving paths of its own.
+    """A sum of kernels of one shape that is used as one kernel. Each term adds its own paths.
 
-    The real and the imaginary part of a complex kernel are such terms.
+    For example, a complex kernel is the sum of its real and its imaginary part.
     """
 
     terms: tuple[Weight, ...]
@@ -176,15 +176,16 @@ class Flow:
       mantissa: float32, broadcastable to `shape`; its largest entry is near one, or it is zero.
       exponent: int32 scalar.
       shape: the logical shape.
-      unit: which unit it is. Elementwise functions of one unit keep it.
+      unit: identifies the unit. Elementwise functions of one unit keep it.
       ancestors: the units that it was derived from without passing a kernel.
-      at_zero: what the unit gives where no path reaches it, φ(0) of the activation functions since
-        the last kernel. Not zero: the unit is alive everywhere. `math.inf`: some number, not zero.
+      at_zero: the unit's value where no path reaches it, φ(0) of the activation functions since the
+        last kernel. If it is not zero, the unit is alive everywhere. `math.inf` means some number
+        other than zero.
       filled: boolean scalar, false only if the mantissa is zero.
-      constants: where constants were put beside it (a learned class token), the paths from those:
-        a unit that such a path reaches is alive, though no path from the input does.
-      views: those of its ancestors that it holds whole, rearranged: transposed, reshaped, repeated.
-      below: what no entry of the mantissa exceeds, where that is known.
+      constants: the paths from constants that were concatenated with it (a learned class token). A
+        unit that such a path reaches is alive, even if no path from the input reaches it.
+      views: the ancestors that it contains completely, but transposed, reshaped or repeated.
+      below: an upper bound of the mantissa's entries, if known.
     """
 
     mantissa: Array
@@ -210,11 +211,11 @@ class Flow:
 
     @property
     def always_alive(self) -> bool:
-        """Whether the unit gives something even where no path reaches it."""
+        """Whether the unit is alive even where no path reaches it."""
         return self.at_zero != 0.0
 
     def alive(self) -> Array:
-        """One where the unit gives something, zero where it is dead; a constant to gradients."""
+        """One where the unit is alive, zero where it is dead; a constant for gradients."""
         if self.always_alive:
             return jnp.ones((1,) * len(self.shape), jnp.float32)
         alive = self.mantissa > 0
@@ -237,7 +238,7 @@ replace = dataclasses.replace
 
 
 def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
-    """The same counts with the largest entry in [1/2, 1), and whether there is any."""
+    """The same counts with the largest entry in [1/2, 1), and whether any is above zero."""
     largest = largest_entry(lax.stop_gradient(array))
     _, inverse, power = scaling(largest)
     return array * inverse, exponent + power, largest > 0
@@ -245,7 +246,7 @@ def normalise(array: Array, exponent: Array) -> tuple[Array, Array, Array]:
 
 @jax.custom_vjp
 def saturate(array: Array) -> Array:
-    """One where there is a path, zero where there is none; the same for gradients."""
+    """Clips counts to one where there is a path, and zero elsewhere; gradients likewise."""
     return (array > 0.5).astype(array.dtype)
 
 
@@ -253,7 +254,7 @@ saturate.defvjp(lambda array: (saturate(array), None), lambda _, g: ((g > 0.5).a
 
 
 def as_flow(value: Value) -> Flow:
-    """A value as a flow: no path where it is free, and dead where it is known to be zero."""
+    """A value as a flow; one that is independent of the input has no path, and is dead if zero."""
     if isinstance(value, Flow):
         return value
     at_zero = 0.0 if isinstance(value, Independent) and value.scalar == 0 else math.inf
@@ -263,15 +264,15 @@ def as_flow(value: Value) -> Flow:
 
 def align(flows: Sequence[Flow]) -> tuple[list[Array], Array]:
     """The mantissas of several flows under one exponent."""
-    # Ignore empty flows when choosing the common exponent: one might push the others out of
-    # float32's range. The gradient of an empty flow, the paths that it would bring, is clipped.
+    # An empty flow must not set the common exponent, as it might push the others out of float32's
+    # range. The gradient of an empty flow, the paths that it would add, is clipped.
     exponent, scales = _common([flow.exponent for flow in flows], [flow.filled for flow in flows])
     return [flow.mantissa * scale for flow, scale in zip(flows, scales, strict=True)], exponent
 
 
 @jax.jit
 def _common(exponents: list[Array], filled: list[Array]) -> tuple[Array, list[Array]]:
-    """The largest exponent of the flows that are not empty, and by what each flow is scaled."""
+    """The largest exponent of the flows that are not empty, and each flow's scale under it."""
     common = jnp.int32(_LOWEST)
     for exponent, is_filled in zip(exponents, filled, strict=True):
         common = jnp.maximum(common, jnp.where(is_filled, exponent, _LOWEST))
@@ -280,7 +281,7 @@ def _common(exponents: list[Array], filled: list[Array]) -> tuple[Array, list[Ar
 
 
 def largest_exponent(exponents: Array, filled: Array) -> Array:
-    """The largest of a vector of exponents, those of empty flows left out."""
+    """The largest of a vector of exponents, without those of empty flows."""
     largest = jnp.max(jnp.where(filled, exponents, _LOWEST), initial=_LOWEST)
     return jnp.where(largest == _LOWEST, 0, largest)
 

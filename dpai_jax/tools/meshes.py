@@ -1,7 +1,7 @@
-"""Arrays on several devices: compiled functions that leave every array where it is.
+"""Arrays on several devices: compiled functions that keep every array where it is.
 
-Everything about meshes is here. The other modules decorate a function with `program`, and say what
-its results are sharded like.
+Everything about meshes is here. Other modules decorate a function with `program` and say what its
+results are sharded like.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def program(
     """Compiles a function of an owner (a network) and arrays, on one device or many.
 
     The function is `fn(owner, *args, **settings)`; `settings` are hashable. Compiled programs are
-    kept in `owner.programs`, so they go when the owner does; without an owner they stay. Arrays
-    that are on one device are replicated on the mesh of the others.
+    kept in `owner.programs`, so they are freed with the owner; without an owner they are never
+    freed. Arrays on one device are replicated over the mesh of the others.
 
     Args:
-      like: from `args` a pytree, or the upper part of one, of what the results are sharded like:
-        arrays, or None for what is replicated.
-      layers: from `args` the arrays that there is one of for each layer (see `layer_shardings`).
-        If not given, the compiler shards everything as it sees fit.
-      donate: which of `args` lend their memory to the results.
+      like: takes `args` and returns a pytree, or a prefix of one, with an array that each result is
+        sharded like, or None for a replicated one.
+      layers: takes `args` and returns those with one array for each layer (see `layer_shardings`).
+        If not given, the compiler chooses all shardings.
+      donate: which of `args` give their memory to the results.
 
     Returns:
       A decorator.
@@ -59,7 +59,7 @@ def program(
 
 
 class Program:
-    """A function that is compiled where it is called (see `program`)."""
+    """A function that is compiled when it is called (see `program`)."""
 
     def __init__(
         self,
@@ -80,14 +80,14 @@ class Program:
         return compiled(*args)
 
     def lower(self, owner: Any, *args: Any, **settings: Any) -> Any:
-        """The program before it is compiled, to look at."""
+        """Lowers the program, to look at it."""
         compiled, args = self._prepared(owner, args, settings)
         return compiled.jitted.lower(*args)
 
     def ahead(self, owner: Any, *args: Any, **settings: Any) -> None:
-        """Starts to compile the program in a thread, for arguments of these shapes.
+        """Starts to compile the program for these arguments in a thread; not on a mesh.
 
-        A call waits for it. So several programs are compiled at once; but not those on a mesh.
+        So several programs compile at the same time. A call waits for the thread.
         """
         if self.layers is None or not any(map(_sharding, self.layers(*args))):
             compiled, args = self._prepared(owner, args, settings)
@@ -97,7 +97,7 @@ class Program:
     def _prepared(
         self, owner: Any, args: tuple[Any, ...], settings: Mapping[str, Any]
     ) -> tuple[_Compiled, tuple[Any, ...]]:
-        """The compiled function for the arguments, and these where it takes them."""
+        """The compiled function for these arguments, and the arguments as it takes them."""
         shardings = () if self.layers is None else tuple(map(_sharding, self.layers(*args)))
         mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
         results = None
@@ -117,7 +117,7 @@ class Program:
 
 
 class _Compiled:
-    """A compiled function, which may be on its way."""
+    """A compiled function; a thread may still be compiling it."""
 
     def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
         self.jitted = jax.jit(fn, donate_argnums=donate, keep_unused=True)
@@ -129,7 +129,7 @@ class _Compiled:
         key = tuple((np.shape(x), x.dtype) for x in jax.tree.leaves(args))
         if key not in self._started:
             self._started.add(key)
-            # Traced here, for JAX's switches hold in one thread; XLA works without Python's lock.
+            # Traced in this thread, as JAX's switches are per thread. XLA needs no Python lock.
             compiling = _COMPILERS.submit(self.jitted.lower(*args).compile)
             self._compiling.append(compiling)
             _UNDER_WAY.add(compiling)
@@ -137,7 +137,7 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         self.is_called = True
         if self._compiling:
-            wait(self._compiling)  # what fails fails again below
+            wait(self._compiling)  # an error is raised again by the call below
             self._compiling = []
         return self.jitted(*args)
 
@@ -148,9 +148,9 @@ _UNDER_WAY: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
 
 @contextlib.contextmanager
 def given_up_on_failure() -> Iterator[None]:
-    """Where the block fails, compiles no more of what was to be compiled ahead.
+    """Cancels what is still to be compiled ahead if the block fails.
 
-    A process waits for its threads before it ends.
+    Otherwise the process could not end before its threads have compiled it.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def _traced(
     mesh: Mesh | AbstractMesh | None,
     *args: Any,
 ) -> Any:
-    """What a program does while it is traced."""
+    """Runs a program's function while it is traced, and constrains its results."""
     with _sharded_layers(shardings):
         outputs = auto_sharded(run, *args, like=like(*args))
     if not any(shardings):
@@ -192,9 +192,9 @@ def _sharded_layers(shardings: tuple[Sharding | None, ...]) -> Iterator[None]:
 
 
 def layer_shardings(arrays: Sequence[Any]) -> tuple[Sharding | None, ...]:
-    """How the layers' arrays are sharded; None for those on one device.
+    """The shardings of the layers' arrays; None for an array on one device.
 
-    While a program is traced, its arrays may not say; then the arguments of the call do.
+    While a program is traced, arrays may not know their shardings. The call's arguments do.
     """
     return _LAYERS.get() or tuple(map(_sharding, arrays))
 
@@ -206,14 +206,14 @@ def _is_none(x: Any) -> bool:
 def auto_sharded(fn: Callable[..., T], *args: PyTree, like: PyTree) -> T:
     """Calls a function within `jax.jit`, and lets the compiler choose the shardings inside.
 
-    Along the explicit axes of a mesh (those of `jax.make_mesh` by default) the sharding of an array
-    is part of its type, and an operation that could shard its result in several ways must be told
-    which. Inside `fn` nothing needs to be told.
+    On explicit mesh axes (the default of `jax.make_mesh`) the sharding of an array is part of its
+    type, and an operation whose result could be sharded in several ways must be told which one to
+    use. Inside `fn` this is not needed.
 
     Args:
       fn: function of pytrees of arrays.
       args: its arguments.
-      like: pytree prefix of what the results are sharded like, arrays or shardings; None means
+      like: pytree prefix of arrays or shardings that the results are sharded like; None means
         replicated.
 
     Returns:
@@ -255,7 +255,7 @@ def shardings_of(arrays: Iterable[Any]) -> tuple[Sharding | None, ...]:
 
 
 def _sharding(array: Any) -> Sharding | None:
-    """An array's sharding over several devices; of one that is traced, along explicit axes."""
+    """An array's sharding over several devices; for a traced array, over explicit axes only."""
     if isinstance(array, jax.core.Tracer):
         return jax.typeof(array).sharding if _explicit_axes(_mesh(array)) else None
     sharding = getattr(array, "sharding", None)
@@ -271,7 +271,7 @@ def _constrained(x: Array, sharding: Sharding | None) -> Array:
 
 
 def moved_off(sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int]) -> NamedSharding:
-    """Moves mesh axes off the given array axes onto others that they divide.
+    """Moves mesh axes from the given array axes to others that they divide.
 
     Args:
       sharding: an array's sharding.
@@ -299,19 +299,19 @@ def moved_off(sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int]
 
 
 def mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
-    """For each array axis that the sharding names, the mesh axes that split it."""
+    """The mesh axes that split each array axis named by the sharding."""
     return [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in sharding.spec]
 
 
 def split_like(x: Array, sharding: Sharding | None) -> Array:
-    """Constrains an array, within `auto_sharded`, to a sharding; leaves it alone for None."""
+    """Constrains an array to a sharding, within `auto_sharded`; does nothing for None."""
     if not isinstance(sharding, NamedSharding):
         return x
     return split_along(x, sharding.mesh, dict(enumerate(mesh_axes(sharding))))
 
 
 def split_along(x: Array, mesh: Mesh | AbstractMesh, axes: Mapping[int, tuple[str, ...]]) -> Array:
-    """Splits array axes, within `auto_sharded`, along mesh axes that divide them."""
+    """Splits array axes along mesh axes that divide them, within `auto_sharded`."""
     context = _context()
     divided = [
         axes[i] if i in axes and size % math.prod(mesh.shape[name] for name in axes[i]) == 0 else ()
@@ -322,7 +322,7 @@ def split_along(x: Array, mesh: Mesh | AbstractMesh, axes: Mapping[int, tuple[st
 
 
 def shapes_like(arrays: Iterable[Any], dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of arrays, and on several devices their shardings, with another dtype."""
+    """The shapes of arrays with another dtype, with their shardings if on several devices."""
     return [jax.ShapeDtypeStruct(x.shape, dtype, sharding=_sharding(x)) for x in arrays]
 
 
@@ -337,7 +337,7 @@ def device_put_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def shared_out(tree: PyTree, number: int) -> PyTree:
-    """Shares the leading axis of arrays, of this size, out among as many devices as divide it."""
+    """Splits the leading axis of arrays, of size `number`, over as many devices as divide it."""
     devices = jax.local_devices()
     n = max(n for n in range(1, len(devices) + 1) if number % n == 0)
     if n == 1:
@@ -347,7 +347,7 @@ def shared_out(tree: PyTree, number: int) -> PyTree:
 
 
 def on_one_device(tree: PyTree) -> PyTree:
-    """Puts arrays that are on several devices on the default one."""
+    """Moves arrays from several devices to the default one."""
 
     def put(x: Array) -> Array:
         return x if _sharding(x) is None else jnp.asarray(jax.device_get(x))
@@ -356,7 +356,7 @@ def on_one_device(tree: PyTree) -> PyTree:
 
 
 def _replicated_beside(tree: PyTree, mesh: Mesh | AbstractMesh | None) -> PyTree:
-    """Replicates those arrays of a tree that are on one device over a mesh."""
+    """Replicates the arrays of a tree that are on one device over a mesh."""
 
     def put(x: Any) -> Any:
         if mesh is None or isinstance(x, jax.core.Tracer) or _sharding(x) is not None:

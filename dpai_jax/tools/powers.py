@@ -1,4 +1,4 @@
-"""Powers of two by the bits of a float32, which scale without rounding."""
+"""Powers of two, made from the bits of a float32. Scaling by them does not round."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ def inverse(power: Array) -> Array:
 def stages(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The axes of a reduction, in the order in which to reduce them.
 
-    Cores share out the entries of a result. So a large array is first reduced along its last axis,
-    which is contiguous in memory; a small one at once, which is less to compile.
+    XLA on CPUs splits a reduction over cores by the entries of its result. So a large array is
+    first reduced along its last axis, which is contiguous in memory. A small array is reduced at
+    once, which compiles faster.
     """
     n_terms = math.prod(shape[i] for i in axes)
     return [axes] if n_terms <= SMALL else [axes[-1:], axes[:-1]]
 
 
-# The number of terms that one core adds up in no time.
+# One core reduces this many terms quickly.
 SMALL = 2**16
 
 
-# Within a larger program too, what is jitted is traced once for each shape.
+# Jitted, so that within larger programs it is traced only once for each shape.
 @jax.jit
 def scaling(largest: Array) -> tuple[Array, Array, Array]:
     """The next power of two above a number, one over it, and its exponent."""
@@ -60,9 +61,9 @@ def scaling(largest: Array) -> tuple[Array, Array, Array]:
 def largest_entry(array: Array) -> Array:
     """The largest entry, or zero if none is above zero; not differentiable.
 
-    XLA on CPUs writes out the operand of a reduction of one operand. It fuses the operands of a
-    reduction of two, if both results are used. The reduction is over integers, whose comparisons
-    vectorise: the bits of positive floats are in the order of the floats.
+    XLA on CPUs writes the operand of a reduction to memory, unless the reduction has two operands
+    and both results are used. The reduction compares integers, as this vectorises: the bits of
+    positive floats have the same order as the floats.
     """
     most = least = lax.bitcast_convert_type(array, jnp.int32)
     for axes in stages(array.shape, tuple(range(array.ndim))):

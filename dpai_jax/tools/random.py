@@ -9,5 +9,5 @@ from jax import Array
 
 
 def numpy_generator(key: Array) -> np.random.Generator:
-    """NumPy's generator for a random key, for what is drawn on the host."""
+    """A NumPy generator seeded by a random key."""
     return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))

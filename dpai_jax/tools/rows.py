@@ -1,4 +1,4 @@
-"""Many small arrays in one row, so that what is done to each of them is compiled once."""
+"""Many small arrays in one row, so that an operation on all of them is compiled once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_MEMBERS = 2**22
 
 
 class Row:
-    """A row of blocks of equal length, each a part of one array, padded where the array ends.
+    """A row of blocks of equal length. Each is a part of one array; the last is padded.
 
     Args:
       sizes: the numbers of entries of the arrays.
@@ -34,13 +34,13 @@ class Row:
 
     def __init__(self, sizes: Sequence[int]):
         self.sizes = tuple(sizes)
-        # So short that padding is a small part of all.
+        # Short, so that little of the row is padding.
         shortest = max(float(np.mean(sizes)) / 16, 1)
         self.length = int(2 ** np.clip(np.floor(np.log2(shortest)), 4, 10))
         n_blocks = [-(-size // self.length) for size in sizes]
         self.array = np.repeat(np.arange(len(sizes)), n_blocks)
         self.first = np.concatenate([np.arange(n) * self.length for n in n_blocks])
-        # Which blocks are of which array; of very many arrays that would be too large.
+        # Which blocks belong to which array. With very many arrays this table would be too large.
         self._members = None
         if len(self.array) * len(sizes) <= _MOST_MEMBERS:
             self._members = self.array == np.arange(len(sizes))[:, None]
@@ -61,7 +61,7 @@ class Row:
         return [blocks[start:end].ravel()[:size] for start, end, size in pairs]
 
     def spread(self, numbers: Array) -> Array:
-        """A number of each array, (..., array), at its blocks, (..., block, 1)."""
+        """Numbers of the arrays, (..., array), repeated for their blocks, (..., block, 1)."""
         return numbers[..., self.array, None]
 
     def sums(self, terms: Sequence[Array]) -> list[Array]:
@@ -76,7 +76,7 @@ class Row:
         return list(sums)
 
     def largest(self, blocks: Array) -> Array:
-        """The largest of the entries of each array, none below zero, (array,)."""
+        """The largest entry of each array, (array,); no entry may be below zero."""
         of_blocks = lax.bitcast_convert_type(blocks, jnp.int32)
         most = jnp.max(of_blocks, 1)
         if self._members is None:
@@ -87,35 +87,35 @@ class Row:
 
 
 def are_small(layers: Sequence[Array]) -> list[bool]:
-    """Which layers can be in a row: those on one device that one core goes through in no time."""
+    """Which layers can go into a row: small ones on one device."""
     pairs = zip(layers, layer_shardings(layers), strict=True)
     return [x.size <= SMALL and sharding is None for x, sharding in pairs]
 
 
 class Group(NamedTuple):
-    """Layers that one program serves.
+    """Layers that share one program.
 
     Attributes:
-      owner: whose program it is; None if it serves all layers of a shape, also of other owners.
-      places: the layers' places among all.
+      owner: who keeps the program; None if all layers of one shape share it, whoever owns them.
+      places: the layers' indices among all layers.
     """
 
     owner: Any
     places: list[int]
 
     def of(self, values: Sequence[T]) -> list[T]:
-        """Of values for all layers those of its own."""
+        """Picks the values of its layers from those of all layers."""
         return [values[i] for i in self.places]
 
 
 def groups_of(owner: Any, layers: Sequence[Array]) -> list[Group]:
-    """Which layers to put into one program, where nothing is to be done across layers.
+    """Groups layers that share one program, for work without exchange between layers.
 
-    The small ones, for they lie in one row. Each other has a program of its own, which serves all
-    of its shape. On a mesh all layers go together.
+    Small layers form one group, as they fit into a row. Each other layer is alone, and shares its
+    program with all layers of its shape. On a mesh all layers form one group.
 
     Args:
-      owner: who keeps the programs of several layers.
+      owner: who keeps the program of a group of several layers.
       layers: an array for each layer, or its shape.
 
     Returns:
@@ -130,7 +130,7 @@ def groups_of(owner: Any, layers: Sequence[Array]) -> list[Group]:
 
 
 def in_order(groups: Sequence[Group], found: Sequence[Sequence[T]]) -> list[T]:
-    """What was found for the layers of each group, in the order of the layers."""
+    """Results for the layers of each group, put in the order of the layers."""
     pairs = zip(groups, found, strict=True)
     by_place = {i: x for group, own in pairs for i, x in zip(group.places, own, strict=True)}
     return [by_place[i] for i in range(len(by_place))]
@@ -155,7 +155,10 @@ def sums_of(arrays: Sequence[Array], in_row: Sequence[bool]) -> list[Array]:
 
 
 def counts_of(flags: Sequence[Array], in_row: Sequence[bool]) -> Array:
-    """How many are true in each of several boolean arrays, uint32 (array,); see `sums_of`."""
+    """The number of true entries in each of several boolean arrays, uint32 (array,).
+
+    See `sums_of` for the arguments.
+    """
     pairs = list(zip(flags, in_row, strict=True))
     small = [x for x, is_in in pairs if is_in]
     counts = [_count(x)[None] for x, is_in in pairs if not is_in]
@@ -168,7 +171,7 @@ def counts_of(flags: Sequence[Array], in_row: Sequence[bool]) -> Array:
 
 
 def _count(flags: Array) -> Array:
-    # The false entries only make it a reduction of two operands (see `totals`).
+    # The false entries are counted only to make a reduction of two operands (see `totals`).
     found, others = totals([flags, ~flags], (flags.ndim - 1,))
     return jnp.sum(jnp.where(others < flags.shape[-1], found, 0), dtype=jnp.uint32)
 

@@ -1,4 +1,4 @@
-"""What a setting is, in JSON's terms, for files and records."""
+"""Settings as JSON, for files and records."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy as np
 
 
 def described(value: Any, *, read: bool = True) -> Any:
-    """What a setting is, in JSON's terms: equal for settings that do the same.
+    """Describes a setting as JSON. Settings that do the same have equal descriptions.
 
-    A function is its name and all that it closes over; an array is its hash.
+    A function is described by its name and what it closes over, an array by its hash.
 
     Args:
       value: a dataclass such as a pruning method, a function, an array, or a container of such.
-      read: whether arrays are read, for their hash; else each is its type and shape alone, at no
-        cost, and also where it is traced or deleted.
+      read: whether to read arrays for their hash. If not, an array is described by its dtype and
+        shape, at no cost, even if it is traced or deleted.
     """
     return _described(value, read, ())
 
@@ -50,7 +50,7 @@ def _described(value: Any, read: bool, enclosing: tuple[int, ...]) -> Any:
 
 
 def _parts(value: Any) -> dict[Any, Any] | tuple[Any, ...]:
-    """What a value is made of."""
+    """The parts that describe a value."""
     if isinstance(value, type):
         return {"class": value.__qualname__}
     if dataclasses.is_dataclass(value):
@@ -68,7 +68,7 @@ def _parts(value: Any) -> dict[Any, Any] | tuple[Any, ...]:
 
 
 def _bound(function: types.FunctionType) -> dict[str, Any]:
-    """What a function closes over, and its arguments' default values."""
+    """What a function closes over, and the default values of its arguments."""
     closed = inspect.getclosurevars(function).nonlocals
     defaults = {
         name: parameter.default

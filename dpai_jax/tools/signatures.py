@@ -1,4 +1,4 @@
-"""When two functions that were made apart do the same."""
+"""Signatures that tell whether two functions do the same."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 def signature(value: Any) -> Hashable:
     """Equal for functions of the same code that close over equal values.
 
-    So `optax.adam(0.05)`, made anew at each call, needs to be compiled only once. Whatever cannot
-    be hashed, such as an array, is equal to itself alone.
+    So a call with a new `optax.adam(0.05)` uses what was compiled for the last one. A value that
+    cannot be hashed, such as an array, is equal only to itself.
     """
     return _signature(value, ())
 
@@ -24,7 +24,7 @@ def _signature(value: Any, enclosing: tuple[int, ...]) -> Hashable:
     if isinstance(value, types.FunctionType):
         try:
             cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        except ValueError:  # a variable that is not bound yet
+        except ValueError:  # a closed-over variable is not bound yet
             return _Same(value)
         parts = (value.__defaults__, value.__kwdefaults__, cells)
         return value.__code__, id(value.__globals__), _signature(parts, inside)

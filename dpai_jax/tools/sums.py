@@ -19,10 +19,10 @@ from jax import Array, lax
 
 from dpai_jax.tools.powers import largest_entry, scaling, stages
 
-# What no magnitude in an array exceeds, or None where that is not known.
+# An upper bound of all magnitudes in an array, or None if it is not known.
 Bound = float | None
 
-# The bits of a term, counted from the largest, that sums keep at least.
+# How many bits of a term, counted from those of the largest term, a sum keeps at least.
 _BITS = 36
 
 
@@ -40,14 +40,14 @@ def product_sum(
       a: float32 array.
       b: float32 array of the same rank; the two broadcast.
       axes: the axes to sum over.
-      below: what no magnitude in `a` and in `b` exceeds, where that is known; it spares the pass
-        that finds the largest.
-      write: whether to write out `a`, and `b`, for the sum and its derivatives (see `written_out`).
+      below: upper bounds of the magnitudes in `a` and in `b`, if known; a bound saves the pass that
+        finds the largest.
+      write: whether to write out `a` and `b` for the sum and its derivatives (see `written_out`).
 
     Returns:
       float32 array. Neither the sums nor their derivatives depend on the order of the terms.
     """
-    del write  # without derivatives there is but one reader
+    del write  # without derivatives there is only one reader
     if math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes) == 1:
         return a * b
     (a, scale_a), (b, scale_b) = _below_one(a, below[0]), _below_one(b, below[1])
@@ -109,6 +109,12 @@ sum_over.defvjp(
 )
 
 
+def sums_over(array: Array, *several: tuple[int, ...]) -> list[Array]:
+    """Sums of one float32 array over several sets of axes, which keep size one."""
+    scaled, scale = _below_one(array, None)
+    return [_sum_below_one(scaled, axes) * scale for axes in several]
+
+
 def _below_one(array: Array, below: Bound) -> tuple[Array, Array | float]:
     """An array divided by a power of two above all magnitudes, and that power."""
     if below is not None:
@@ -142,7 +148,7 @@ def digits_of(terms: Array, n_terms: int) -> tuple[list[Array], float]:
       n_terms: how many of them a sum can have.
 
     Returns:
-      The digits, int32, from the highest on; and their base.
+      The digits, int32, the highest first, and their base.
     """
     base = 2.0**30 / _held(n_terms)
     digits, rest = [], terms
@@ -163,8 +169,8 @@ def from_digits(digits: Sequence[Array], base: float) -> Array:
 def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     """The sums of arrays of one shape over some axes, which keep size one, in one pass.
 
-    Booleans are counted, up to 2^32 of them. XLA on CPUs may write out the operand of a reduction
-    of one operand. A variadic reduce fuses its producers if every output is used.
+    Booleans are counted, up to 2^32 of them. XLA on CPUs may write the operand of a simple
+    reduction to memory. It fuses those of a variadic reduction if every output is used.
     """
     terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in arrays]
     sums = lax.reduce(
@@ -179,11 +185,11 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
 @jax.custom_vjp
 @jax.jit
 def written_out(array: Array) -> tuple[Array, Array]:
-    """The array twice, both to be read: so XLA on CPUs does not work it out for every reader.
+    """The array twice, so that XLA on CPUs does not compute it again for every reader.
 
-    XLA fuses the producers of a small array into each entry of a larger one that it broadcasts to.
-    It does not fuse a variadic reduce whose outputs are all used. `lax.optimization_barrier` does
-    not help: XLA on CPUs removes it before it fuses.
+    Both copies must be used. XLA fuses the producers of a small array into each entry of a larger
+    array that it is broadcast to. It does not fuse a variadic reduction whose outputs are all used.
+    `lax.optimization_barrier` does not help: XLA on CPUs removes it before it fuses.
     """
     pair = jnp.broadcast_to(array, (2, *array.shape))
     bottom, top = (False, True) if array.dtype == bool else (-np.inf, np.inf)
@@ -203,7 +209,7 @@ written_out.defvjp(
 
 @jax.custom_vjp
 def written_out_backward(array: Array) -> Array:
-    """The array; its cotangent is written out, where several paths meet in it."""
+    """Returns the array; its cotangent, in which several paths meet, is written out."""
     return array
 
 
@@ -217,8 +223,8 @@ written_out_backward.defvjp(
 def sum_taps(array: Array, axes: tuple[int, ...]) -> Array:
     """The sum over short axes, such as a filter's taps; they keep size one.
 
-    Written out slice by slice, it fuses with its neighbours. A reduction of a few entries that are
-    far apart in memory takes a CPU many times as long.
+    A sum of slices fuses with its neighbours. A reduction over a few entries that are far apart in
+    memory takes a CPU many times as long.
     """
     places = itertools.product(*(range(array.shape[i]) for i in axes))
     slices = [

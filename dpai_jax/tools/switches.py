@@ -1,4 +1,4 @@
-"""JAX's switches for debugging, which are meant for a user's own programs."""
+"""JAX's debugging switches, which are meant for the user's own programs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ import jax
 
 @contextlib.contextmanager
 def usual_switches() -> Iterator[None]:
-    """JAX as if nobody were debugging: a context, and a decorator of functions.
+    """Turns JAX's debugging switches off; a context, and a decorator of functions.
 
-    Pruning compiles what would take minutes op by op, moves small constants to the device, and
-    has −∞ among its results: the score of a removed weight, and log R_P without a path. Checks for
-    NaN stay on.
+    Without compilation pruning would take minutes. It moves small constants to the device, and some
+    of its results are −∞: the score of a removed weight, and log R_P without a path. Checks for NaN
+    stay on.
     """
     with jax.disable_jit(False), jax.transfer_guard("allow"), jax.debug_infs(False):
         yield

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: on one line, and short."""
+    """A value as shown in an error: short, and on one line."""
     if isinstance(value, jax.Array | np.ndarray) and np.ndim(value):
         return f"an array {value.dtype}{list(value.shape)}"
     if isinstance(value, dict | list | tuple):
@@ -21,14 +21,14 @@ def shown(value: Any) -> str:
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves of a pytree with their paths, such as `params/Dense_0/kernel`; its structure."""
+    """The leaves of a pytree with their names, such as `params/Dense_0/kernel`; its structure."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths)
     return [(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)], treedef
 
 
 def check_structure(tree: Any, like: Any, argument: str, of: str) -> None:
-    """Raises a ValueError unless a tree has the structure `like`, that of the argument `of`."""
+    """Raises a ValueError unless a tree has the structure `like` of the argument `of`."""
     if jax.tree.structure(tree) != like:
         raise ValueError(
             f"{argument} must have the tree structure of {of}, but {_difference(tree, like)}"
@@ -36,7 +36,7 @@ def check_structure(tree: Any, like: Any, argument: str, of: str) -> None:
 
 
 def _difference(tree: Any, like: Any) -> str:
-    """The first leaf in which a tree differs from a structure, and what may have been meant."""
+    """Says which leaf of a tree first differs from a structure, and what may have been meant."""
     if hasattr(tree, "masks") and hasattr(tree, "scores"):
         return "is a Result: pass its .masks or .scores"
     found = [name for name, _ in named_leaves(tree)[0]]
@@ -53,9 +53,9 @@ def _difference(tree: Any, like: Any) -> str:
 
 
 def like_by_name(tree: Any, like: Any, argument: str, of: str) -> Any:
-    """A tree with the structure of another one whose leaves have the same names.
+    """Gives a tree the structure of another one whose leaves have the same names.
 
-    A name ends before `value`, by which Flax NNX's variables hold their arrays.
+    The ending `value` of names in Flax NNX's variables is ignored.
 
     Raises:
       ValueError: if the names differ.

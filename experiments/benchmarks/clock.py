@@ -1,4 +1,4 @@
-"""Clocks: how long a call takes, and how fast the memory is that it can't outrun."""
+"""Clocks: the time and the memory of a call, and the bandwidth that limits it."""
 
 import functools
 import gc
@@ -18,12 +18,12 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def call_seconds(fn: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
-    """Returns the `spread` of a call's times, until all arrays that it returns are computed.
+    """Returns the `spread` of a call's times, each until all returned arrays are computed.
 
     Args:
         fn: What to measure.
         repeats: Calls that are timed, at least one.
-        warmup: Calls before them, among which the first compiles.
+        warmup: Calls before them; the first one compiles.
 
     Raises:
         ValueError: No call would be timed.
@@ -43,13 +43,12 @@ def call_seconds(fn: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> d
 def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
     """Returns the bytes per second, read and written, of x + 1 on an array in place.
 
-    It is what a jitted elementwise function moves at most on JAX's default device, all cores at
-    work on the CPU: a step that must read and write so many bytes takes no less than their number
-    divided by this one.
+    This is the most that a jitted elementwise function moves on JAX's default device. A step that
+    must read and write some bytes takes at least their number divided by this bandwidth.
 
     Args:
-        size: Bytes of the array of float32. It must be many times larger than the caches.
-        repeats: Passes over it, of whose times the median counts.
+        size: Bytes of the float32 array. It must be many times larger than the caches.
+        repeats: Passes over it; the median of their times counts.
 
     Raises:
         ValueError: The array would be empty, or no pass would be timed.
@@ -57,7 +56,7 @@ def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
     if size < 4:
         raise ValueError(f"size must be at least 4 bytes, one float32; got {size}.")
     array = jnp.zeros(size // 4, jnp.float32)
-    # In place, for the pages of a new array would first have to be found and cleared.
+    # In place, as the pages of a new array would first have to be allocated and cleared.
     increment = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + 1.0)
 
     def step() -> jax.Array:
@@ -69,14 +68,14 @@ def copy_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
 
 
 def array_bytes() -> int:
-    """Returns the bytes of all of JAX's arrays that are held just now."""
+    """Returns the bytes of all live JAX arrays."""
     return sum(array.nbytes for array in jax.live_arrays())
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Returns by how much the memory of this process grows while it makes a call, at most.
+    """Returns the peak by which a call grows the memory of this process. Linux only.
 
-    Call it once before, or what is compiled counts too. Linux only.
+    Make the call once before, or its compilation is included.
     """
     gc.collect()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

@@ -16,10 +16,10 @@ from experiments.benchmarks.networks import Network
 from experiments.benchmarks.rows import OPTIMIZER, Jobs, Row, isolated
 
 REPEATS = 5
-"""Processes in which each first call is timed."""
+"""In how many processes to time each first call."""
 
 FEW_REPEATS = 3
-"""The same, where there are many calls to time."""
+"""The same for tables with many calls."""
 
 
 def cold() -> Jobs:
@@ -43,7 +43,7 @@ def growth() -> Jobs:
 
 
 def many() -> Jobs:
-    """In one program and one by one: prunings, trainings, and the steps of an epoch."""
+    """Prunings, training steps and the steps of an epoch, in one program and one by one."""
     yield "prune_many", functools.partial(isolated, _many, networks.STEP[0])
     dense = networks.COPIES[0]
     yield f"an epoch of {dense.title}", functools.partial(isolated, _epoch, dense)
@@ -65,7 +65,7 @@ def _cold(network: Network) -> Row:
 
 
 def _first_calls(network: Network, folder: str | None = None) -> dict[str, float]:
-    """The seconds of a process's first call, of another key's, and of a function's made anew."""
+    """The seconds of a process's first call, of one with another key, and with a new function."""
     if folder is not None:
         dpai.cache(folder)
     fn, params, x = network.problem()
@@ -93,7 +93,7 @@ def _called(fn: Callable[..., Any], params: Any, x: Any) -> Any:
 
 
 def _compiled_training_step(network: Network, batch: int = 128) -> float:
-    """The seconds in which a jitted training step of the network is compiled."""
+    """The seconds to compile a jitted training step of the network."""
     from experiments import models, steps
 
     model = models.create(network.model, network.classes, network.width)
@@ -149,16 +149,8 @@ def _rival(network: Network, name: str) -> Row:
 
 
 def _first_of(network: Network, name: str) -> float:
-    """The seconds of a process's first call of a method, on kernels drawn from N(0, 0.05²)."""
-    fn, shapes, x = network.problem()
-    rng = np.random.default_rng(0)
-
-    def leaf(shape: tuple[int, ...]) -> jax.Array:
-        # Scales and variances are vectors.
-        drawn = rng.normal(0, 0.05, shape) if len(shape) > 1 else np.ones(shape)
-        return jnp.asarray(drawn.astype(np.float32))
-
-    params = jax.tree.map(lambda s: leaf(s.shape), shapes)
+    """The seconds of a process's first call of a method."""
+    (fn, params, x), rng = network.problem(), np.random.default_rng(0)
     images = rng.standard_normal((32, *network.shape)).astype(np.float32)
     batch = images, rng.integers(0, network.classes, 32)
     data = {"loss_fn": functools.partial(_loss, fn), "batches": [batch]}
@@ -176,13 +168,13 @@ def _growth(network: Network) -> Row:
 
 def _many(network: Network, number: int = 16) -> Row:
     fn, params, x = network.problem()
-    keys = list(jax.random.split(jax.random.key(0), number))
+    methods = [dpai.DPaI(alpha=i / number) for i in range(number)]
 
     def together() -> list[dpai.Result]:
-        return dpai.prune_many(fn, params, x, 0.9, key=keys)
+        return dpai.prune_many(fn, params, x, 0.9, method=methods)
 
     def one_by_one() -> list[dpai.Result]:
-        return [dpai.prune(fn, params, x, 0.9, key=key, progress=False) for key in keys]
+        return [dpai.prune(fn, params, x, 0.9, method=m, progress=False) for m in methods]
 
     for a, b in zip(together(), one_by_one(), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.masks, b.masks)
@@ -194,7 +186,7 @@ def _many(network: Network, number: int = 16) -> Row:
 
 
 def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
-    """A training step of several masked copies of a network by one program, and one by one."""
+    """A training step of several masked copies of a network, in one program and one by one."""
     from experiments import models, steps
 
     model = models.create(network.model, network.classes, network.width)
@@ -224,7 +216,7 @@ def _copies(network: Network, number: int = 8, batch: int = 128) -> Row:
 
 
 def _epoch(network: Network, number: int = 100, batch: int = 128) -> Row:
-    """The steps of an epoch by one program, and by a program for each."""
+    """The steps of an epoch, in one program and one by one."""
     from experiments import datasets, models, steps
 
     model = models.create(network.model, network.classes, network.width)

@@ -1,4 +1,4 @@
-"""The networks that benchmarks prune: by name, with the input that they are published with."""
+"""The networks that benchmarks prune, with their published inputs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import models
 
@@ -37,12 +38,22 @@ class Network:
         return f"{self.model} at {where}{width}"
 
     def problem(self) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
-        """Returns what `dpai_jax.prune` takes: a function, shapes of parameters, that of x."""
+        """Returns what `dpai_jax.prune` takes: a function, params, and the shape of x.
+
+        Kernels are drawn from N(0, 0.05²); scales and variances, which are vectors, are ones.
+        """
         model = models.create(self.model, self.classes, self.width)
         model = model if self.depth is None else model.clone(depth=self.depth)
         dtype = jnp.float32 if len(self.shape) == 3 else jnp.int32
         x = jax.ShapeDtypeStruct((1, *self.shape), dtype)
-        return model.apply, jax.eval_shape(model.init, jax.random.key(0), x), x
+        rng = np.random.default_rng(0)
+
+        def leaf(shape: tuple[int, ...]) -> jax.Array:
+            drawn = rng.standard_normal(shape, np.float32) if len(shape) > 1 else np.float32(20)
+            return jnp.asarray(np.broadcast_to(drawn * np.float32(0.05), shape))
+
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+        return model.apply, jax.tree.map(lambda s: leaf(s.shape), shapes), x
 
 
 _RESNET20 = Network("resnet20", 10, (32, 32, 3))
@@ -57,7 +68,7 @@ STEP = (
     Network("resnet18", 200, (64, 64, 3)),
     _VGG19,
 )
-"""Those that the published code's time is known of."""
+"""Networks for which the published code's time is known."""
 
 LARGE = (
     _EFFICIENTNET,
@@ -67,22 +78,22 @@ LARGE = (
 )
 
 COLD = (_RESNET20, _VGG19, _EFFICIENTNET, _VIT, _GPT2)
-"""Those whose first call is timed."""
+"""Networks whose first call is timed."""
 
 RIVALS = (_RESNET20, _SMALL_EFFICIENTNET)
-"""Those on which the first calls of all methods are timed."""
+"""Networks on which the first calls of all methods are timed."""
 
 GROWTH = (
     *(Network("resnet20", 10, (32, 32, 3), depth=depth) for depth in (20, 56, 110)),
     *(Network("gpt2", 1000, (128,), 192, depth) for depth in (4, 12, 24, 48)),
 )
-"""Networks of repeated blocks, ever deeper."""
+"""Networks of repeated blocks, at several depths."""
 
 COPIES = (
     Network("lenet", 10, (28, 28, 1)),
     Network("resnet20", 10, (8, 8, 1), 8),
 )
-"""Small networks of which several copies are trained at once."""
+"""Small networks; several copies of each are trained at once."""
 
 COMPACT = (
     Network("lenet", 10, (28, 28, 1)),
@@ -99,14 +110,14 @@ QUALITY = (
     _SMALL_EFFICIENTNET,
     Network("vit_ti4", 10, (32, 32, 3), 48),
 )
-"""Those on which the mean field is held against exact counts."""
+"""Networks on which mean-field counting is compared with exact counting."""
 
 SETTINGS = (
     Network("lenet", 10, (28, 28, 1)),
     _RESNET20,
     Network("vgg19", 100, (32, 32, 3), 16),
 )
-"""Those on which settings of DPaI are compared."""
+"""Networks on which settings of DPaI are compared."""
 
 SPARSITIES = (0.9, 0.9684, 0.99, 0.9968)
-"""The paper's, but for the lowest."""
+"""The paper's, without the lowest."""

@@ -1,7 +1,7 @@
-"""The rows of the benchmarks' tables: each table is a function that measures them one by one.
+"""The rows of the benchmarks' tables. Each table is a function that yields a call for each row.
 
-A row is what one process measured, a dict of plain numbers. It is appended to a store as soon as it
-is there, and not measured again unless the code or the call has changed.
+A row is a dict of plain numbers. It is appended to a store as soon as it is measured, and measured
+again only if the code or the call has changed.
 """
 
 import concurrent.futures
@@ -28,14 +28,14 @@ from experiments.store import Store
 
 Row = dict[str, Any]
 Jobs = Iterator[tuple[str, Callable[[], Row]]]
-"""A title for each row, and what measures it."""
+"""A title for each row, and the call that measures it."""
 
-ADAM = dpai.DPaI(optimizer=optax.adam(0.005), normalize=False)
-"""DPaI by the published code's optimizer."""
+ADAM = dpai.DPaI.published(counting="mean_field")
+"""DPaI with the published code's optimizer."""
 
-TIMED = {"default": (dpai.DPaI(), 10), "adam": (ADAM, 26)}
-"""Those whose steps are timed, and the bytes that a step must move for each weight: the score, read
-and written as float32, and the mask; Adam's two moments besides."""
+TIMED = {"default": (dpai.DPaI(), 14), "adam": (ADAM, 26)}
+"""The methods whose steps are timed, and the bytes that a step must move for each weight: the mask,
+the score, read and written as float32, and likewise the strength or Adam's two moments."""
 
 OPTIMIZER: Mapping[str, Any] = {
     "learning_rate": 0.1,
@@ -44,35 +44,35 @@ OPTIMIZER: Mapping[str, Any] = {
     "warmup_steps": 0,
     "steps": 1000,
 }
-"""What training steps are timed by: the arguments of `experiments.steps.Optimizer`."""
+"""The optimizer of timed training steps: arguments of `experiments.steps.Optimizer`."""
 
 PUBLISHED = {"resnet20": 0.044, "resnet18": 1.7, "vgg19": 2.8}
-"""Seconds a step of the published PyTorch code on two cores such as these."""
+"""Seconds of a step of the published PyTorch code on two such cores."""
 
 
 def step(python: str | None) -> Jobs:
-    """The time of a step of DPaI beside a plain PyTorch implementation and the memory's own."""
+    """The time of a step of DPaI, of a plain PyTorch implementation, and of moving the memory."""
     for network in networks.STEP:
         yield network.title, functools.partial(_steps, network, python)
 
 
 def large() -> Jobs:
-    """The time and the memory of pruning large networks, as a user would with the defaults.
+    """The time and the memory of pruning large networks with the defaults.
 
-    Once as a process starts, and again with another key, when all is compiled.
+    Once in a new process, and again with another key, when everything is compiled.
     """
     for network in networks.LARGE:
         yield network.title, functools.partial(isolated, _large, network)
 
 
 def training(python: str | None) -> Jobs:
-    """The time of a training step of ResNet-20, batch 128, beside PyTorch."""
+    """The time of a training step of ResNet-20, batch 128, and of the same in PyTorch."""
     network = networks.STEP[0]
     yield network.title, functools.partial(_trainings, network, python)
 
 
 def quality(seeds: int) -> Jobs:
-    """What masks optimised in the mean field are worth, counted exactly."""
+    """The exact objectives of masks that were optimised in the mean field."""
     for network in networks.QUALITY:
         for sparsity in networks.SPARSITIES:
             for seed in range(seeds):
@@ -80,76 +80,36 @@ def quality(seeds: int) -> Jobs:
                 yield title, functools.partial(_quality, network, sparsity, seed)
 
 
-def _unstopped(method: dpai.DPaI, steps: int) -> dpai.DPaI:
-    return dataclasses.replace(method, steps=steps, tolerance=-math.inf)
-
-
-def _adam(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
-    return dataclasses.replace(ADAM, optimizer=optax.adam(rate))
-
-
-def _ascent(rate: optax.ScalarOrSchedule) -> dpai.DPaI:
-    return dpai.DPaI(optimizer=optax.sgd(rate))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A setting of DPaI that is compared.
-
-    Attributes:
-        method: The method.
-        uniform_start: Whether it starts from scores of U(-1, 1) in place of its own.
-    """
-
-    method: dpai.DPaI
-    uniform_start: bool = False
-
-    def make(self, network: Network, seed: int) -> dpai.DPaI:
-        """Returns the method for a network and a seed."""
-        if not self.uniform_start:
-            return self.method
-        rng = np.random.default_rng(seed)
-        _, params, _ = network.problem()
-        scores = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape).astype(np.float32), params)
-        return dataclasses.replace(self.method, scores=scores)
-
-
-METHODS: Mapping[str, Setting] = {
-    "Adam .005, 3000 steps (published)": Setting(dpai.DPaI.published()),
-    "Adam .005, 300 steps": Setting(_unstopped(ADAM, 300)),
-    "Adam .05, 300 steps": Setting(_unstopped(_adam(0.05), 300)),
-    "Adam .1 to 0, 300 steps": Setting(
-        _unstopped(_adam(optax.cosine_decay_schedule(0.1, 300)), 300)
-    ),
-    "normalised .003, 100 steps": Setting(_unstopped(_ascent(0.003), 100)),
-    "normalised .01, 100 steps": Setting(_unstopped(dpai.DPaI(), 100)),
-    "normalised .03, 100 steps": Setting(_unstopped(_ascent(0.03), 100)),
-    "normalised .02 to 0, 100 steps": Setting(
-        _unstopped(_ascent(optax.linear_schedule(0.02, 0.0, 100)), 100)
-    ),
-    "default, from scores of U(-1, 1)": Setting(dpai.DPaI(), uniform_start=True),
-    "default": Setting(dpai.DPaI()),
+METHODS: Mapping[str, dpai.DPaI] = {
+    "published": dpai.DPaI.published(),
+    "published, 300 steps of Adam .05": dpai.DPaI.published(steps=300, optimizer=optax.adam(0.05)),
+    "default": dpai.DPaI(),
+    "paths alone": dpai.DPaI(alpha=0.0),
+    "α = 0.5": dpai.DPaI(alpha=0.5),
+    "100 steps": dpai.DPaI(steps=100),
+    "strength one": dpai.DPaI(strength="one"),
+    "strength square": dpai.DPaI(strength="square"),
 }
 """Settings of DPaI that are compared; the first is the published one."""
 
 
 def settings(seeds: int) -> Jobs:
-    """What other settings than the published ones reach, in a tenth of the steps."""
+    """The objectives that settings other than the published ones reach, in a tenth of the steps."""
     for network in networks.SETTINGS:
         for sparsity in networks.SPARSITIES:
-            for name, setting in METHODS.items():
+            for name, method in METHODS.items():
                 for seed in range(seeds):
                     title = f"{network.title}, {sparsity:.2%}, {name}, seed {seed}"
                     yield (
                         title,
-                        functools.partial(_settings, network, sparsity, name, setting, seed),
+                        functools.partial(_settings, network, sparsity, name, method, seed),
                     )
 
 
 def measure(table: str, rows: Jobs, store: Store) -> Iterator[Row]:
-    """Yields a table's rows, each measured if it isn't in the store, to which it is then added."""
+    """Yields a table's rows; measures those that are not in the store, and adds them to it."""
     for title, run in rows:
-        # A row is found by what is called with what, and by the code that it calls.
+        # A row is identified by the call with its arguments, and by the code.
         what = {
             "table": table,
             "title": title,
@@ -160,7 +120,7 @@ def measure(table: str, rows: Jobs, store: Store) -> Iterator[Row]:
 
 
 def isolated(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function in a process of its own, whose memory nothing else has used."""
+    """Calls a function in a new process, whose memory nothing else has used."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
@@ -176,7 +136,7 @@ def _steps(network: Network, python: str | None) -> Row:
 def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) -> Row:
     method, least_bytes = TIMED[name]
     fn, params, x = network.problem()
-    method = _unstopped(method, steps)
+    method = dataclasses.replace(method, steps=steps)
     times: list[float] = []
     arrays: list[int] = []
 
@@ -187,7 +147,7 @@ def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) 
     before = clock.array_bytes()
     memory = clock.peak_bytes(lambda: run(lambda: arrays.append(clock.array_bytes() - before)))
     run(lambda: times.append(time.perf_counter()))
-    # Progress is told each ten steps, and waits for them. The first ones are still warming up.
+    # Progress is reported every ten steps, and waits for them. The first ten are a warm-up.
     each = [float(seconds) / 10 for seconds in np.diff(times[1:])]
     seconds = clock.spread(each)
     bandwidth = clock.copy_bandwidth()
@@ -218,7 +178,6 @@ def _large(network: Network, sparsity: float = 0.9) -> Row:
         "seconds": pruned.seconds,
         "seconds_again": again.seconds,
         "steps": len(pruned.history["nodes"]),
-        "stopped": pruned.stopped,
         "peak_bytes": memory - baseline,
         **_topology(pruned),
     }
@@ -254,8 +213,7 @@ def _training(network: Network, batch: int = 128) -> Row:
     return {"seconds": clock.call_seconds(run)}
 
 
-def _settings(network: Network, sparsity: float, name: str, setting: Setting, seed: int) -> Row:
-    method = setting.make(network, seed)
+def _settings(network: Network, sparsity: float, name: str, method: dpai.DPaI, seed: int) -> Row:
     return {"network": network.title, "method": name} | _objective(network, sparsity, method, seed)
 
 
@@ -272,8 +230,12 @@ def _objective(network: Network, sparsity: float, method: dpai.DPaI, seed: int) 
         fn, params, x, sparsity, method=method, key=jax.random.key(seed), progress=False
     )
     steps = len(result.history["nodes"])
-    measured = {"seconds": result.seconds, "steps": steps, "stopped": result.stopped}
-    return {"sparsity": sparsity, **measured, **_topology(result)}
+    return {
+        "sparsity": sparsity,
+        "seconds": result.seconds,
+        "steps": steps,
+        **_topology(result),
+    }
 
 
 def _topology(result: dpai.Result) -> Row:
@@ -285,7 +247,7 @@ def _topology(result: dpai.Result) -> Row:
 
 
 def _peer(python: str, command: str, network: Network, *options: str) -> Row:
-    """The seconds that the PyTorch peer takes, in a Python that has PyTorch."""
+    """The seconds of the PyTorch peer, run by a Python that has PyTorch."""
     call = [python, "-m", "experiments.benchmarks.peer", command]
     call += ["--network", network.model, "--size", str(network.shape[0])]
     call += ["--steps", "5", "--warmup", "1", *options]

@@ -27,13 +27,13 @@ def run(
     folder: pathlib.Path,
     console: rich.console.Console,
 ) -> None:
-    """Measures what is not measured yet, and prints a table for each name.
+    """Measures rows that are not in the store yet, and prints a table for each name.
 
     Args:
         names: Names of tables.
         seeds: Repetitions where masks are compared.
-        python: A Python that has PyTorch, or None to leave that out.
-        folder: Where the file of rows is.
+        python: A Python that has PyTorch, or None to leave PyTorch out.
+        folder: The folder of the store.
         console: Where to print.
     """
     jobs = {
@@ -58,7 +58,7 @@ def run(
 
 
 def plot(name: str, rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Writes a PNG of a table that has a plot.
+    """Writes the plot of a table as PNG.
 
     Args:
         name: Name of the table.
@@ -121,7 +121,7 @@ def _step(rows: Sequence[Row]) -> Grid:
 
 
 def _steps(row: Row) -> list[Row]:
-    """The steps on one network: those of the library, and PyTorch's where it was there."""
+    """The steps on one network: those of the library, and PyTorch's if it was measured."""
     shared = {"network": row["title"], "weights": row["default"]["weights"]}
     seconds = {"published": _published(row), "peer": row.get("peer", {}).get("median")}
     steps = [shared | seconds | {"step": name} | row[name] for name in measured.TIMED]
@@ -278,7 +278,7 @@ def _settings(rows: Sequence[Row]) -> Grid:
 
 
 def _objective(row: Row, alpha: float = 0.99, beta: float = 0.5) -> float:
-    """What Algorithm 1 ascends, with the published weights."""
+    """The objective of Algorithm 1, with the published weights."""
     balance = (1 - beta) * row["nodes"] + beta * row["kernels"]
     return float((1 - alpha) * row["log_paths"] + alpha * balance)
 

@@ -1,4 +1,4 @@
-"""What is done to training images. The host draws the numbers, a jitted function applies them."""
+"""Augmentation of training images. The host draws numbers, a jitted function applies them."""
 
 import dataclasses
 
@@ -9,29 +9,28 @@ import numpy as np
 from experiments.config import AUGMENTATIONS, ConfigError
 
 Draws = dict[str, np.ndarray]
-"""Random numbers by name, the first axis of each that of the images."""
+"""Random numbers by name; the first axis of each is over the images."""
 
 PAD = 4
 """Pixels of padding before a crop, as is usual for CIFAR."""
 
 AREA = (0.08, 1.0)
-"""Fractions of an image's area between which that of a random box lies."""
+"""The range of a random box's area, as a fraction of the image's."""
 
 ASPECT = (3 / 4, 4 / 3)
-"""Ratios between which that of a random box's width to its height lies."""
+"""The range of a random box's ratio of width to height."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """An augmentation. Hashable, so that programs are compiled for it.
+    """An augmentation. Hashable, so that it can be a static argument.
 
-    The numbers come from NumPy's generator, a few for each image, so that they are the same on any
-    devices.
+    NumPy draws a few numbers for each image, so that they are the same on any devices.
 
     Attributes:
-        pad: An image is padded with so many zeros, then cropped at a random place.
-        flip: Half the images are mirrored.
-        resize: A random box of an image is resized to the size of the image.
+        pad: Pad an image with this many zeros, then crop it at a random place.
+        flip: Whether to mirror half of the images.
+        resize: Whether to resize a random box of an image to the size of the image.
     """
 
     pad: int = 0
@@ -61,10 +60,10 @@ class Augmentation:
 
 
 def named(name: str, image_shape: tuple[int, ...]) -> Augmentation:
-    """Returns the augmentation of a name, for images of a shape.
+    """Returns the augmentation with a name, for images of a shape.
 
     Raises:
-        ConfigError: There is none of this name, or none for text.
+        ConfigError: No augmentation has this name, or it is not for text.
     """
     if name not in AUGMENTATIONS:
         raise ConfigError(f"augmentation must be one of {AUGMENTATIONS}; got {name!r}.")
@@ -82,8 +81,8 @@ def named(name: str, image_shape: tuple[int, ...]) -> Augmentation:
 def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
     """Draws boxes of random area and shape within an image.
 
-    Of ten candidates for each box the first that fits is taken, else the largest central box whose
-    ratio is allowed.
+    Each box is the first of ten candidates that fits. If none fits, it is the largest central box
+    with an allowed ratio.
 
     Returns:
         int32 of shape (count, 4): top, left, height and width in pixels.
@@ -108,7 +107,7 @@ def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) 
 
 
 def crop(images: jax.Array, offset: jax.Array, pad: int) -> jax.Array:
-    """Pads images with zeros and crops each, to its own size, at an offset (count, 2)."""
+    """Pads images with zeros and crops each to its old size, at an offset (count, 2)."""
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
     def one(image: jax.Array, corner: jax.Array) -> jax.Array:
@@ -128,14 +127,14 @@ def resized_crop(images: jax.Array, boxes: jax.Array) -> jax.Array:
     _, height, width, _ = images.shape
     rows = _weights(boxes[:, 0], boxes[:, 2], height)
     columns = _weights(boxes[:, 1], boxes[:, 3], width)
-    # TPUs would round pixels to eight bits otherwise.
+    # By default TPUs would round pixels to eight bits.
     return jnp.einsum(
         "nyh,nhwc,nxw->nyxc", rows, images.astype(jnp.float32), columns, precision="highest"
     )
 
 
 def _weights(start: jax.Array, size: jax.Array, length: int) -> jax.Array:
-    """Returns the weights (count, length, length) of the pixels of a box in each resized one."""
+    """Returns the weights (count, length, length) of a box's pixels in each resized pixel."""
     start, size = (x.astype(jnp.float32)[:, None, None] for x in (start, size))
     pixel = jnp.arange(length, dtype=jnp.float32)
     scale = size / length

@@ -1,4 +1,4 @@
-"""What arrays must be before they are a data set."""
+"""Checks arrays before they become a data set."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from experiments.datasets.types import Split
 
 
 def checked(where: str, name: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    """Returns a split of arrays from a user's file.
+    """Checks arrays from a user's file, and returns them as a split.
 
     Args:
         where: What they were read from, for messages.
@@ -17,7 +17,7 @@ def checked(where: str, name: str, images: np.ndarray, labels: np.ndarray) -> Sp
         labels: Integers of shape (count,), counted from 0.
 
     Raises:
-        ConfigError: They are something else.
+        ConfigError: They are anything else.
     """
     pictures, answers = f"{where}: {name} images", f"{where}: {name} labels"
     if images.ndim not in (3, 4) or 0 in images.shape:

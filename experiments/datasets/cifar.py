@@ -17,8 +17,8 @@ from experiments.datasets.types import Splits
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/"
 
-# Names of the batches in both layouts. The binary one has labels of one byte before each image's
-# 3072; of CIFAR-100's two labels the fine one comes last.
+# Names of the batches in both layouts. In the binary one, labels of one byte come before the 3072
+# bytes of each image. CIFAR-100 has two labels; the fine one comes last.
 _BATCHES = {
     "cifar10": {"train": r"data_batch_[1-5](\.bin)?", "test": r"test_batch(\.bin)?"},
     "cifar100": {"train": r"train(\.bin)?", "test": r"test(\.bin)?"},
@@ -79,7 +79,7 @@ def _batch(content: bytes, dataset: str, binary: bool) -> tuple[np.ndarray, np.n
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads arrays alone, as a pickle could run anything."""
+    """Loads only arrays, as a pickle could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:

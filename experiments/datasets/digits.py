@@ -51,7 +51,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # Nothing is downloaded.
-        # scikit-learn takes two seconds to import and is needed only once a machine.
+        # scikit-learn takes two seconds to import, and is needed only once on a machine.
         import sklearn.datasets
 
         bunch = sklearn.datasets.load_digits()

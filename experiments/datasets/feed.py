@@ -22,13 +22,13 @@ class Feed(Protocol):
     """Gives the batches of a split, all of one shape."""
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Yields the shuffled, augmented batches of an epoch, the same whenever it is asked.
+        """Yields the shuffled, augmented batches of an epoch, the same at every call.
 
-        What is left over at the end of the epoch is dropped.
+        An incomplete batch at the end of the epoch is dropped.
         """
 
     def once(self) -> Iterator[Batch]:
-        """Yields the split in its own order, its last batch filled up with labels of -1."""
+        """Yields the split in its own order; the last batch is filled up with labels of -1."""
 
 
 def feed(
@@ -40,19 +40,19 @@ def feed(
     augmentation: str | None = "none",
     seed: int = 0,
 ) -> Feed:
-    """Returns the batches of a split: of arrays in memory on the devices, of photos streamed.
+    """Returns the batches of a split. Arrays are kept on the devices, photos are streamed.
 
     Args:
         data: The data set of the split.
         split: Images and labels.
         batch_size: Images in a batch.
-        mesh: The devices that share a batch; by default all of them.
-        augmentation: What is done to the images of an epoch; None for what suits the data set.
-        seed: Of the order and the augmentation. Both are a function of the seed and the epoch
-            alone, on any number of devices and processes.
+        mesh: The devices that share a batch; by default all devices.
+        augmentation: How to augment the images of an epoch; None for what suits the data set.
+        seed: Seed of the order and the augmentation. Both depend only on the seed and the epoch,
+            on any number of devices and processes.
 
     Raises:
-        ConfigError: There is no such augmentation of these images.
+        ConfigError: There is no such augmentation for these images.
     """
     mesh = devices.data_mesh() if mesh is None else mesh
     name = data.augmentation if augmentation is None else augmentation
@@ -62,9 +62,9 @@ def feed(
 
 
 class Resident:
-    """The feed of a split in memory, which lies whole on each device of a mesh.
+    """The feed of a split in memory, which is replicated on each device of a mesh.
 
-    The host sends the rows of a batch and a few random numbers for each image.
+    For each batch the host only sends the rows and a few random numbers for each image.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Resident:
         """Returns the batches of an epoch for a program that takes all of its steps.
 
         Returns:
-            A function that gives the batch of a step, to be called inside the program, and what it
-            is to be called with: arrays whose first axis is that of the steps.
+            A function that returns the batch of a step, to call inside the program; and its
+            arguments for all steps, arrays whose first axis is over the steps.
         """
         each = jax.tree.map(lambda *steps: np.stack(steps), *self._drawn(number))
         batch_of = _batch_of(self._augmentation, self._sharding)
@@ -108,7 +108,7 @@ class Resident:
             yield order[start : start + self._batch_size], draws
 
     def once(self) -> Iterator[Batch]:
-        """Yields the split in its own order, its last batch filled up."""
+        """Yields the split in its own order; the last batch is filled up."""
         rows = np.arange(len(self._labels), dtype=np.int32)
         filled = np.pad(rows, (0, -len(rows) % self._batch_size), constant_values=-1)
         for batch in filled.reshape(-1, self._batch_size):
@@ -120,10 +120,10 @@ class Resident:
         return cpu.settled(batch_of(self._images, self._labels, self._normalization, drawn))
 
 
-# The same function for the same arguments: feeds share what is compiled for it.
+# Cached, so that feeds get the same function, and share what is compiled for it.
 @functools.lru_cache
 def _batch_of(augmentation: Augmentation, sharding: NamedSharding) -> Callable[..., Batch]:
-    """Returns the function from rows, and numbers drawn for them, to their batch."""
+    """Returns a function from rows, and the numbers drawn for them, to a batch."""
 
     @jax.jit
     def batch_of(
@@ -132,7 +132,7 @@ def _batch_of(augmentation: Augmentation, sharding: NamedSharding) -> Callable[.
         normalization: Normalization | None,
         drawn: list[Any],
     ) -> Batch:
-        """Those rows that are -1 get labels of -1."""
+        """Returns the batch; rows of -1 get labels of -1."""
         rows, draws = drawn
         chosen, labels = images[jnp.maximum(rows, 0)], labels[jnp.maximum(rows, 0)]
         missing = (rows < 0).reshape(rows.shape + (1,) * (labels.ndim - 1))
@@ -145,13 +145,13 @@ def _batch_of(augmentation: Augmentation, sharding: NamedSharding) -> Callable[.
 
 
 def samples(data: Dataset, number: int, *, seed: int, per_class: int = 10) -> list[Batch]:
-    """Returns batches that hold as many images of each class, for methods that prune by data.
+    """Returns batches with the same number of images of each class, for methods that need data.
 
-    No image is in two batches, unless a class has too few. A text has no classes: a batch of it is
-    64 sequences.
+    No image is in two batches, unless a class has too few. A text has no classes, so its batches
+    are 64 sequences each.
 
     Args:
-        data: Its training split is drawn from.
+        data: The data set; batches are drawn from its training split.
         number: How many batches.
         seed: Seed of the draw.
         per_class: Images of each class in a batch.

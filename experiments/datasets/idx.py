@@ -16,7 +16,7 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-"""Names of the files of images and labels, without the ".gz" that they may end with."""
+"""Names of the files of images and labels, without ".gz", which may follow."""
 
 
 def read(folder: pathlib.Path) -> Splits:

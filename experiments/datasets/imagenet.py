@@ -18,19 +18,19 @@ PAGE = "https://image-net.org/challenges/LSVRC/2012/2012-downloads"
 ARCHIVES = [[Archive(name, PAGE)] for name in (TRAIN, VALIDATION, DEVKIT)]
 
 HELD_OUT = 10
-"""Images of each class that are split off the training part for validation."""
+"""How many training images of each class become the validation split."""
 
 NORMALIZATION = Normalization(
     np.float32(255) * np.array([0.485, 0.456, 0.406], np.float32),
     np.float32(255) * np.array([0.229, 0.224, 0.225], np.float32),
 )
-"""The mean and deviation of ImageNet's channels, as they are commonly published."""
+"""The commonly used mean and deviation of ImageNet's channels."""
 
 
 class Imagenet(Jpegs):
     """1,281,167 and 50,000 photos in 1000 classes.
 
-    The labels of the published test photos are secret: the published validation part is the test
+    The labels of the published test photos are secret. So the published validation part is the test
     split, and the last photos of each class's archive are the validation split.
     """
 
@@ -56,7 +56,7 @@ def _devkit(path: pathlib.Path) -> tuple[dict[int, str], list[int]]:
             for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
         )
     synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    # Those with children are no classes, only groups of them.
+    # Synsets with children are not classes, but groups of classes.
     names = {
         int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if not row["num_children"]
     }
@@ -66,7 +66,7 @@ def _devkit(path: pathlib.Path) -> tuple[dict[int, str], list[int]]:
 def _photos(
     path: pathlib.Path, label_of: dict[str, int], part: slice
 ) -> Iterator[tuple[bytes, int]]:
-    """Yields a part of each class's own archive, of those in the archive of training photos."""
+    """Yields a part of the photos of each class, which has an archive inside the archive."""
     with tarfile.open(path) as archive:
         for member in sorted(archive, key=lambda member: member.name):
             label = label_of[member.name.removesuffix(".tar")]
@@ -76,7 +76,7 @@ def _photos(
 
 
 def _test(path: pathlib.Path, labels: list[int]) -> Iterator[tuple[bytes, int]]:
-    """Yields the test photos, in the order of their numbers, as their labels are."""
+    """Yields the test photos in the order of their numbers, which is that of their labels."""
     with tarfile.open(path) as archive:
         photos = sorted(archive, key=lambda photo: photo.name)
         for photo, label in zip(photos, labels, strict=True):

@@ -1,4 +1,4 @@
-"""TFDS builders of encoded images, and how they are read again."""
+"""TFDS builders of encoded images, and how to read what they prepared."""
 
 import dataclasses
 import pathlib
@@ -21,14 +21,14 @@ Examples = Iterable[tuple[bytes, int]]
 class Jpegs(tfds.core.GeneratorBasedBuilder):
     """Encoded images as they were published, with labels.
 
-    All labels stand in the metadata, too, so that nobody reads the images for their sake.
+    The metadata has all labels, too, so that they can be read without the images.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "docs/data.md says what to fetch and where to put it."
 
     def splits(self, manual: pathlib.Path) -> dict[str, Examples]:
-        """Reads the published files in a folder, by the names of the splits."""
+        """Reads the published files in a folder; returns examples by the names of the splits."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -75,12 +75,12 @@ class Blobs(Sequence[bytes]):
 def read_again(
     builder_class: type[Jpegs], folder: pathlib.Path, archives: Sequence[Sequence[Archive]]
 ) -> dict[str, tuple[Blobs, np.ndarray]]:
-    """Returns the images and labels of each split, preparing them the first time.
+    """Returns the images and labels of each split; prepares them the first time.
 
     Args:
-        builder_class: What reads the published files.
-        folder: Of data sets.
-        archives: Of each published file the forms that it may have.
+        builder_class: Reads the published files.
+        folder: The folder of data sets.
+        archives: For each published file the forms that it may have.
 
     Raises:
         ConfigError: A file is missing, or not as it was published.

@@ -23,14 +23,14 @@ NAMES: dict[str, tuple[Callable[[pathlib.Path], Splits], str]] = {
     "tiny_imagenet": (tiny_imagenet.read, "crop-flip"),
     "imagenet": (imagenet.read, "resized-crop-flip"),
 }
-"""Reads each published data set in a folder; and what suits its training images."""
+"""Readers of the published data sets in a folder, with the augmentation that suits each."""
 
 FILES: dict[str, Callable[[pathlib.Path], Splits]] = {
     "npz": npz.read,
     "idx": idx.read,
     "text": text.read,
 }
-"""Reads a user's own file or folder, named after a colon."""
+"""Readers of a user's own file or folder, which is named after a colon."""
 
 
 def load(
@@ -39,15 +39,15 @@ def load(
     *,
     train_images: int | None = None,
 ) -> Dataset:
-    """Loads a data set, preparing it on disk the first time.
+    """Loads a data set; prepares it on disk the first time.
 
-    Where no validation split was published, it is a tenth of the training images, always the same.
+    If no validation split was published, it is a tenth of the training images, always the same.
     Any number of processes may call this at once.
 
     Args:
         name: One of `NAMES`; or "npz:FILE", "idx:FOLDER" or "text:FILE".
         data_dir: Folder of data sets; by default `default_data_dir()`.
-        train_images: Keep so many images of the training split, shared out among the classes.
+        train_images: Keep this many images of the training split, evenly from all classes.
 
     Raises:
         ConfigError: No data set has this name, or it can't be read.
@@ -64,13 +64,13 @@ def own_place(name: str) -> pathlib.Path | None:
     return pathlib.Path(path).expanduser() if colon and kind in FILES else None
 
 
-# The jobs of a sweep share what one of them has read.
+# Cached, so that the jobs of a sweep read it once.
 @functools.lru_cache(maxsize=1)
 def _loaded(
     name: str, folder: pathlib.Path, train_images: int | None, changed: int | None
 ) -> Dataset:
-    """Reads a data set; its arrays are never written to."""
-    del changed  # When a user's own file was written: a part of what is cached by.
+    """Reads a data set; its arrays are never changed."""
+    del changed  # the time when a user's own file was written: only a key of the cache
     own, kind = own_place(name), name.partition(":")[0]
     if own is not None:
         augmentation = "none"
@@ -126,17 +126,17 @@ def _check(name: str, splits: Splits, classes: int) -> None:
 
 
 def _normalization(train: Split) -> Normalization:
-    """Returns the mean and deviation of each channel; of photos those published for ImageNet."""
+    """Returns the mean and deviation of each channel; for photos, those of ImageNet."""
     images = train.images
     if isinstance(images, Photos):
         return imagenet.NORMALIZATION
-    # A part at a time, as float64 would be eight times as large.
+    # In parts, as float64 would need eight times the memory.
     parts = np.array_split(images, -(-len(images) // 1000))
     pixels = images[..., 0].size
     totals = np.stack([part.sum((0, 1, 2), dtype=np.float64) for part in parts])
     mean = totals.sum(0) / pixels
     squares = np.stack([np.square(part - mean).sum((0, 1, 2)) for part in parts])
     variance = squares.sum(0) / pixels
-    # A channel of one value stays as it is, not divided by zero.
+    # A constant channel is divided by one, not by zero.
     deviation = np.where(variance > 0, np.sqrt(variance), 1.0)
     return Normalization(mean.astype(np.float32), deviation.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Reads anyone's arrays from a file of NumPy's."""
+"""Reads a user's arrays from a NumPy file."""
 
 import itertools
 import pathlib
@@ -15,8 +15,8 @@ from experiments.datasets.types import Split, Splits
 def read(path: pathlib.Path) -> Splits:
     """Reads `train_images`, `train_labels`, `test_images` and `test_labels`.
 
-    A part may hold encoded images of one size instead: `train_jpeg`, the bytes of all one after
-    the other, `train_offset`, where each begins and the last ends, and `train_label`.
+    A part may hold encoded images of one size instead: `train_jpeg`, the bytes of all images one
+    after another; `train_offset`, where each begins and the last one ends; and `train_label`.
 
     Raises:
         ConfigError: The file or its arrays are not what they must be.

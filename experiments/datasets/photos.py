@@ -1,4 +1,4 @@
-"""Images that stay encoded: decoding them, and a split of them on disk."""
+"""Encoded images: decoding them, and sequences of them on disk."""
 
 import dataclasses
 import io
@@ -12,16 +12,16 @@ Box = tuple[float, float, float, float]
 
 
 def decoded(blob: bytes) -> Image.Image:
-    """Returns an encoded image, in RGB whatever its own colours are."""
+    """Decodes an image, and converts it to RGB."""
     return Image.open(io.BytesIO(blob)).convert("RGB")
 
 
 def decoded_all(blobs: Iterable[bytes]) -> np.ndarray:
-    """Returns encoded images of one size as uint8 of shape (count, height, width, 3).
+    """Decodes images of one size to uint8 of shape (count, height, width, 3).
 
     Raises:
         ValueError: They differ in size.
-        OSError: One is no image.
+        OSError: One is not an image.
     """
     # Threads would not help: on small images Pillow spends its time under Python's lock.
     return np.stack([np.asarray(decoded(blob)) for blob in blobs])
@@ -45,8 +45,8 @@ class Photos:
 
     Attributes:
         blobs: The encoded images, read one by one.
-        rows: Which of them, int64 of shape (count,).
-        size: Height and width of what is seen of an image.
+        rows: Which of them belong to the sequence, int64 of shape (count,).
+        size: Height and width of an item of the sequence.
     """
 
     blobs: Sequence[bytes]

@@ -37,12 +37,12 @@ def prepared(
     target = _target(builder_class, folder)
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and moved there in one step, so that of several processes one
-        # wins and none sees half a data set.
+        # Written elsewhere and then moved in one step, so that one of several processes wins, and
+        # none sees half a data set.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with _silenced(), _temporary_files_in(scratch):
                 draft = builder_class(data_dir=scratch, file_format="array_record")
-                # Nothing is ever downloaded by TFDS, but it makes a folder for that.
+                # TFDS downloads nothing here, but makes a folder for downloads.
                 draft.download_and_prepare(
                     download_dir=f"{scratch}/downloads",
                     download_config=tfds.download.DownloadConfig(manual_dir=manual),

@@ -1,4 +1,4 @@
-"""Finds the files that a data set was published as, or fetches them."""
+"""Finds or fetches the published files of a data set."""
 
 import dataclasses
 import pathlib
@@ -20,8 +20,8 @@ class Archive:
     """A published file.
 
     Attributes:
-        name: Of the file.
-        address: Where it was published; only what ends in its name can be fetched from here.
+        name: The file's name.
+        address: Where it was published; it can be fetched only if the address ends in its name.
     """
 
     name: str
@@ -34,10 +34,10 @@ def manual_folder(folder: pathlib.Path, dataset: str) -> pathlib.Path:
 
 
 def found(folder: pathlib.Path, dataset: str, archives: Sequence[Archive]) -> pathlib.Path:
-    """Returns that one of some equivalent archives which is there, or fetches the first.
+    """Returns the first of several equivalent archives that exists, or fetches the first one.
 
     Args:
-        folder: Of data sets.
+        folder: The folder of data sets.
         dataset: Name of the data set.
         archives: Forms of one published file.
 
@@ -62,7 +62,7 @@ def found(folder: pathlib.Path, dataset: str, archives: Sequence[Archive]) -> pa
 
 
 def _fetch(archive: Archive, folder: pathlib.Path) -> None:
-    """Downloads a file; what is incomplete never bears its name."""
+    """Downloads a file; it gets its name only when it is complete."""
     response = _opened(archive.address)
     folder.mkdir(parents=True, exist_ok=True)
     with response, tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -78,8 +78,8 @@ def _fetch(archive: Archive, folder: pathlib.Path) -> None:
 def _opened(address: str) -> Any:
     """Opens an address, or fails within seconds.
 
-    `urlopen` keeps to its timeout only after the name has been looked up, which may take a minute
-    without a network; so it runs in a thread that can be left behind.
+    The timeout of `urlopen` starts only after the name has been looked up, which may take a minute
+    without a network. So it runs in a thread that is abandoned after the timeout.
     """
     outcome: list[Any] = []
 

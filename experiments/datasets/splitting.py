@@ -1,4 +1,4 @@
-"""Parts of a split in which the classes are shared out alike."""
+"""Parts of a split with the same proportions of all classes."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from experiments.datasets.types import Split
 
 
 def stratified_order(labels: np.ndarray) -> np.ndarray:
-    """Returns a shuffled order of the examples of which every stretch holds all classes alike.
+    """Returns a shuffled order of the examples, with all classes evenly spread.
 
-    Each example's place is its random rank within its class, as a fraction of the class.
+    An example's place is its random rank within its class, as a fraction of the class.
     """
-    # RandomState's stream is frozen across numpy's versions, so the splits never change.
+    # RandomState draws the same numbers in all versions of NumPy, so the splits never change.
     shuffled = np.random.RandomState(0).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels)
@@ -22,17 +22,17 @@ def stratified_order(labels: np.ndarray) -> np.ndarray:
 
 
 def held_out(split: Split) -> tuple[Split, Split]:
-    """Returns a split without a tenth of its images, and that tenth, always the same."""
+    """Splits off a tenth of the images, always the same; returns the rest and the tenth."""
     order = stratified_order(split.labels)
     tenth = max(1, len(order) // 10)
     return split.select(np.sort(order[tenth:])), split.select(np.sort(order[:tenth]))
 
 
 def limited(split: Split, train_images: int) -> Split:
-    """Returns a split of so many images, always the same.
+    """Returns a split of this many images, always the same.
 
     Raises:
-        ConfigError: There are not so many.
+        ConfigError: There are fewer.
     """
     if not 1 <= train_images <= len(split.labels):
         raise ConfigError(

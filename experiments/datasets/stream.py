@@ -1,4 +1,4 @@
-"""Batches of photos on disk, read, decoded and resized by workers, and never all in memory."""
+"""Batches of photos on disk, which workers read, decode and resize; never all in memory."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ from experiments.datasets.types import Batch, Normalization, Split, network_inpu
 class Stream:
     """The feed of a split of photos.
 
-    Each process reads its own part of each batch. A random box is cut on the host, where photos
-    still have sizes of their own; all else is done on the devices.
+    Each process reads its own part of each batch. Random boxes are cut on the host, where photos
+    still have different sizes. Everything else is done on the devices.
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class Stream:
             yield self._finished(images, labels, draws, self._augmentation)
 
     def once(self) -> Iterator[Batch]:
-        """Yields the split in its own order, its last batch filled up."""
+        """Yields the split in its own order; the last batch is filled up."""
         rows = np.arange(len(self._split.labels))
         missing = -len(rows) % self._batch_size
         for images, labels in self._read(np.pad(rows, (0, missing), constant_values=-1), None):
             yield self._finished(images, labels, {}, Augmentation())
 
     def _read(self, rows: np.ndarray, seed: tuple[int, int] | None) -> Iterator[Any]:
-        """Yields this process's part of each batch of rows, as NumPy's arrays."""
-        # Its import takes a second and is needed for photos alone.
+        """Yields this process's part of each batch of rows, as NumPy arrays."""
+        # The import takes a second, and is only needed for photos.
         import grain
         from absl import flags
 
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's own, which have good defaults
+            flags.FLAGS.mark_as_parsed()  # Grain's flags keep their defaults
         part = self._batch_size // jax.process_count()
         everyones = np.arange(len(rows)).reshape(-1, jax.process_count(), part)
         places = everyones[:, jax.process_index()].ravel()
@@ -102,8 +102,8 @@ class Examples:
     Attributes:
         split: Photos and labels.
         rows: Which of them; -1 is a black image with the label -1.
-        places: Of each row in the epoch: the seed of its box.
-        seed: Of the boxes, or None for the middle of each photo.
+        places: The position of each row in the epoch, part of the seed of its box.
+        seed: Seed of the boxes, or None for the middle of each photo.
     """
 
     split: Split

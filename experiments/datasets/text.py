@@ -1,4 +1,4 @@
-"""Reads any file as bytes that a decoder predicts one by one."""
+"""Reads any file as a sequence of bytes, for a decoder to predict."""
 
 import pathlib
 
@@ -17,8 +17,8 @@ LENGTH = 128
 def read(path: pathlib.Path) -> Splits:
     """Cuts a file into sequences; each byte's label is the next byte.
 
-    The first eight tenths are for training, then one for validation, then one for the test, so
-    that no part has seen its neighbour's words.
+    The first eight tenths are for training, the next one for validation, the last one for the test,
+    so that no part contains pieces of another one's sentences.
 
     Raises:
         ConfigError: There is no such file, or it is too short.

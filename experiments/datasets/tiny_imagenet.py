@@ -16,7 +16,7 @@ ARCHIVES = [Archive("tiny-imagenet-200.zip", ADDRESS), Archive("tiny-imagenet-20
 class TinyImagenet(Jpegs):
     """100,000 and 10,000 images of 64×64 pixels in 200 classes.
 
-    The labels of the published test images are secret: the published validation part is the test
+    The labels of the published test images are secret. So the published validation part is the test
     split.
     """
 
@@ -38,7 +38,7 @@ class TinyImagenet(Jpegs):
 
 
 def _opened(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """Returns the names of the files in a zip file or a folder, and what reads one."""
+    """Returns the names of the files in a zip file or a folder, and a function that reads one."""
     if path.is_dir():
         files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         return files, lambda name: (path / name).read_bytes()

@@ -1,4 +1,4 @@
-"""What data sets are read into."""
+"""The types that data sets are read into."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,10 +32,10 @@ class Split:
 
 
 Batch = tuple[jax.Array, jax.Array]
-"""What a network is fed with and its labels, both split over a mesh along their first axis."""
+"""A network's input and its labels, both split over a mesh along their first axis."""
 
 Splits = Mapping[str, Split]
-"""What a reader returns: "train" and "test", and "validation" where it has been split off."""
+"""What a reader returns: "train" and "test", and "validation" if it was split off."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,13 +61,13 @@ jax.tree_util.register_dataclass(Normalization)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set with what a network must know of it.
+    """A data set, with what a network needs to know about it.
 
     Attributes:
-        name: Its name, as configurations have it.
-        train: What the weights are fitted to.
-        validation: What the best epoch is chosen by.
-        test: What results are reported on.
+        name: Its name in configurations.
+        train: The split to train on.
+        validation: The split that the best epoch is chosen by.
+        test: The split to report results on.
         num_classes: Number of labels.
         augmentation: What suits its training images, one of `config.AUGMENTATIONS`.
         normalization: By the mean and deviation of each channel over the training split; None for
@@ -89,15 +89,15 @@ class Dataset:
 
     @property
     def dtype(self) -> Any:
-        """What a network is fed with: float32, or int32 for tokens."""
+        """The dtype of a network's input: float32, or int32 for tokens."""
         return jnp.int32 if self.normalization is None else jnp.float32
 
     def normalized(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """Returns images, or tokens, as a network is fed with them."""
+        """Returns images, or tokens, as a network's input."""
         return network_input(images, self.normalization)
 
 
 @jax.jit
 def network_input(images: Any, normalization: Normalization | None) -> jax.Array:
-    """Returns normalized float32 images, or int32 tokens where there is no normalization."""
+    """Returns normalized float32 images, or int32 tokens if there is no normalization."""
     return images.astype(jnp.int32) if normalization is None else normalization(images)

@@ -28,9 +28,9 @@ def _vit(size: str, patch: int) -> Callable[..., nn.Module]:
     return functools.partial(ViT, width=width, heads=heads, patch=patch)
 
 
-# "mlp" has three layers, "lenet" is LeNet-300-100. The ResNets of 18 layers and more have a small
-# image's stem, or by name ImageNet's. Patches of 4, 8 and 16 pixels make 64 or 196 tokens of the
-# images of CIFAR, Tiny-ImageNet and ImageNet.
+# "mlp" has three layers, "lenet" is LeNet-300-100. ResNets of 18, 34 and 50 layers have a stem for
+# small images, or ImageNet's if the name says so. Patches of 4, 8 and 16 pixels make 64, 64 and 196
+# tokens from images of CIFAR, Tiny-ImageNet and ImageNet.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     **{f"mlp{depth}": functools.partial(MLP, depth=depth) for depth in (2, 4, 8)},
@@ -44,7 +44,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"vit_{size}{patch}": _vit(size, patch) for size in _VIT_SIZES for patch in (4, 8, 16)},
     "gpt2": GPT2,
 }
-"""Makes each network at its published width; or at any, given as `width`."""
+"""Functions that make each network, at its published width unless `width` is given."""
 
 
 @functools.lru_cache
@@ -55,9 +55,9 @@ def create(
     dtype: Any = None,
     image_size: int | None = None,
 ) -> nn.Module:
-    """Makes a network, or returns the very module made before of the same arguments.
+    """Makes a network, or returns the module made before from the same arguments.
 
-    Whatever is cached by the module's methods, such as traces of `apply`, then serves again.
+    So anything cached by the module's methods, such as traces of `apply`, is used again.
 
     Args:
         name: Name of the network, one of `MODELS`.
@@ -65,7 +65,7 @@ def create(
         width: Channels of the first stage, or features of a token or of the first hidden layer;
             None for the published number.
         dtype: Of the computation; None for that of images and parameters.
-        image_size: Resizes images to so many pixels along both axes; None leaves them.
+        image_size: Resizes images to this many pixels along both axes; None leaves them.
 
     Returns:
         A Linen module called as `module.apply(variables, images, train=...)`.

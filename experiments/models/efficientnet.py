@@ -33,13 +33,13 @@ _head_init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 class MBConv(nn.Module):
     """A depthwise convolution between two of 1x1, gated by squeeze-and-excitation.
 
-    The input is added to the output where they have one shape.
+    The input is added to the output if they have the same shape.
 
     Attributes:
         conv: Makes the convolutions.
         norm: Makes the norms.
-        expansion: Channels of the depthwise convolution for each input channel; where it is 1,
-            there is no first 1x1 convolution.
+        expansion: Channels of the depthwise convolution for each input channel; if it is 1, there
+            is no first 1x1 convolution.
         width: Output channels.
         stride: Step of the depthwise convolution along both image axes.
         taps: Size of its filter along each.
@@ -83,7 +83,7 @@ class EfficientNet(nn.Module):
     """A 3x3 stem that halves the image, seven stages of `MBConv`, a 1x1 convolution, a linear head.
 
     Initial weights as in the authors' code: kernels normal by fan-out, the head uniform within
-    1 / √outputs. Without dropout and stochastic depth, which are no part of the architecture.
+    1 / √outputs. There is no dropout or stochastic depth; they are not part of the architecture.
 
     Attributes:
         num_classes: Size of the output.

@@ -42,11 +42,11 @@ class GPT2(nn.Module):
 
         Args:
             x: Token ids, integers of shape (batch, length).
-            train: Is without effect.
+            train: Has no effect.
 
         Raises:
-            ConfigError: These are no token ids, they are longer than the context, or heads don't
-                share the features evenly.
+            ConfigError: The input is not token ids or longer than the context, or heads don't share
+                the features evenly.
         """
         del train  # It computes the same in training.
         check_heads(self.width, self.heads)

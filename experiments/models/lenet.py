@@ -44,10 +44,10 @@ class LeNet(nn.Module):
 class LeNet5(nn.Module):
     """Two 5x5 convolutions with max-pooling, two dense layers and a linear head; ReLU.
 
-    The common form of today. LeCun et al. have tanh, sums with a trained scale for pooling, a
-    second convolution that reads a part of the channels, and radial basis functions at the end.
-    Theirs reads images of 32x32; here the first convolution pads by two pixels, so that images of
-    28x28 have the same features. Kernels start at LeCun normal.
+    This is today's common form. LeCun et al. use tanh, sums with a trained scale for pooling, a
+    second convolution that reads only some of the channels, and radial basis functions at the end.
+    Their images are 32x32. Here the first convolution pads by two pixels, so that images of 28x28
+    give the same features. Kernels start at LeCun normal.
 
     Attributes:
         num_classes: Size of the output.

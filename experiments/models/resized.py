@@ -1,14 +1,13 @@
-"""Any network on images of another size."""
+"""Networks that resize their images."""
 
 import flax.linen as nn
 import jax
 
 
 class Resized(nn.Module):
-    """A network before which images are resized, bilinearly. Its variables are the network's.
+    """Resizes images bilinearly, then applies a network. Its variables are the network's.
 
-    Images that have the size already go through untouched, so that a trace of the network at that
-    size meets nothing but the network.
+    Images of the right size are not changed, so that a trace at that size has only the network.
 
     Attributes:
         model: The network.

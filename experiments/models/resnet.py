@@ -122,8 +122,8 @@ class ImageNetResNet(nn.Module):
         width: Channels of the stem, and of the first stage's 3x3 convolutions.
         depth: Layers with weights on the longest path: 18 or 34 of basic blocks, 50 of
             bottlenecks.
-        stem: "imagenet", a 7x7 convolution and a 3x3 max-pooling, each of which halves the image;
-            "small", a 3x3 convolution, as is usual on CIFAR and Tiny-ImageNet.
+        stem: "imagenet", a 7x7 convolution and a 3x3 max-pooling, which both halve the image;
+            "small", a 3x3 convolution, as usual on CIFAR and Tiny-ImageNet.
         dtype: Of the computation and the logits; by default that of images and parameters.
             Parameters are float32.
 
@@ -176,7 +176,7 @@ _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def _stages(
     x: jax.Array, block: Callable[..., nn.Module], blocks: Sequence[int], width: int
 ) -> jax.Array:
-    """Applies stages of so many blocks, inside a network's compact call."""
+    """Applies stages with these numbers of blocks, inside a network's compact call."""
     for stage, number in enumerate(blocks):
         for index in range(number):
             stride = 2 if stage > 0 and index == 0 else 1

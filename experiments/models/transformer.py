@@ -1,4 +1,4 @@
-"""The layer that transformers are made of."""
+"""The block that transformers are made of."""
 
 from typing import Any
 

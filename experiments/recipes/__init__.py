@@ -1,7 +1,7 @@
-"""Recipes by name: what is trained, and the methods and sparsities that are compared on it.
+"""Recipes by name: what to train, and which methods and sparsities to compare.
 
-A recipe is a Python module with a function `sweep(scale)` that returns a `Sweep`, or several, at
-the scale "full" or "small". Any file that defines one is a recipe, too.
+A recipe is a Python module with a function `sweep(scale)` that returns one or several `Sweep`s, at
+the scale "full" or "small". Any Python file with such a function is a recipe, too.
 """
 
 import importlib
@@ -19,15 +19,17 @@ RECIPES = (
     "vit_b16_tiny_imagenet",
     "ablations",
     "digits_resnet20",
+    "suite",
+    "small_dense",
 )
-"""The names of the recipes, each of them a module in this folder."""
+"""The names of the recipes; each is a module in this folder."""
 
 
 def find(name: str) -> Any:
-    """Returns the recipe of a name, or that in a Python file.
+    """Returns the recipe with a name, or from a Python file.
 
     Raises:
-        ConfigError: There is none, or the file defines none.
+        ConfigError: There is no such recipe, or the file defines none.
     """
     if name in RECIPES:
         return importlib.import_module(f"{__name__}.{name}")

@@ -1,14 +1,14 @@
-"""The paper's ablations of DPaI, on ResNet-20 and CIFAR-10: what each part of it is worth.
+"""The paper's ablations of DPaI, on ResNet-20 and CIFAR-10: what each part contributes.
 
     python -m experiments sweep ablations --scale full
     python -m experiments sweep ablations --scale small
 
-Full: 93 jobs for one accelerator, as those of `resnet20_cifar10`: about 5 hours at 10 TFLOP/s, an
-estimate. Small: 33 jobs for two cores, those of its small scale at 99 % alone: about an hour, an
-estimate.
+Full: 93 jobs for one accelerator, like those of `resnet20_cifar10`: about 5 hours at 10 TFLOP/s, an
+estimate. Small: 33 jobs for two cores, like those of its small scale, but only at 99 %: about an
+hour, an estimate.
 
-Not known of the paper's run: by what it replaces ERK, taken as one density for all layers; and the
-other values of α and β.
+The paper does not say what it replaces ERK by (here one density for all layers), nor the other
+values of α and β.
 """
 
 from experiments.recipes import resnet20_cifar10

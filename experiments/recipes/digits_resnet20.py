@@ -4,8 +4,8 @@
     python -m experiments sweep digits_resnet20 --scale small
 
 Full: 51 jobs for two cores. 1.7 million multiply-adds an image, 1257 images, 20 epochs: seconds a
-job. Small: 17 jobs, with a single seed. No experiment of the paper: the test split has 360 images,
-too few to tell good methods apart.
+job. Small: 17 jobs, with one seed. This is not an experiment of the paper: the test split has 360
+images, too few to tell good methods apart.
 """
 
 from experiments.config import Config

@@ -3,16 +3,16 @@
     python -m experiments sweep efficientnet_b0_imagenet --scale full
     python -m experiments sweep efficientnet_b0_imagenet --scale small
 
-Full: 27 jobs for accelerators of a data centre. 410 million multiply-adds an image, 1.27 million
-images, 90 epochs: about 5 hours a job and 140 hours in all at 15 TFLOP/s in bfloat16, an estimate;
-depthwise convolutions are slow for their multiply-adds. Started several times on one folder, the
-command shares the jobs.
+Full: 27 jobs for data-centre accelerators. 410 million multiply-adds an image, 1.27 million images,
+90 epochs: about 5 hours a job and 140 hours in all at 15 TFLOP/s in bfloat16, an estimate. The
+speed is low because depthwise convolutions are slow. Several processes started with this command on
+one folder share the jobs.
 
-Small: 27 jobs for two cores, about an hour, an estimate. On Tiny-ImageNet in place of ImageNet-1K;
-a quarter of the channels and images of 32x32, on 5000 of them for 4 epochs.
+Small: 27 jobs for two cores, about an hour, an estimate. Tiny-ImageNet instead of ImageNet-1K, a
+quarter of the channels, and 5000 images of 32x32 for 4 epochs.
 
-Not known of the paper's run: sparsities, epochs, batch, optimizer, the precision of the
-computation and the number of seeds. The settings here are those of a ResNet on ImageNet.
+The paper does not give the sparsities, epochs, batch size, optimizer, precision and number of
+seeds. The settings here are those of a ResNet on ImageNet.
 """
 
 import dataclasses

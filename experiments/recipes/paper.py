@@ -1,11 +1,11 @@
 """What the paper's experiments have in common.
 
 The paper is Xiang et al., DPaI: Differentiable Pruning at Initialization with Node-Path Balance
-Principle, ICLR 2025. Its table of pruning times needs no recipe of its own: each record holds the
-seconds that its pruning took. Those of a method's first job in a process hold compilation, too.
+Principle, ICLR 2025. Its table of pruning times needs no recipe: each record has the seconds that
+its pruning took. They include compilation for a method's first job in a process.
 
 The hours in the recipes' docstrings are estimates, not measurements: six times the multiply-adds of
-a forward pass for each image, over the speed that is named with them.
+a forward pass for each image, divided by the speed given with them.
 """
 
 from experiments.config import Config
@@ -15,11 +15,12 @@ SPARSITIES = (0.6838, 0.9, 0.9684, 0.99, 0.9968)
 """1 − 10^−c for c = 0.5, 1, 1.5, 2 and 2.5."""
 
 METHODS = ("random", "snip", "synflow", "phew", "npb", "dpai-published", "dpai")
-"""Those of the paper's figures, random under ERK; DPaI by the published settings, and by ours."""
+"""The methods of the paper's figures, with ERK for random; DPaI with the published settings and
+with ours."""
 
 SMALL_SPARSITIES = (0.9, 0.99)
 SMALL_METHODS = ("random", "snip", "synflow", "dpai-published", "dpai")
-"""What the scale "small" leaves of them."""
+"""The methods at the scale "small"."""
 
 
 def panel(scale: str, full: Config, small: Config) -> Sweep:

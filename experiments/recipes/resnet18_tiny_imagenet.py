@@ -3,16 +3,16 @@
     python -m experiments sweep resnet18_tiny_imagenet --scale full
     python -m experiments sweep resnet18_tiny_imagenet --scale small
 
-Full: 108 jobs for one accelerator of a data centre. 2.1 billion multiply-adds an image, 90,000
-images, 100 epochs: about an hour a job and 110 hours in all at 30 TFLOP/s, an estimate. Started
-several times on one folder, the command shares the jobs.
+Full: 108 jobs for one data-centre accelerator. 2.1 billion multiply-adds an image, 90,000 images,
+100 epochs: about an hour a job and 110 hours in all at 30 TFLOP/s, an estimate. Several processes
+started with this command on one folder share the jobs.
 
-Small: 33 jobs for two cores, about an hour, an estimate. An eighth of the channels and images of
-32x32, on 10,000 of them for 6 epochs, at two sparsities and without PHEW and NPB.
+Small: 33 jobs for two cores, about an hour, an estimate. An eighth of the channels, 10,000 images
+of 32x32 for 6 epochs, two sparsities, and no PHEW and NPB.
 
-The published validation images are the test split, as usual, and a part of the training images is
-the validation split. Not known of the paper's run: the augmentation, taken as on CIFAR; the weight
-decay, taken as on CIFAR; the seeds.
+As usual, the published validation images are the test split. A part of the training images is the
+validation split. The paper does not give the augmentation and the weight decay (here those for
+CIFAR), nor the seeds.
 """
 
 import dataclasses

@@ -3,16 +3,16 @@
     python -m experiments sweep vit_b16_tiny_imagenet --scale full
     python -m experiments sweep vit_b16_tiny_imagenet --scale small
 
-Full: 18 jobs for an accelerator of a data centre. 17.6 billion multiply-adds an image, 90,000
-images, 100 epochs: about 2.6 hours a job and 50 hours in all at 100 TFLOP/s in bfloat16, an
-estimate. Started several times on one folder, the command shares the jobs.
+Full: 18 jobs for one data-centre accelerator. 17.6 billion multiply-adds an image, 90,000 images,
+100 epochs: about 2.6 hours a job and 50 hours in all at 100 TFLOP/s in bfloat16, an estimate.
+Several processes started with this command on one folder share the jobs.
 
-Small: 18 jobs for two cores, about an hour, an estimate. An eighth of the features and images of
-64x64, as they are, on 5000 of them for 7 epochs.
+Small: 18 jobs for two cores, about an hour, an estimate. An eighth of the features, and 5000 images
+of 64x64, their own size, for 7 epochs.
 
-Not known of the paper's run: epochs, learning rate, weight decay, batch, warm-up, augmentation,
-the precision of the computation and the seeds; and whether weights were pretrained. Here they are
-random; `python -m experiments train --init FILE` starts from those of a checkpoint.
+The paper does not give the epochs, learning rate, weight decay, batch size, warm-up, augmentation,
+precision and seeds, nor whether weights were pretrained. Here they are random.
+`python -m experiments train --init FILE` starts from the weights of a checkpoint.
 """
 
 import dataclasses

@@ -45,7 +45,7 @@ _SETTINGS: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
-    "svg.fonttype": "path",  # no font needs to be there where it is looked at
+    "svg.fonttype": "path",  # the viewer needs no font
     "svg.hashsalt": "report",  # the same bytes for the same records
 }
 _styled = mpl.rc_context(_SETTINGS)
@@ -53,7 +53,7 @@ _styled = mpl.rc_context(_SETTINGS)
 
 @_styled
 def accuracy(panels: Sequence[Panel]) -> Figure:
-    """Draws the paper's figure: test accuracy against sparsity, one panel beside the other."""
+    """Draws the paper's figure: test accuracy against sparsity, with panels side by side."""
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width = 4.4 if len(panels) > 1 else 5.2
@@ -90,7 +90,7 @@ def paths(panel: Panel) -> Figure:
 
 @_styled
 def layers(panel: Panel) -> Figure:
-    """Draws each layer's effective share of its weights, and of its outputs those on a path."""
+    """Draws the share of each layer's weights that are effective, and of outputs on a path."""
 
     def draw(axes: Any, group: Group, part: str, whole: str) -> None:
         look = style.look(group.method)
@@ -117,7 +117,7 @@ def layers(panel: Panel) -> Figure:
 def shares_by_layer(group: Group, part: str, whole: str) -> np.ndarray:
     """Returns the mean over seeds of a quotient of two numbers, for each layer.
 
-    A layer of which the second number is 0, as where no weight is kept, has a share of 0.
+    The share is 0 where the second number is 0, as in a layer without kept weights.
     """
     tables = [record["metrics"]["topology"]["layers"] for record in group.records]
     shares = [[layer[part] / max(layer[whole], 1) for layer in rows] for rows in tables]
@@ -126,7 +126,7 @@ def shares_by_layer(group: Group, part: str, whole: str) -> np.ndarray:
 
 @_styled
 def draw(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
-    """Writes a PNG: test accuracy by sparsity, and how much of each layer lies on a path.
+    """Writes a PNG: test accuracy by sparsity, and how much of each layer is on a path.
 
     Args:
         records: Finished jobs of one recipe on one data set and network.
@@ -163,11 +163,11 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 
 @_styled
 def svg(figure: Figure, name: str) -> str:
-    """Returns a figure as an SVG element, to stand in a page beside others.
+    """Returns a figure as an SVG element for a page.
 
     Args:
         figure: The figure.
-        name: Goes before the ids in it, so that those of two figures differ.
+        name: A prefix of its ids, so that those of two figures on a page differ.
     """
     with io.StringIO() as file:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -175,21 +175,21 @@ def svg(figure: Figure, name: str) -> str:
         text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    # Its size is that of the place where it stands.
+    # Without width and height it fills the place where it stands.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1).strip()
 
 
 def standalone(element: str) -> str:
-    """Returns an SVG element of `svg` as a file that turns dark where its viewer is."""
+    """Returns an element made by `svg` as a file, which is dark if its viewer is."""
     styled = element.replace(">", f"><style>{dark_rules()}</style>", 1)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{styled}\n'
 
 
 def dark_rules() -> str:
-    """Returns CSS by which figures on dark ground have the colours for it.
+    """Returns CSS that gives figures their dark colours in dark mode.
 
-    The figures themselves hold the light colours, so that they are right wherever CSS is not read.
+    The figures themselves have the light colours, so they look right without CSS.
     """
     rules = (
         f'svg [style*="{what}: {light}"]{{{what}:{dark}!important}}'
@@ -204,7 +204,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _draw_accuracy(axes: Any, panel: Panel) -> None:
-    """Means over seeds with their sample deviations; sparsities 1 − 10^−c are evenly spaced."""
+    """Draws means over seeds with sample deviations; sparsities 1 − 10^−c are evenly spaced."""
     places = {sparsity: -math.log10(1.0 - sparsity) for sparsity in panel.sparsities}
     methods = [method for method in panel.methods if method != DENSE]
     halo = mpl.patheffects.withStroke(linewidth=2, foreground=style.PAPER)
@@ -212,7 +212,7 @@ def _draw_accuracy(axes: Any, panel: Panel) -> None:
     for number, method in enumerate(methods):
         look = style.look(method)
         groups = [g for g in panel.groups if g.method == method and g.accuracies]
-        # A little apart, so that bars of equal methods don't hide each other.
+        # Shifted a little, so that bars of equal methods don't hide each other.
         shift = 0.006 * span * (number - (len(methods) - 1) / 2)
         x = [places[group.sparsity] + shift for group in groups]
         means, deviations = _means([group.accuracies.values() for group in groups])
@@ -241,7 +241,7 @@ def _draw_accuracy(axes: Any, panel: Panel) -> None:
 
 
 def _means(samples: Iterable[Iterable[float]]) -> tuple[list[float], list[float]]:
-    """The mean and the sample deviation of each sample; 0 where it has one value."""
+    """The mean and the sample deviation of each sample; the deviation of one value is 0."""
     arrays = [np.array(list(sample)) for sample in samples]
     deviations = [float(a.std(ddof=1)) if len(a) > 1 else 0.0 for a in arrays]
     return [float(a.mean()) for a in arrays], deviations
@@ -250,7 +250,7 @@ def _means(samples: Iterable[Iterable[float]]) -> tuple[list[float], list[float]
 def _by_sparsity(
     panel: Panel, columns: Mapping[str, Callable[[Any, Group], None]], xlabel: str
 ) -> Figure:
-    """A row of axes for each sparsity, the columns drawn by a function each."""
+    """Draws a row of axes for each sparsity; a function draws each column."""
     sparsities = panel.sparsities
     figure = _figure(5.2, 1.55 * len(sparsities) + 1.2)
     figure.suptitle(panel.title, x=0.01, ha="left", fontsize=10, weight="bold")

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else, no network either."""
+"""The report as one HTML page that needs no other file, and no network."""
 
 import html
 import json
@@ -55,10 +55,10 @@ def html_page(
 
     Args:
         records: All records that were read.
-        panels: What they hold.
-        differences: Those between methods, by the panels' titles.
-        drawn: The figures of each panel as SVG, by their kinds, by the panels' titles.
-        command: What makes the page again.
+        panels: The same jobs as panels.
+        differences: The differences between methods, by the panels' titles.
+        drawn: The figures of each panel as SVG: by the panels' titles, then by their kinds.
+        command: The command that makes the page.
     """
     titles = ", ".join(panel.title for panel in panels)
     parts = [
@@ -102,7 +102,8 @@ def html_page(
 
 _ACCURACY = """\
 Test accuracy after the last epoch: means over seeds, with one sample deviation to each side. The
-dashed line is the dense network. “2 of 3” beside a point: so many of its seeds have an accuracy."""
+dashed line is the dense network. “2 of 3” beside a point: two of its three seeds have an accuracy.
+"""
 
 _DIFFERENCES = f"""\
 A paired t-test over seeds, as jobs of one seed share their initial weights and data order. It
@@ -116,8 +117,8 @@ Nodes and kernels against log-paths: each point is one job. The dense network is
 networks without a path from input to output."""
 
 _LAYERS = """\
-Layer by layer, means over seeds. Left: the share of the kept weights that lie on a path, 0 where
-none is kept. Right: the width, as the share of the outputs that lie on a path."""
+Means over seeds for each layer. Left: the share of kept weights that are on a path, 0 if none is
+kept. Right: the share of outputs that are on a path."""
 
 
 def _accuracies(panel: Panel) -> str:
@@ -132,7 +133,7 @@ def _folded(summary: str, content: str) -> str:
 
 
 def _summary(records: Sequence[Record], panels: Sequence[Panel]) -> str:
-    """What is there, and what failed, diverged or is missing."""
+    """A list of what has finished, and what failed, diverged or is missing."""
     groups = [(panel, group) for panel in panels for group in panel.groups]
     finished = sum(len(group.records) for _, group in groups)
     failed = own.failed(records)
@@ -173,7 +174,7 @@ def _name(panel: Panel, group: Group) -> str:
 
 
 def _verdicts(panel: Panel, found: Sequence[Difference]) -> str:
-    """For each sparsity how many pairs are apart and which are not; the table folded away."""
+    """For each sparsity, how many pairs are apart and which are not; the table is folded away."""
     lines = []
     for sparsity in panel.sparsities:
         pairs = [pair for pair in found if pair.sparsity == sparsity]
@@ -188,7 +189,7 @@ def _verdicts(panel: Panel, found: Sequence[Difference]) -> str:
         listed = "; ".join(f"{name} and {', '.join(others)}" for name, others in unsure.items())
         lines.append(told + (f" Not told apart: {_text(listed)}." if unsure else ""))
     if not lines:
-        return f"<h3>{_text(panel.title)}</h3><p>There is one method alone.</p>"
+        return f"<h3>{_text(panel.title)}</h3><p>There is only one method.</p>"
     items = "".join(f"<li>{line}</li>" for line in lines)
     folded = _folded("All differences", _scroll(tables.differences(panel, found)))
     return f"<h3>{_text(panel.title)}</h3><ul>{items}</ul>{folded}"
@@ -201,18 +202,18 @@ def _origin(records: Sequence[Record], panels: Sequence[Panel], command: str) ->
     files = dict.fromkeys(record["source"].rpartition(":")[0] for record in used)
     facts = {
         "records": ", ".join(files),
-        "left out": f"{old} that a newer record of the same job replaces, {other} of no job",
+        "left out": f"{old} replaced by a newer record of the same job, {other} of no job",
         "commits": _distinct(used, lambda record: record["commit"]),
         "code": _distinct(used, lambda record: record["code"]),
         "hardware": _distinct(used, lambda record: _words(record["hardware"])),
         "versions": _distinct(used, lambda record: _words(record["versions"])),
     }
     terms = "".join(f"<dt>{name}</dt><dd>{_text(fact)}</dd>" for name, fact in facts.items())
-    return f"<p>This page is made again by</p><pre>{_text(command)}</pre><dl>{terms}</dl>"
+    return f"<p>This command makes the page:</p><pre>{_text(command)}</pre><dl>{terms}</dl>"
 
 
 def _distinct(records: Sequence[Record], pick: Any) -> str:
-    """What records say of their origin, each once; older ones may not say it."""
+    """The distinct values that records have; older records may have none."""
     found = dict.fromkeys(pick(record) for record in records if "commit" in record)
     return "; ".join(found) or "unknown"
 
@@ -236,7 +237,7 @@ def _settings(panel: Panel) -> str:
 def _figures(
     panels: Sequence[Panel], drawn: Mapping[str, Mapping[str, str]], kind: str, caption: str
 ) -> str:
-    """One figure for each panel: side by side where there is room."""
+    """One figure for each panel, side by side if there is room."""
     parts = []
     for panel in panels:
         if kind in drawn[panel.title]:
@@ -249,7 +250,7 @@ def _figures(
 
 
 def _scroll(grid: Grid) -> str:
-    """A table that scrolls in its box where the window is narrow."""
+    """A table that scrolls in its box if the window is narrow."""
     caption = f'<p class="note">{_text(grid.caption)}</p>' if grid.caption else ""
     label = _text(grid.title)
     box = f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{grid.html()}</div>'

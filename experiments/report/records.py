@@ -1,4 +1,4 @@
-"""Records of jobs, gathered as tables and figures need them."""
+"""Records of jobs, grouped for tables and figures."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from experiments.jobs import RESULTS
 from experiments.store import Record, Store
 
 Pick = Callable[[dict[str, Any]], float | None]
-"""Takes a number from a record's metrics; None where it is not finite."""
+"""Takes a number from a record's metrics; None if it is not finite."""
 
 VARIED = ("method", "sparsity", "seed")
-"""What differs between the jobs of one panel; all other settings are its recipe."""
+"""The settings that differ between the jobs of one panel; all others are its recipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Group:
     Attributes:
         method: Name of the method.
         sparsity: Fraction of the prunable weights that it removed.
-        records: The finished jobs, diverged ones among them, by seed.
-        missing: Seeds that other groups of the panel have and this one has not.
+        records: The finished jobs by seed, including diverged ones.
+        missing: Seeds that other groups of the panel have, but not this one.
     """
 
     method: str
@@ -63,7 +63,7 @@ class Panel:
     """All jobs of one recipe on one data set and network.
 
     Attributes:
-        title: What tells it from the other panels.
+        title: A title that no other panel has.
         settings: The recipe: all settings that the jobs share.
         groups: By sparsity, the methods in the order of the records.
     """
@@ -108,23 +108,23 @@ def prune_seconds(metrics: dict[str, Any]) -> float | None:
 
 
 def topology(key: str) -> Pick:
-    """Returns what picks a number of the pruned network's topology."""
+    """Returns a function that picks a number from the pruned network's topology."""
     return lambda metrics: metrics["topology"][key]
 
 
 def effective(metrics: dict[str, Any]) -> float | None:
-    """The fraction of the kept weights that lie on a path."""
+    """The fraction of the kept weights that are on a path."""
     return metrics["topology"]["effective"] / metrics["topology"]["weights"]
 
 
 def read(paths: Sequence[pathlib.Path]) -> list[Record]:
-    """Reads stores; each record also says where it stands, as "source".
+    """Reads stores; adds to each record its file and line, as "source".
 
     Args:
         paths: Stores, or folders that hold a results.jsonl.
 
     Raises:
-        ConfigError: There is no store, or none of them holds a job.
+        ConfigError: A store does not exist, or none of them holds a job.
     """
     if not paths:
         raise ConfigError("folders must name at least one folder or .jsonl file; got none.")
@@ -141,7 +141,7 @@ def read(paths: Sequence[pathlib.Path]) -> list[Record]:
 
 
 def newest(records: Sequence[Record]) -> list[Record]:
-    """Returns the newest record of each job that finished, in order of their first ones."""
+    """Returns the newest record of each finished job, in the order of their first records."""
     by_job: dict[str, Record] = {}
     for record in records:
         if "metrics" in record and "config" in record:
@@ -161,9 +161,9 @@ def failed(records: Sequence[Record]) -> list[Record]:
 
 
 def group(records: Sequence[Record]) -> list[Group]:
-    """Gathers records by sparsity and method; sparsities rise, methods keep their order.
+    """Groups records by sparsity and method; sparsities rise, methods keep their order.
 
-    Of jobs that have several records the newest counts.
+    If a job has several records, the newest counts.
     """
     groups: dict[tuple[float, str], list[Record]] = {}
     seeds = set()
@@ -184,10 +184,10 @@ def group(records: Sequence[Record]) -> list[Group]:
 
 
 def panels(records: Sequence[Record]) -> list[Panel]:
-    """Gathers the jobs of each recipe on each data set and network.
+    """Groups the jobs of each recipe on each data set and network.
 
-    A title is the network and its data set; where several recipes share these, also the settings
-    in which they differ.
+    A title is the network and its data set. If several recipes share these, it also has the
+    settings in which they differ.
     """
     recipes: dict[str, list[Record]] = {}
     for record in newest(records):
@@ -202,7 +202,7 @@ def panels(records: Sequence[Record]) -> list[Panel]:
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that have a value: a record may be older than a setting."""
+    """The settings that have a value. A record may be older than a setting, and lack it."""
     return {name: value for name, value in config.items() if value is not None}
 
 

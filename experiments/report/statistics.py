@@ -2,8 +2,8 @@
 
 Jobs of one seed share their initial weights and the order of their data, so methods are compared
 seed by seed. With three to ten seeds the test is Student's t on the differences, which assumes that
-they are normally distributed. Tests by rank or sign assume less but cannot speak so early: three
-seeds have 2³ signs, so no p-value of theirs is below 0.25, and five have none below 0.06.
+they are normally distributed. Tests by rank or sign assume less, but need more seeds: three seeds
+have 2³ signs, so their p-value is never below 0.25, and with five seeds never below 0.06.
 """
 
 import dataclasses
@@ -16,27 +16,27 @@ import scipy.stats
 from experiments.report.records import Group, Panel
 
 LEVEL = 0.05
-"""The chance that is accepted of any false difference at one sparsity of one panel."""
+"""The accepted chance of any false difference at one sparsity of one panel."""
 
-# Accuracies are quotients of small integers: equal ones may differ in their last bits.
+# Accuracies are quotients of small integers, so equal ones may differ in their last bits.
 _NO_SPREAD = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The test accuracy of one method less that of another, over the seeds that both have.
+    """The difference in test accuracy of two methods, over the seeds that both have.
 
     Attributes:
-        sparsity: At which both pruned.
-        better: The method of the higher mean over these seeds.
+        sparsity: The sparsity of both.
+        better: The method with the higher mean over these seeds.
         other: The method that it is compared with.
-        seeds: Those that both have an accuracy for.
-        mean: Of the differences.
-        low: Where the 95 % confidence interval of the mean begins, this difference alone
-            considered; None without a test.
-        high: Where it ends.
-        p: The p-value of the paired t-test, two-sided; None where there is no test: one seed, or
-            the same difference at every seed.
+        seeds: The seeds for which both have an accuracy.
+        mean: The mean of the differences.
+        low: The lower end of the 95 % confidence interval of the mean, for this difference alone;
+            None without a test.
+        high: The upper end.
+        p: The p-value of the two-sided paired t-test; None without a test, that is with one seed,
+            or the same difference at every seed.
         p_holm: The same after Holm's correction over all pairs at this sparsity of the panel.
     """
 
@@ -57,7 +57,7 @@ class Difference:
 
 
 def differences(panel: Panel, sparsity: float) -> list[Difference]:
-    """Compares each two methods at one sparsity, the largest difference first.
+    """Compares all pairs of methods at one sparsity, the largest difference first.
 
     Args:
         panel: The jobs.
@@ -75,7 +75,7 @@ def differences(panel: Panel, sparsity: float) -> list[Difference]:
 
 
 def _difference(a: Group, b: Group) -> Difference | None:
-    """Compares two groups; returns None where they share no seed."""
+    """Compares two groups; returns None if they share no seed."""
     of_a, of_b = a.accuracies, b.accuracies
     seeds = tuple(sorted(of_a.keys() & of_b.keys()))
     if not seeds:
@@ -96,11 +96,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Corrects p-values for their number, so that the chance of any false finding is bounded.
 
     Args:
-        p_values: Those of one family.
+        p_values: The p-values of one family of tests.
 
     Returns:
-        The corrected ones, in the same order (Holm 1979, "A simple sequentially rejective multiple
-        test procedure").
+        The corrected p-values, in the same order (Holm 1979, "A simple sequentially rejective
+        multiple test procedure").
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p, kind="stable")

@@ -1,4 +1,4 @@
-"""How methods look: the same in every picture, on light and on dark ground."""
+"""How methods look: the same in every figure, on light and dark backgrounds."""
 
 import dataclasses
 import zlib
@@ -70,10 +70,10 @@ class Look:
     """How one method is drawn.
 
     Attributes:
-        color: Of its line and markers.
-        marker: As matplotlib names it; none for the dense network.
-        line: Solid, or another one for masks that were changed afterwards.
-        hollow: Whether the markers are hollow: those of masks that were changed afterwards.
+        color: The colour of its line and markers.
+        marker: Matplotlib's name of the marker; empty for the dense network.
+        line: The line style: solid, unless the masks were changed afterwards.
+        hollow: Whether the markers are hollow, as for masks that were changed afterwards.
     """
 
     color: str
@@ -92,7 +92,7 @@ class Look:
 
 
 def look(method: str) -> Look:
-    """Returns how a method is drawn; of one that isn't known, by its name alone."""
+    """Returns how a method is drawn; an unknown method gets a look that depends on its name."""
     base, _, afterwards = method.partition("+")
     if base not in LOOKS:
         known = list(LOOKS.values())[1:]

@@ -13,13 +13,13 @@ from experiments.report.statistics import Difference
 from experiments.store import Record
 
 FEWER = "†"
-"""Marks what stands on fewer seeds than its neighbours."""
+"""Marks a number that comes from fewer seeds than its neighbours."""
 
 
 def table(records: Sequence[Record], title: str) -> Grid:
     """Makes a table with one row for each method and sparsity: means over the seeds.
 
-    Accuracies are those of the test split, with the sample deviation where there are several seeds.
+    Accuracies are those of the test split, with the sample deviation if there are several seeds.
 
     Args:
         records: Jobs of one recipe on one data set and network.
@@ -29,13 +29,46 @@ def table(records: Sequence[Record], title: str) -> Grid:
 
 
 def by_panel(panels: Sequence[Panel]) -> list[Grid]:
-    """Makes such a table for each recipe on each data set and network."""
+    """Makes a table like `table` for each recipe on each data set and network."""
     return [_results(panel.groups, panel.title, detailed=False) for panel in panels]
 
 
 def results(panel: Panel) -> Grid:
-    """Makes the table of a panel that also says which records each row stands on."""
+    """Makes the table of a panel that also names the records of each row."""
     return _results(panel.groups, panel.title, detailed=True)
+
+
+def sizes(records: Sequence[Record], title: str) -> Grid:
+    """Makes the table of networks of several widths, by how many weights each has on a path.
+
+    Args:
+        records: Jobs on one data set, by kernels, by channels and dense.
+        title: Its heading.
+    """
+    found = [(panel.settings, group) for panel in own.panels(records) for group in panel.groups]
+    found.sort(key=lambda pair: -pair[1].values(own.topology("effective")).mean())
+    rows = [
+        (
+            f"{settings.get('width', '–')}",
+            group.method,
+            "–" if group.method == DENSE else percent(group.sparsity),
+            settings.get("granularity", "–"),
+            _whole(group, "weights"),
+            _whole(group, "effective"),
+            _accuracy(group, own.last),
+            _finite(group, own.best),
+            f"{len(group.records)}",
+        )
+        for settings, group in found
+    ]
+    headings = ("width", "method", "sparsity", "by", "weights", "effective", "test %", "best %")
+    return Grid(
+        title,
+        (*headings, "seeds"),
+        tuple(rows),
+        left=("method", "by"),
+        caption="effective: weights on a path; test: last epoch; best: epoch of best validation",
+    )
 
 
 def accuracies(panel: Panel) -> Grid:
@@ -158,7 +191,7 @@ def differences(panel: Panel, found: Sequence[Difference]) -> Grid:
 
 
 def jobs(panels: Sequence[Panel]) -> Grid:
-    """Makes the table of all records that the report stands on."""
+    """Makes the table of all records in the report."""
     rows: list[Cells | None] = []
     for panel in panels:
         for group in panel.groups:
@@ -188,7 +221,7 @@ def jobs(panels: Sequence[Panel]) -> Grid:
 
 
 def lines(records: Sequence[Record]) -> str:
-    """Says where records stand: "results.jsonl:3, 8"."""
+    """Returns the files and lines of records: "results.jsonl:3, 8"."""
     by_file: dict[str, list[str]] = {}
     for record in records:
         file, _, line = record["source"].rpartition(":")
@@ -197,7 +230,7 @@ def lines(records: Sequence[Record]) -> str:
 
 
 def mean_and_deviation(values: np.ndarray, scale: float, digits: int) -> str:
-    """Writes the mean and, of several values, the sample deviation."""
+    """Formats the mean and, if there are several values, the sample deviation."""
     mean = f"{scale * values.mean():,.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {scale * values.std(ddof=1):,.{digits}f}"
 
@@ -207,7 +240,7 @@ def _one(accuracy: float | None) -> str:
 
 
 def _accuracy(row: Group, pick: Pick) -> str:
-    """The mean and the deviation of the runs that did not diverge, and how many did."""
+    """The mean and the deviation over runs that did not diverge, and how many did."""
     lost = f" ({row.diverged} of {len(row.records)} diverged)" if row.diverged else ""
     return f"{_finite(row, pick)}{lost}"
 

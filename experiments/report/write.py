@@ -1,4 +1,4 @@
-"""Makes the report of stores: its files, and what it holds as JSON."""
+"""Makes the report of stores: its files, and its contents as JSON."""
 
 import pathlib
 import re
@@ -79,7 +79,7 @@ def show(records: Sequence[Record], files: Sequence[str], console: rich.console.
 
 
 def _draw(panels: Sequence[Panel]) -> Iterator[tuple[str, str, figures.Figure]]:
-    """Draws all figures; gives the panel's title, none for one of all panels, and the kind."""
+    """Yields all figures, each with its panel's title, empty for all panels, and its kind."""
     if len(panels) > 1:
         yield "", "accuracy", figures.accuracy(panels)
     for panel in panels:
@@ -122,7 +122,7 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def _numbers(values: np.ndarray) -> dict[str, Any]:
-    """Each value, and of the finite ones the mean and the sample deviation."""
+    """All values, and the mean and the sample deviation of the finite ones."""
     finite = values[np.isfinite(values)]
     return {
         "values": values.tolist(),

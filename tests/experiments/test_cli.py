@@ -48,7 +48,7 @@ def test_a_command_keeps_what_it_compiles_in_the_users_cache_folder(tmp_path):
     code = "from experiments.__main__ import keep_compiled; keep_compiled()\n"
     code += "import jax.numpy as jnp; jnp.arange(3) + 1; print('done')"
     (tmp_path / "file").touch()
-    for name, said in (("cache", ""), ("file", "What is compiled is not kept")):
+    for name, said in (("cache", ""), ("file", "Compiled programs are not kept")):
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,

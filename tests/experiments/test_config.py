@@ -29,6 +29,12 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(fields, message):
         Config(**fields).check()
 
 
+def test_a_dense_network_has_no_granularity_and_others_say_theirs():
+    assert Config(method="dense", granularity="channel") == Config(method="dense")
+    config = Config(method="dpai", sparsity=0.9, granularity="channel")
+    assert config.label == "dpai 90% by channel"
+
+
 def test_the_papers_settings_are_accepted():
     Config(epochs=160, drops=(80, 120), warmup=0.0, augmentation="crop-flip").check()
     Config(optimizer="adamw", image_size=224, train_images=100, epochs=1).check()

@@ -3,7 +3,7 @@ import pytest
 import dpai_jax as dpai
 from dpai_jax.tools.settings import described
 from experiments import methods
-from experiments.config import ConfigError
+from experiments.config import Config, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,19 @@ def test_a_name_that_means_nothing_is_refused_with_what_can_be_set(name, message
     with pytest.raises(ConfigError, match=message) as caught:
         methods.find(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"granularity": "row"}, r"granularity must be weight, kernel, .* got 'row'"),
+        (
+            {"granularity": "kernel", "method": "random+repair"},
+            r"granularity can't go with \+repair",
+        ),
+    ],
+)
+def test_a_granularity_that_cannot_be_is_refused_before_a_job_starts(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        methods.check_granularity(Config(**fields))
+    methods.check_granularity(Config(granularity="2:4", sparsity=0.5))

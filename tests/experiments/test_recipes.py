@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import methods, models, recipes
+from experiments import methods, models, recipes, sweep
 from experiments.config import OPTIMIZERS, ConfigError
 from experiments.recipes import paper
 from experiments.sweep import Sweep
@@ -13,6 +13,7 @@ from tests.support import abstract
 
 SIDES = {"cifar10": 32, "cifar100": 32, "tiny_imagenet": 64, "imagenet": 224, "digits": 16}
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000, "digits": 10}
+ON_DIGITS = ("digits_resnet20", "small_dense")
 every_sweep = pytest.mark.parametrize(
     ("name", "scale"), [(n, s) for n in recipes.RECIPES for s in ("full", "small")]
 )
@@ -21,15 +22,17 @@ every_sweep = pytest.mark.parametrize(
 @every_sweep
 def test_every_job_of_a_recipe_can_be_run(name, scale):
     """Its values make sense, its methods exist, and its network takes its images."""
-    sweep = recipes.find(name).sweep(scale)
-    for config in sweep.configs():
+    configs = sweep.configs([name], scale)
+    for config in configs:
         config.check()
         methods.find(config.method)
-    base = sweep.base
-    model = models.create(base.model, CLASSES[base.dataset], base.width, None, base.image_size)
-    side = SIDES[base.dataset]
-    channels = 1 if base.dataset == "digits" else 3
-    assert abstract.shapes(model, abstract.images(1, side, side, channels))
+        methods.check_granularity(config)
+    recipe = ("model", "dataset", "width", "image_size")
+    for network, dataset, width, size in {tuple(getattr(c, n) for n in recipe) for c in configs}:
+        model = models.create(network, CLASSES[dataset], width, None, size)
+        side = SIDES[dataset]
+        channels = 1 if dataset == "digits" else 3
+        assert abstract.shapes(model, abstract.images(1, side, side, channels))
 
 
 @every_sweep
@@ -37,10 +40,10 @@ def test_a_docstring_says_the_command_and_the_number_of_jobs(name, scale):
     recipe = recipes.find(name)
     assert f"\n    python -m experiments sweep {name} --scale {scale}\n" in recipe.__doc__
     (jobs,) = re.findall(rf"{scale.capitalize()}: (\d+) jobs", recipe.__doc__)
-    assert int(jobs) == len(recipe.sweep(scale).configs())
+    assert int(jobs) == len(sweep.configs([name], scale))
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n != "digits_resnet20"])
+@pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n not in ON_DIGITS])
 def test_small_is_less_of_the_same(name):
     full, small = (recipes.find(name).sweep(scale) for scale in ("full", "small"))
     kept = ("model", "augmentation", "optimizer", "learning_rate", "momentum", "weight_decay")
@@ -119,7 +122,8 @@ def test_what_is_no_recipe_is_refused(tmp_path, monkeypatch, name, message):
 def test_recipes_are_found_without_importing_jax():
     code = (
         "import sys; from experiments import recipes\n"
-        "for name in recipes.RECIPES: recipes.find(name).sweep('small').configs()\n"
+        "from experiments.sweep import configs\n"
+        "configs(recipes.RECIPES, 'small')\n"
         "print('jax' in sys.modules)"
     )
     done = subprocess.run(

@@ -54,6 +54,30 @@ def test_the_table_fits_eighty_columns_and_shows_every_number():
         assert shown in text
 
 
+def test_networks_of_several_widths_are_told_apart_and_ordered_by_their_effective_weights():
+    records = []
+    for width, method, granularity, effective in (
+        (4, "dense", None, 17_000),
+        (16, "dpai", "channel", 15_000),
+        (16, "dense", None, 270_000),
+    ):
+        for seed in range(2):
+            record = _record(method, 0.9, seed, 0.5 + 0.1 * seed)
+            config = Config(
+                width=width, method=method, sparsity=0.9, granularity=granularity, seed=seed
+            )
+            record["metrics"]["topology"]["effective"] = effective
+            records.append(record | {"config": config.as_dict()})
+    rows = report.sizes(records, "").rows
+    assert [row[:4] for row in rows] == [
+        ("16", "dense", "–", "–"),
+        ("4", "dense", "–", "–"),
+        ("16", "dpai", "90%", "channel"),
+    ]
+    assert [row[5] for row in rows] == ["270,000", "17,000", "15,000"]
+    assert all(row[6] == "55.0 ± 7.1" and row[-1] == "2" for row in rows)
+
+
 def test_seeds_are_averaged_and_their_deviation_shown():
     records = [_record("dpai", 0.9, seed, accuracy) for seed, accuracy in enumerate((0.8, 0.9))]
     (line,) = [line for line in _show(report.table(records, ""), 90).splitlines() if "dpai" in line]

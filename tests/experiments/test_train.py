@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dpai_jax as dpai
-from experiments import datasets, steps, train
+from experiments import datasets, models, steps, train
 from experiments.config import Config, ConfigError
 from experiments.methods import METHODS
 from tests.support.meshes import mesh_of
@@ -215,12 +215,12 @@ def test_the_last_epoch_and_the_best_by_validation_are_both_reported():
 def test_the_check_finds_a_weight_that_came_back_and_a_wrong_count():
     masks = {"kernel": jnp.array([[True, False], [False, False]]), "bias": jnp.array(True)}
     params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 0.0]]), "bias": jnp.ones(2)}
-    train.check_pruned(params, masks, 0.75)
+    train.check_pruned(params, masks, 1)
     with pytest.raises(RuntimeError, match="keep 1 weights where 2 were asked for"):
-        train.check_pruned(params, masks, 0.5)
+        train.check_pruned(params, masks, 2)
     revived = params | {"kernel": jnp.array([[2.0, 0.0], [1e-30, 0.0]])}
     with pytest.raises(RuntimeError, match="1 pruned weights are not zero"):
-        train.check_pruned(revived, masks, 0.75)
+        train.check_pruned(revived, masks, 1)
 
 
 def test_the_optimizer_is_sgd_with_momentum_decay_warmup_and_cosine():
@@ -300,10 +300,24 @@ def test_accuracy_is_the_fraction_of_right_labels_whatever_the_batch(digits):
         assert train.accuracy(Counted(), state, feed) == expected
 
 
+class Normed(nn.Module):
+    """A hidden layer with batch normalization and a head, which compile in a moment."""
+
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(self.width, use_bias=False)(x.reshape(len(x), -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(self.num_classes)(nn.relu(x))
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
-def test_every_method_prunes_a_network_of_the_experiments(name):
+def test_every_method_prunes_a_network_of_the_experiments(name, monkeypatch):
     """Two steps of each that takes steps; the loss is that of training."""
-    config = dataclasses.replace(TINY, method=name, sparsity=0.7, width=2, epochs=1)
+    monkeypatch.setitem(models.MODELS, "normed", Normed)
+    config = dataclasses.replace(TINY, model="normed", method=name, sparsity=0.7, width=3, epochs=1)
     job = train.resolve(config)
     method = job.pruning.method
     if not callable(method) and hasattr(method, "steps"):

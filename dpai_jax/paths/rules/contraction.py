@@ -1,8 +1,8 @@
 """Contractions: `dot_general` and `conv_general_dilated`, of flows with kernels and with flows.
 
-A contraction of a flow and a kernel is the same contraction of the counts and the mask. Values
-that no path passes count as all ones. A contraction of two flows (attention's QKᵀ, its product
-with V) is a product followed by a sum.
+A contraction of a flow and a kernel is the same contraction of the counts and the mask. A value
+that does not depend on the input counts as all ones. A contraction of two flows (attention's QKᵀ,
+and its product with V) is a product followed by a sum.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value
         if isinstance(weight, Weight) and isinstance(flow, Flow):
             summed = (*contracted[side], *batch[side])
             outputs = tuple(i for i in range(len(weight.shape)) if i not in summed)
-            # In the result come the batch axes first, then the left side's, then the right side's.
+            # The result has the batch axes first, then the left side's, then the right side's.
             before = len(batch[0]) if side == 0 else len(flow.shape) - len(contracted[0])
             use = KernelUse(
                 weight,
@@ -75,21 +75,21 @@ def _dot_either(
 def _ragged_dot(
     interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value, sizes: Value, *offset: Value
 ) -> Sequence[Value]:
-    """Rows that are multiplied by the kernel of their group: by all, where groups are unknown."""
+    """Multiplies rows by the kernel of their group, or by all if the groups are unknown."""
     program = functools.partial(_by_groups, params=eqn.params)
     avals = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in eqn.invars[:3]]
     return interpreter.evaluate(jax.make_jaxpr(program)(*avals), lhs, rhs, sizes)
 
 
 def _by_groups(lhs: Array, rhs: Array, sizes: Array, *, params: dict[str, Any]) -> Array:
-    """`lax.ragged_dot_general` by products of all rows with the kernels of all groups."""
+    """`lax.ragged_dot_general` from products of all rows with the kernels of all groups."""
     numbers = params["ragged_dot_dimension_numbers"]
     (contracted, batch), (ragged,) = numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
     if ragged in batch[0]:
         return dot(lhs, rhs, numbers.dot_dimension_numbers)
     members = _members(sizes, lhs.shape[ragged]).astype(lhs.dtype)
-    # The left side once for each group, (groups, *lhs.shape), with the other rows left out.
+    # The left side repeated for each group, (groups, *lhs.shape), with other groups' rows zero.
     by_group = dot(members, lhs, (((), ()), ((1,), (ragged,))))
     by_group = jnp.moveaxis(by_group, 0, ragged + 1)
     left_contracted, left_batch = ([i + 1 for i in axes] for axes in (contracted[0], batch[0]))
@@ -102,7 +102,7 @@ def _by_groups(lhs: Array, rhs: Array, sizes: Array, *, params: dict[str, Any]) 
 
 
 def _members(sizes: Array, rows: int) -> Array:
-    """Which rows belong to each group, (groups, rows); all, where a batch differs."""
+    """Which rows belong to each group, (groups, rows); all, if groups differ within a batch."""
     if sizes.ndim > 1:
         return jnp.ones((sizes.shape[-1], rows), bool)
     ends = jnp.cumsum(sizes)[:, None]
@@ -115,7 +115,7 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Va
     params, shape = dict(eqn.params), shape_of(eqn.outvars[0])
     dims, batch_groups = params["dimension_numbers"], params["batch_group_count"]
     if batch_groups > 1:
-        # Groups of images, each with features of its own, are groups of features.
+        # Groups of images with separate features become groups of features.
         lhs = _batch_groups_as_features(lhs, dims, batch_groups)
         params["feature_group_count"] = batch_groups
     convolve = functools.partial(
@@ -157,20 +157,20 @@ def _batch_groups_as_features(value: Value, dims: Any, groups: int) -> Value:
 
 
 def pass_kernel(interpreter: Interpreter, use: KernelUse) -> Flow:
-    """The flow behind a kernel. A kernel ends the ancestry."""
+    """The flow behind a kernel, a new unit without ancestors."""
     return interpreter.flow(interpreter.at_kernel(use), use.flow.exponent)
 
 
 def _contract(
     interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value, bilinear: Bilinear
 ) -> Value:
-    """A contraction of two flows, or of a flow with what is not a kernel."""
+    """A contraction of two flows, or of a flow with something other than a kernel."""
     if isinstance(lhs, Flow) and isinstance(rhs, Flow):
         return _contract_flows(interpreter, lhs, rhs, bilinear)
     flow, other = (lhs, rhs) if isinstance(lhs, Flow) else (rhs, lhs)
     if not isinstance(flow, Flow):
         return unknown(eqn)[0]
-    # A matrix of known numbers (a mean, a rotation) is no kernel: its result is a statistic.
+    # Multiplying by a matrix of known numbers (a mean, a rotation) gives a statistic.
     known = isinstance(other, Independent) and other.known is not None
     return interpreter.flow(
         bilinear(_spread(lhs), _spread(rhs)),
@@ -209,9 +209,9 @@ def _convolve(
     counting: Counting,
     by_taps: bool = False,
 ) -> Spread:
-    """`lax.conv_general_dilated`, which keeps axes uniform where padding allows it.
+    """`lax.conv_general_dilated` that keeps axes uniform where the counting allows it.
 
-    Along an axis that stays uniform in spite of padding, each tap counts by the fraction of
+    Along an axis that stays uniform in spite of padding, each tap is weighted by the fraction of
     positions at which it is inside the map.
     """
     dims = params["dimension_numbers"]
@@ -315,7 +315,7 @@ def _convolve_by_taps(
 
 
 def _convolve_uniform(lhs: Spread, taps: Spread, dims: Any, groups: int, shape: Shape) -> Spread:
-    """A convolution of counts that are equal everywhere, by a kernel whose taps were summed."""
+    """A convolution of counts that are uniform along all axes, by a kernel with summed taps."""
     out, into, *positions = dims.rhs_spec
     n_out, n_in = taps.shape[out], taps.shape[into]
     kernel = taps.array.transpose(into, out, *positions).reshape(n_in, groups, n_out // groups)

@@ -1,4 +1,4 @@
-"""Equations that hold a jaxpr: calls are inlined, loops run their body on each step's masks."""
+"""Equations with inner jaxprs: calls are inlined, loops run their body on each step's masks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _call(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Val
 
 @rules_for("cond", inlined=True)
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, index: Value, *args: Value) -> Sequence[Value]:
-    """The branch that is taken, or the sum over all of them where that is not known."""
+    """The branch that is taken, or the sum over all branches if it is unknown."""
     branches = eqn.params["branches"]
     if eqn.params.get("branches_platforms") is not None:
-        # One computation, written once for each platform.
+        # The branches are one computation, written once for each platform.
         return interpreter.evaluate(branches[-1], *args)
     if isinstance(index, Independent) and index.scalar is not None:
         taken = min(max(int(index.scalar), 0), len(branches) - 1)
@@ -49,7 +49,7 @@ def _either(interpreter: Interpreter, *cases: Value) -> Value:
     return Independent(cases[0].shape)
 
 
-# Loops carry counts alone: a constant put beside a flow before the loop is not followed in it.
+# Loops carry only counts. Constants that were concatenated with a flow are not followed in loops.
 def _without_constants(args: Sequence[Value]) -> list[Value]:
     return [v.replace(arg, constants=None) if isinstance(arg, Flow) else arg for arg in args]
 
@@ -66,7 +66,7 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Val
 
 @rules_for("while", carries_constants=True)
 def _while(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
-    """The body once per step; where the number of steps is unknown, until a step adds no path."""
+    """Runs the body once per step, or until a step adds no path if the number is unknown."""
     if not any(isinstance(arg, Flow) for arg in args):
         return unknown(eqn)
     params, plain = eqn.params, _without_constants(args)
@@ -76,20 +76,20 @@ def _while(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Va
     steps = _number_of_steps(test, body, tested, consts, start)
     if steps is not None:
         return _Loop(interpreter, body, consts, start, [], []).run(steps)
-    # A number that the body changes is not known at an unknown step.
+    # At an unknown step, numbers that the body changes are unknown.
     fixed = _handed_on(body, n_body, len(start))
     carry: list[Value] = [
         Independent(value.shape) if isinstance(value, Independent) and not same else value
         for value, same in zip(start, fixed, strict=True)
     ]
-    # A path reaches all carried values that it can reach within as many steps as there are values.
+    # With n carried values, a path reaches all that it can reach within n steps.
     for _ in range(len(carry) + 1):
         after = interpreter.evaluate(body, *consts, *carry)
         if all(_is_same(a, b) for a, b in zip(carry, after, strict=True)):
             return after
         carry = after
     raise NotImplementedError(
-        "no path semantics for a while loop of which every step adds paths and the number of steps "
+        "no path semantics for a while loop whose every step adds paths and whose number of steps "
         f"is not computed from constants, used at {interpreter.source_line()}; loop with "
         "jax.lax.scan or with constant bounds"
     )
@@ -107,7 +107,7 @@ def _is_same(a: Value, b: Value) -> bool:
 def _number_of_steps(
     test: Any, body: Any, tested: Sequence[Value], consts: Sequence[Value], start: Sequence[Value]
 ) -> int | None:
-    """How often a while loop runs its body, where that is computed from constants alone."""
+    """How often a while loop runs its body, if that depends on constants alone."""
     counters = _read_by(test, {0})
     needed = {i for i in counters if i < len(tested)}
     carried = {i - len(tested) for i in counters if i >= len(tested)}
@@ -127,7 +127,7 @@ def _number_of_steps(
         return None
 
     def filled(values: Sequence[Any], jaxpr: Any, first: int) -> list[Any]:
-        """The values, with zeros for those that the loop's test does not need."""
+        """The values, with zeros for those that the number of steps does not depend on."""
         avals = jaxpr.in_avals[first : first + len(values)]
         pairs = zip(values, avals, strict=True)
         return [jnp.zeros(a.shape, a.dtype) if x is None else x for x, a in pairs]
@@ -151,7 +151,7 @@ def _number_of_steps(
 
 
 def _read_by(jaxpr: Any, results: set[int]) -> set[int]:
-    """The arguments of a jaxpr that some of its results depend on, by their places."""
+    """The indices of a jaxpr's arguments that some of its results depend on."""
     opened, _ = open_jaxpr(jaxpr)
     needed = {opened.outvars[i] for i in results if not isinstance(opened.outvars[i], Literal)}
     for eqn in reversed(opened.eqns):
@@ -161,7 +161,7 @@ def _read_by(jaxpr: Any, results: set[int]) -> set[int]:
 
 
 def _handed_on(body: Any, n_consts: int, n_carry: int) -> list[bool]:
-    """Which carried values the body of a loop hands on unchanged."""
+    """Which carried values the body of a loop passes on unchanged."""
     opened, _ = open_jaxpr(body)
     carried = opened.invars[n_consts : n_consts + n_carry]
     return [a is b for a, b in zip(carried, opened.outvars[:n_carry], strict=True)]
@@ -170,15 +170,15 @@ def _handed_on(body: Any, n_consts: int, n_carry: int) -> list[bool]:
 class _Loop:
     """A loop with a known number of steps in path semantics.
 
-    What a step carries to the next may change its kind on the way: the zeros an LSTM starts from
-    become a flow, an even count becomes uneven. So the body is first evaluated abstractly until
-    what goes in and what comes out have one form.
+    The form of a carried value may change from step to step: the zeros that an LSTM starts from
+    become a flow, a uniform count becomes uneven. So the body is first evaluated abstractly, until
+    what goes in and what comes out have the same form.
 
     Args:
       interpreter: evaluates the body.
       body: a jaxpr from constants, a carry and one step of the inputs to a carry and outputs.
-      consts, start, xs: the constants, the first carry, and what the steps see slices of.
-      shapes: the shapes of the outputs of all steps.
+      consts, start, xs: the constants, the first carry, and the inputs of all steps, stacked.
+      shapes: the shapes of the stacked outputs.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class _Loop:
         self.body = body
         self.consts, self.start, self.xs, self.shapes = consts, start, xs, shapes
         self.token = object()
-        # A carry that the body hands on unchanged is a constant of the loop.
+        # A carry that the body passes on unchanged is a constant of the loop.
         self.fixed = _handed_on(body, len(consts), len(start))
 
     def run(self, length: int, reverse: bool = False) -> list[Value]:
@@ -205,7 +205,7 @@ class _Loop:
         def body(carry: list[Any], steps: list[Any]) -> tuple[list[Any], list[Any]]:
             after, ys[:] = self._step(_filled(forms, carry), steps)
             conformed = [_conform(*pair) for pair in zip(after, forms, strict=True)]
-            # Sums alone would let counts grow out of float32 over many steps.
+            # Normalized, as counts that are only added up would overflow after many steps.
             return _arrays(map(self._settled, conformed)), _arrays(ys)
 
         start = _arrays(map(self._settled, map(_conform, self.start, forms)))
@@ -216,10 +216,10 @@ class _Loop:
     def _step(
         self, carry: Sequence[Value], steps: Sequence[Any]
     ) -> tuple[list[Value], list[Value]]:
-        """What the body makes of a carry and of one step of the inputs: carry and outputs."""
+        """Evaluates the body on a carry and one step of the inputs; returns carry and outputs."""
         xs = [_slice(x, step, self.token) for x, step in zip(self.xs, steps, strict=True)]
         results = self.interpreter.evaluate(self.body, *self.consts, *self._with_fixed(carry), *xs)
-        # Only counts and counters leave the loop: of all else the shape is enough.
+        # Only counts and counters leave the loop. Of everything else only the shape does.
         results = [
             Independent(result.shape) if isinstance(result, Weight | WeightSum) else result
             for result in results
@@ -231,11 +231,11 @@ class _Loop:
         return [start if fixed else value for fixed, start, value in items]
 
     def _scanned(self) -> list[Any]:
-        """The arrays of which each step sees a slice."""
+        """The arrays that the loop slices at each step."""
         return [None if isinstance(x, Flow) and x.spread.uniform(0) else _array(x) for x in self.xs]
 
     def _stable_forms(self) -> list[Value]:
-        """Carries of forms that the body keeps."""
+        """Carried values whose forms the body keeps."""
         forms = [
             Independent(start.shape)
             if fixed or isinstance(start, Weight | WeightSum)
@@ -253,7 +253,7 @@ class _Loop:
             forms = merged
 
     def _abstract_step(self, forms: Sequence[Value]) -> list[Value]:
-        """The form of the carry after one step of the body; its numbers mean nothing."""
+        """The forms of the carry after one step of the body. Their arrays are placeholders."""
         after: list[Value] = []
 
         def body(arrays: list[Any], steps: list[Any]) -> None:
@@ -272,7 +272,7 @@ class _Loop:
         return Independent(value.shape) if isinstance(value, Weight | WeightSum) else value
 
     def _merged(self, before: Value, after: Value, carry: int) -> Value:
-        """The form of which both values are special cases."""
+        """A form that covers both values."""
         if isinstance(before, Independent) and isinstance(after, Independent):
             return before if before.known and after.known else Independent(before.shape)
         a, b = v.as_flow(before), v.as_flow(after)
@@ -289,7 +289,7 @@ class _Loop:
         return v.replace(settled, unit=value.unit, at_zero=value.at_zero)
 
     def _stacked(self, y: Value, arrays: Any, shape: Shape) -> Value:
-        """One value of the results of all steps, each of which has an exponent of its own."""
+        """The stacked results of all steps as one value; each step has its own exponent."""
         if not isinstance(y, Flow):
             return Independent(shape)
         mantissa, exponents, filled = arrays
@@ -321,14 +321,14 @@ def _slice(x: Value, step: Any, token: object) -> Value:
 
 
 def _form(value: Value) -> Any:
-    """What has to stay the same from step to step."""
+    """The form of a value, which must stay the same from step to step."""
     if isinstance(value, Flow):
         return value.mantissa.shape, value.at_zero
     return isinstance(value, Independent) and value.known is not None
 
 
 def _conform(value: Value, form: Value) -> Value:
-    """A value in the form in which the next step takes it."""
+    """A value in the form that the next step expects."""
     if isinstance(form, Flow):
         flow = v.as_flow(value)
         return v.replace(flow, mantissa=jnp.broadcast_to(flow.mantissa, form.mantissa.shape))
@@ -336,7 +336,7 @@ def _conform(value: Value, form: Value) -> Value:
 
 
 def _arrays(values: Iterable[Value]) -> list[Any]:
-    """What a loop carries of values: counts with their exponents, and known numbers."""
+    """The arrays that a loop carries: counts with their exponents, and known numbers."""
     return [_counts(x) if isinstance(x, Flow) else _array(x) for x in values]
 
 

@@ -1,10 +1,10 @@
-"""Functions of each entry by itself: activations, sums, products, casts.
+"""Elementwise functions: activations, sums, products, casts.
 
-Any composition of elementwise functions of one unit is an activation function, and a path passes
-it once; so no list of names of activations is needed. A unit combined with something derived from
-it without a kernel (its mean, its softmax denominator) is normalisation: the unit's paths pass and
-the statistic adds none. Sums of different units add paths. Products of different units give the
-terms of the network's Jacobian, `alive(b)·a + alive(a)·b`.
+Any composition of elementwise functions of one unit is an activation function, which a path passes
+once. So no list of activations is needed. Combining a unit with something derived from it without a
+kernel (its mean, its softmax denominator) is normalisation: the unit's paths pass, the statistic
+adds none. Sums of different units add paths. Products of different units give the terms of the
+network's Jacobian, `alive(b)·a + alive(a)·b`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def _identity(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence
 
 @rules_for("convert_element_type")
 def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
-    # An integer made from a real number (an argmax, a code) carries no path; a token id does.
+    # An integer made from a real number (an argmax, a code) has no path. A token id has one.
     return unknown(eqn)[0] if is_real(eqn.invars[0]) and not is_real(eqn.outvars[0]) else x
 
 
 @rules_for(_COMPARISONS)
 def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
-    # A comparison of token ids is how a one-hot code is made; any other is a switch.
+    # Comparing token ids makes a one-hot code. Any other comparison is a switch.
     if is_real(eqn.invars[0]):
         return Independent(shape_of(eqn.outvars[0]), at_zero=_at_zero(eqn, args))
     return _elementwise(interpreter, eqn, *args)
@@ -76,7 +76,7 @@ def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value
 
 @rules_for(_PRODUCTS)
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
-    """A product of each entry; a quotient is the product with a reciprocal."""
+    """An elementwise product; a quotient is a product with a reciprocal."""
     if eqn.primitive.name == "mul" and any(
         isinstance(a, Independent) and a.scalar == 0 for a in args
     ):
@@ -103,7 +103,7 @@ def _combine(
 
 
 def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
-    """What a function makes of kernels: of one the same kernel, of a sum the kernels added up."""
+    """A function of kernels: one kernel stays the same, a sum of kernels is a `WeightSum`."""
     weights = [arg for arg in args if isinstance(arg, Weight | WeightSum)]
     # A kernel combined with functions of itself is one term.
     terms = {id(term.array): term for weight in weights for term in weight.terms}
@@ -115,7 +115,7 @@ def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     if any(term.sources != first.sources for term in others):
         return unknown(eqn)[0]
     if eqn.primitive.name == "mul":
-        # A constant that is zero in places (an autoregressive mask) takes weights away.
+        # A constant that is zero in places (an autoregressive mask) removes weights.
         for arg in args:
             if isinstance(arg, Independent) and (present := nonzero(arg)) is not None:
                 return v.replace(first, array=first.array * present)
@@ -123,7 +123,7 @@ def _combine_weights(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
 
 
 def nonzero(value: Independent) -> np.ndarray | None:
-    """One where a known constant is not zero, zero where it is; nothing where it never is."""
+    """One where a known constant is not zero, else zero; None if it is unknown or has no zero."""
     if value.known is None or value.known.traced:
         return None
     present = np.asarray(value.known.value) != 0
@@ -131,7 +131,7 @@ def nonzero(value: Independent) -> np.ndarray | None:
 
 
 def _reshaped(flow: Flow, shape: v.Shape) -> Flow:
-    """A flow as an operand of an operation whose result has this shape: some axes may be new."""
+    """A flow reshaped to the rank of an operation's result, with new axes in front."""
     if flow.shape == shape:
         return flow
     new_axes = (1,) * (len(shape) - len(flow.shape))
@@ -141,15 +141,15 @@ def _reshaped(flow: Flow, shape: v.Shape) -> Flow:
 
 
 def related(a: Flow, b: Flow) -> Flow | None:
-    """The unit whose paths pass when it is combined with itself or with a statistic of it."""
+    """The flow whose paths pass if one is a statistic of the other, or both are one unit."""
     if a.unit == b.unit or _normalises(b, a):
         return a
     return b if _normalises(a, b) else None
 
 
 def _normalises(statistic: Flow, x: Flow) -> bool:
-    """Whether a flow was derived from another, or from what that one is a rearrangement of."""
-    # Two rearrangements of one unit, as in the differences of all pairs, are no statistics.
+    """Whether `statistic` was derived from `x`, or from a flow that `x` is a rearrangement of."""
+    # Two rearrangements of one unit (as in all pairwise differences) are not statistics.
     wholes = x.views & (statistic.ancestors - statistic.views)
     return x.unit in statistic.ancestors or bool(wholes)
 
@@ -186,9 +186,9 @@ def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = Fals
 
 
 def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flow]:
-    """The two factors of a product, as its gate semantics lets them take part.
+    """The two factors of a product, changed as `gates` asks.
 
-    A factor that is alive everywhere while the other is not is a *gate*: it modulates a signal.
+    If only one factor is alive everywhere, it is a *gate*, which modulates the other, the signal.
     """
     if (
         a.always_alive == b.always_alive
@@ -207,7 +207,7 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
 
 
 def joined_at_zero(numbers: Sequence[float]) -> float:
-    """What a unit that is one of several gives at zero: zero unless each of them is alive."""
+    """The value at zero of a unit that is any one of several: zero unless each is alive."""
     if all(number == numbers[0] for number in numbers):
         return numbers[0]
     return math.inf if all(numbers) else 0.0
@@ -227,8 +227,8 @@ def _at_zero(eqn: JaxprEqn, args: Sequence[Value]) -> float:
     if (name in ("mul", "div") and numbers[0] == 0) or (name == "mul" and numbers[1] == 0):
         return 0.0
     if None in numbers:
-        # An unknown constant (a bias, a scale, a statistic) changes nothing at zero, but under
-        # one that divides it a unit at zero is a pole.
+        # An unknown constant (a bias, a scale, a statistic) changes nothing at zero, unless it is
+        # divided by the unit, which has a pole there.
         return math.inf if name == "div" and numbers[0] is None else joined_at_zero(flows)
     if any(math.isinf(number) for number in flows):
         return math.inf
@@ -236,7 +236,7 @@ def _at_zero(eqn: JaxprEqn, args: Sequence[Value]) -> float:
 
 
 def _selected_at_zero(which: Value, cases: Sequence[Value]) -> float:
-    """What a choice between cases gives where every flow is zero."""
+    """The value of a choice between cases where every flow is zero."""
     if (
         isinstance(which, Independent)
         and which.at_zero is not None
@@ -248,7 +248,7 @@ def _selected_at_zero(which: Value, cases: Sequence[Value]) -> float:
 
 
 def at_zero_of(value: Value) -> float:
-    """What a value gives where no path reaches it: for one that is free, what it holds."""
+    """The value where no path reaches it; of one independent of the input, the value itself."""
     if isinstance(value, Flow):
         return value.at_zero
     number = value.scalar if isinstance(value, Independent) else None

@@ -1,7 +1,7 @@
 """Gathers, scatters and slices at computed positions.
 
-Where the indices are known, the same operation moves the counts. Where they are not, the gathered
-axis counts as a sum. Token ids start a flow: one path to each unit of the embedding's output.
+If the indices are known, the same operation is applied to the counts. If not, the gathered axis is
+summed. Token ids start a flow, with one path to each unit of the embedding's output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weigh
 
 
 def known_indices(*indices: Value) -> list[Array] | None:
-    """The values of index operands, where all of them are computed from constants."""
+    """The values of index operands, or None unless all depend on constants alone."""
     known = [index.known for index in indices if isinstance(index, Independent) and index.known]
     if len(known) < len(indices):
         return None
@@ -50,7 +50,7 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Va
             return viewed(operand, gathered, axes)
         if not isinstance(indices, Flow):
             return unknown(eqn)[0]
-        # A table of tokens that is a kernel elsewhere too (a tied embedding).
+        # A table of tokens that is also a kernel elsewhere (a tied embedding).
         return pass_kernel(interpreter, _look_up(interpreter, eqn, operand, indices))
     if not isinstance(operand, Flow):
         return interpreter.source(shape)
@@ -95,7 +95,7 @@ def _moved(interpreter: Interpreter, source: Flow, spread: Spread) -> Flow:
 
 
 def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) -> Spread:
-    """A gather whose indices are known; axes that it takes whole stay uniform."""
+    """A gather with known indices; uniform axes that it does not slice stay uniform."""
     dims, sizes = params["dimension_numbers"], list(params["slice_sizes"])
     for axis, size in enumerate(x.shape):
         if x.uniform(axis) and sizes[axis] == size and axis not in dims.operand_batching_dims:
@@ -109,7 +109,7 @@ def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) 
 def _gather_anywhere(
     interpreter: Interpreter, x: Spread, params: dict[str, Any], shape: Shape
 ) -> Spread:
-    """A gather whose indices are not known: sums over the axes that it takes a part of."""
+    """A gather with unknown indices: sums over the axes that it slices."""
     made_of = _gathered_axes(params["dimension_numbers"], len(x.shape), len(shape))
     batched = params["dimension_numbers"].operand_batching_dims
     sizes = enumerate(params["slice_sizes"])
@@ -124,21 +124,21 @@ def _laid_along(
     summed: Sequence[int],
     shape: Shape,
 ) -> Spread:
-    """The sums of an array over some axes, the others laid along those of another shape.
+    """Sums an array over some axes, and moves the others to axes of another shape.
 
     Args:
-      interpreter: whose counting adds up.
+      interpreter: has the counting that adds up.
       x: the array.
-      made_of: for each axis of the result, the axis of `x` that it runs along; None if the result
-        is uniform along it.
-      summed: the axes of `x` to add up, all those that are not in `made_of` among them.
+      made_of: for each axis of the result, the axis of `x` that becomes it; None if the result is
+        uniform along it.
+      summed: the axes of `x` to sum over, including all that are not in `made_of`.
       shape: the shape of the result.
 
     Returns:
       The result.
     """
     array = interpreter.counting.sum(x, summed).array
-    # Axes that are summed and dropped go last, where they are of size one.
+    # Axes that are summed and dropped go last, with size one.
     order = [axis for axis in made_of if axis is not None]
     order += [axis for axis in range(len(x.shape)) if axis not in order]
     moved = iter(array.transpose(order).shape)
@@ -147,7 +147,7 @@ def _laid_along(
 
 
 def _gathered_axes(dims: Any, operand_rank: int, rank: int) -> list[int | None]:
-    """For each axis of a gather's result the operand's axis that it runs along, if there is one."""
+    """For each axis of a gather's result the operand's axis that it comes from, or None."""
     dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     kept = iter(axis for axis in range(operand_rank) if axis not in dropped)
     batching = dict(zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True))
@@ -204,7 +204,7 @@ def _dynamic_update_slice(
     places = [jnp.int32(0) if place is None else place[0] for place in known]
     into = jnp.zeros_like(x) if anywhere else x
     array = lax.dynamic_update_slice(into, y, places)
-    # What is overwritten somewhere is still there elsewhere.
+    # At an unknown position, what was there before may not be overwritten.
     spread = Spread(x + array if anywhere else array, operand.shape)
     return interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
 
@@ -230,7 +230,7 @@ def _scatter(
 def _scatter_mul(
     interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Value:
-    """The terms of the product's derivative where an update is written, the operand elsewhere."""
+    """The terms of the product rule where an update is written, the operand elsewhere."""
     if not isinstance(update, Flow):
         if not isinstance(operand, Flow):
             return unknown(eqn)[0]
@@ -248,7 +248,7 @@ def _scatter_mul(
         place = functools.partial(
             _place, indices=known[0], dims=params["dimension_numbers"], mode=params["mode"]
         )
-        # Several updates of one position are all factors of it.
+        # If several updates go to one position, all of them are its factors.
         factors = place(lax.scatter_mul, jnp.ones_like(x), jnp.broadcast_to(alive_y, b.shape))
         array = factors * (x + alive_x * place(lax.scatter_add, jnp.zeros_like(x), y))
     at_zero = math.inf if a.at_zero and b.at_zero else 0.0
@@ -264,11 +264,11 @@ def _place(
 def _scatter_anywhere(
     interpreter: Interpreter, update: Spread, params: dict[str, Any], shape: Shape
 ) -> Array:
-    """What may be written at each position where the indices are not known: all of the updates."""
+    """What may be written at each position if the indices are unknown: the sum of all updates."""
     dims = params["dimension_numbers"]
     window = iter(dims.update_window_dims)
     scattered = [i for i in range(len(update.shape)) if i not in dims.update_window_dims]
-    # For each axis of the operand the axis of the update that runs along the whole of it.
+    # For each axis of the operand the axis of the update that covers it.
     made_of: list[int | None] = [None] * len(shape)
     for i, size in enumerate(shape):
         if i in dims.operand_batching_dims:
@@ -283,7 +283,7 @@ def _scatter_anywhere(
 
 @rules_for("approx_top_k top_k")
 def _top_k(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
-    """The chosen values, any of those along the axis; which they are is a switch."""
+    """Each chosen value may be any along the axis. The indices are a switch, without paths."""
     _, indices = unknown(eqn)
     axis = eqn.params["axis" if "axis" in eqn.params else "reduction_dimension"]
     return [_any_along(interpreter, eqn, x, axis, 0), indices]
@@ -305,7 +305,7 @@ def _any_along(interpreter: Interpreter, eqn: JaxprEqn, x: Value, axis: int, whi
 
 
 def _written(operand: Value, update: Value) -> tuple[list[Array], Array, frozenset[Any], float]:
-    """The counts of an array and of what is written into it, under one exponent."""
+    """The counts of an array and of an update written into it, under one exponent."""
     flows = [value for value in (operand, update) if isinstance(value, Flow)]
     aligned, exponent = v.align(flows)
     arrays = iter(aligned)

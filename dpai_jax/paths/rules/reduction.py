@@ -1,6 +1,6 @@
 """Reductions, windows, cumulative sums and Fourier transforms.
 
-Counts add up, and stay a statistic of their input.
+Counts are added up. The result is a statistic of the input.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _reduce_custom(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Seq
 
 @rules_for("pmax pmin psum")
 def _reduce_over_devices(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
-    # Within a `shard_map` the devices are an axis of the arrays (see `rewriting`).
+    # Inside a `shard_map` the devices are an axis of the arrays (see `rewriting`).
     axes = eqn.params["axes"]
     if not all(isinstance(axis, int) for axis in axes):
         raise NotImplementedError(
@@ -63,7 +63,7 @@ def _reduce_over_devices(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) 
 
 @rules_for("fft")
 def _fft(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
-    """Every frequency has the paths of all positions."""
+    """Every frequency gets the paths of all positions."""
     shape = shape_of(eqn.outvars[0])
     if not isinstance(x, Flow):
         return unknown(eqn)[0]

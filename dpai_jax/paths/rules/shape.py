@@ -1,8 +1,8 @@
-"""Shape operations: the same operation on the counts or the mask, zeros where nothing flows.
+"""Shape operations: the same operation on the counts or the mask, with zeros for other operands.
 
-Each operation on one operand is a *rearrangement*: what it does to an array with uniform axes, and
-of which axes of the operand each axis of the result is made. The first serves flows and weights
-alike, the second tells how a kernel's axes reach a contraction.
+An operation on one operand is a *rearrangement*. It says what happens to an array with uniform
+axes, for flows and weights alike, and which axes of the operand make up each axis of the result.
+The latter shows how a kernel's axes reach a contraction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpai_jax.paths.rules.elementwise import at_zero_of, joined_at_zero
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight, WeightSum
 
-# The result, and for each of its axes the axes of the operand it is made of.
+# The result, and for each of its axes the axes of the operand that make it up.
 Rearranged = tuple[Spread, Axes]
 Rearrangement = Callable[[dict[str, Any], Spread, Shape], Rearranged]
 
@@ -58,7 +58,7 @@ def rearranges(name: str) -> Callable[[Rearrangement], Rearrangement]:
 
 
 def viewed(weight: Weight, spread: Spread, axes: Axes) -> Weight:
-    """The weight after an operation that made its axes anew."""
+    """The weight after an operation that made its axes from these of the old ones."""
     sources = tuple(
         (leaf, tuple(frozenset().union(*(before[i] for i in made_of)) for made_of in axes))
         for leaf, before in weight.sources
@@ -67,7 +67,7 @@ def viewed(weight: Weight, spread: Spread, axes: Axes) -> Weight:
 
 
 def same_axes(rank: int) -> Axes:
-    """The axes of an operation that leaves each where it is."""
+    """The axes of an operation that moves none."""
     return tuple(frozenset({i}) for i in range(rank))
 
 
@@ -85,9 +85,9 @@ def _reshape(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
 
 
 def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of one shape that hold the entries of runs of axes of another.
+    """Pairs the shortest runs of axes of two shapes that have the same size.
 
-    Axes of size one hold nothing, and are in no run.
+    Axes of size one are in no run.
     """
     groups: list[tuple[list[int], list[int]]] = []
     before = [i for i, size in enumerate(old) if size != 1]
@@ -161,7 +161,7 @@ def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Valu
 
 
 def _diluted(spread: Spread, config: Sequence[Any], shape: Shape) -> tuple[Spread, list[Any]]:
-    """Where a uniform axis is padded, the mean; and the padding of the other axes."""
+    """Averages over padded uniform axes; returns the result and the padding of the other axes."""
     scale, rest = 1.0, list(config)
     for axis, (low, high, interior) in enumerate(config):
         if spread.uniform(axis) and (low, high, interior) != (0, 0, 0):
@@ -210,11 +210,11 @@ def _part(
     which: int = 0,
     dropped: int | None = None,
 ) -> Value:
-    """Some positions of a value, without an axis of which one position is left."""
+    """Slices a value, and drops one axis if asked to."""
     if not isinstance(x, Flow | Weight):
         return v.Independent(shape)
     spread = x.spread
-    # One number stands for as many positions as there are.
+    # Along a uniform axis there is a single number, whatever the slice.
     index = tuple(slice(0, 1) if spread.uniform(i) else s for i, s in enumerate(slices))
     axes = same_axes(len(x.shape))
     array = spread.array[index]
@@ -238,7 +238,7 @@ def _stack(interpreter: Interpreter, eqn: JaxprEqn, *parts: Value) -> Value:
 
 
 def _with_axis(part: Value, axis: int) -> Value:
-    """The same value with a new axis of size one."""
+    """The value with a new axis of size one."""
     shape = (*part.shape[:axis], 1, *part.shape[axis:])
     if isinstance(part, Flow):
         return v.replace(part, mantissa=jnp.expand_dims(part.mantissa, axis), shape=shape)
@@ -260,7 +260,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
     aligned, exponent = v.align(flows)
     ancestors = frozenset.intersection(*(flow.lineage for flow in flows))
     at_zero = joined_at_zero([at_zero_of(part) for part in parts])
-    # Where all parts have size one, such as the steps of a loop stacked, each has its own count.
+    # If all parts have size one, such as the stacked steps of a loop, each keeps its own count.
     uniform = all(flow.spread.uniform(axis) for flow in flows)
     if interpreter.counting.averages and uniform and any(flow.shape[axis] > 1 for flow in flows):
         shares = [flow.shape[axis] / shape[axis] for flow in flows]
@@ -287,7 +287,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
 def _joined_constants(
     interpreter: Interpreter, parts: Sequence[Value], joined: Flow, axis: int
 ) -> Flow | None:
-    """The constants among joined parts: learned ones, such as a class token, and those beside."""
+    """The paths from constants among joined parts: from learned ones and from the parts' own."""
     constants = [part.constants if isinstance(part, Flow) else None for part in parts]
     learned = [not isinstance(part, Flow) and at_zero_of(part) != 0 for part in parts]
     tracked = interpreter.counting.tracks_constants and not joined.always_alive
@@ -306,7 +306,7 @@ def _without(shape: Shape, axis: int) -> Shape:
 
 
 def _join_weights(parts: Sequence[Value], axis: int) -> Weight | WeightSum:
-    """Kernels put side by side, as in a fused projection; what nobody prunes counts as ones."""
+    """Concatenates kernels, as in a fused projection; parts that are not prunable are ones."""
     several = [part.terms if isinstance(part, Weight | WeightSum) else (part,) for part in parts]
     rows = itertools.zip_longest(*several)
     joined = [_joined_terms(row, [part.shape for part in parts], axis) for row in rows]
@@ -314,7 +314,7 @@ def _join_weights(parts: Sequence[Value], axis: int) -> Weight | WeightSum:
 
 
 def _joined_terms(terms: Sequence[Value | None], shapes: Sequence[Shape], axis: int) -> Weight:
-    """One term of each part; zeros where a part has fewer terms than others."""
+    """Joins one term of each part, with zeros for parts that have no such term."""
     arrays = [
         term.array
         if isinstance(term, Weight)

@@ -1,4 +1,4 @@
-"""Windows that slide along an axis: where their taps lie inside."""
+"""Windows that slide along an axis: how often their taps are inside it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def coverage(
     base_dilation: int,
     window_dilation: int,
 ) -> np.ndarray:
-    """The fraction of all positions of a window at which each of its taps lies on an entry.
+    """The fraction of a window's positions at which each of its taps is on an entry.
 
     Args:
       size: entries along the axis.
       taps: taps of the window.
       outputs: positions of the window.
       stride: entries from one position to the next.
-      padding: zeros before the first entry, and behind the last one.
-      base_dilation: steps from one entry to the next; between them are zeros.
+      padding: zeros before the first entry, and after the last one.
+      base_dilation: steps from one entry to the next; there are zeros in between.
       window_dilation: steps from one tap to the next.
 
     Returns:

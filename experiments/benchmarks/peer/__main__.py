@@ -18,7 +18,7 @@ from experiments.benchmarks.peer.networks import NETWORKS
 
 
 def prune(args: argparse.Namespace) -> dict[str, Any]:
-    """Times steps of pruning; returns also what the pruned network looks like after them."""
+    """Times steps of pruning; also measures the pruned network."""
     algorithm = DPaI(NETWORKS[args.network](), args.size, args.sparsity)
     seconds = timed(algorithm.step, args.steps, args.warmup)
     peak = peak_bytes()
@@ -27,7 +27,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Times steps of training on random images, in the format asked for."""
+    """Times steps of training on random images, in the given memory format."""
     layout = getattr(torch, args.memory_format)
     network = NETWORKS[args.network]().to(memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
@@ -43,7 +43,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(step: Callable[[], None], steps: int, warmup: int) -> dict[str, float]:
-    """Calls a step again and again; returns the seconds of one, those of the warm-up left out."""
+    """Calls a step repeatedly; returns the seconds of one, without the warm-up."""
     seconds = []
     for _ in range(warmup + steps):
         start = time.perf_counter()
@@ -54,10 +54,10 @@ def timed(step: Callable[[], None], steps: int, warmup: int) -> dict[str, float]
 
 
 def peak_bytes() -> int:
-    """Returns the largest amount of memory that this process has held so far."""
+    """Returns the peak memory of this process so far."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
-        # Linux carries getrusage's number over from the parent process, which may be large.
+        # On Linux getrusage's number is inherited from the parent process, which may be large.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,7 +25,7 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     sizes, shares = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
     total = left = round((1 - Fraction(str(sparsity))) * sum(sizes))
     rest = list(range(len(sizes)))
-    # A layer that would be more than full is kept whole, which leaves less for the others.
+    # A layer that would be more than full keeps all its weights, which leaves less for the others.
     while over := {i for i in rest if left * shares[i] > sizes[i] * sum(shares[j] for j in rest)}:
         left -= sum(sizes[i] for i in over)
         rest = [i for i in rest if i not in over]
@@ -54,9 +54,9 @@ class GlobalSum(nn.Module):
 def linearize(module: nn.Module) -> None:
     """Turns a network, in place, into one that counts paths once its parameters are masks.
 
-    No parameter is left but the kernels: normalization and activations become the identity, as
-    counts are not negative, and biases go. Pooling becomes a sum over its window, so that counts
-    are whole, without the constant factor of an average.
+    Only the kernels are left as parameters. Normalization and activations become the identity, as
+    counts are not negative, and biases are removed. Pooling becomes a sum over its window, so that
+    counts are integers, without the constant factor of an average.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d | nn.ReLU):
@@ -73,9 +73,9 @@ def linearize(module: nn.Module) -> None:
 def log_paths(network: nn.Sequential, ones: Tensor) -> Tensor:
     """Returns log R_P, the logarithm of the number of effective paths.
 
-    After each layer, a residual block being one, counts are divided by their maximum, so that the
-    10^41 and more paths of VGG-19 do not overflow float32. The divisor is a constant to autograd,
-    and a block's branch and shortcut share it, so the gradient of log R_P is exact.
+    After each layer (a residual block counts as one) counts are divided by their maximum, so that
+    the 10^41 and more paths of VGG-19 do not overflow float32. The divisor is a constant for
+    autograd, and a block's branch and shortcut share it, so the gradient of log R_P is exact.
 
     Args:
         network: A network as `linearize` leaves it, its weights the masks.
@@ -150,9 +150,9 @@ def set_to_top_k(mask: Tensor, score: Tensor, k: int) -> None:
 
 
 def node_and_kernel(mask: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the share of all paths that passes each node and each kernel of a layer.
+    """Returns the share of all paths that pass each node and each kernel of a layer.
 
-    They have the mask's axes (outputs, inputs, taps), of size 1 where summed over.
+    Both have the mask's axes (outputs, inputs, taps), with size 1 where summed over.
     """
     passing = mask.detach() * gradient
     kernel = passing.sum((2, 3), keepdim=True) if passing.dim() == 4 else passing

@@ -1,0 +1,296 @@
+"""The balance of effective paths, nodes and kernels, and the direction that improves it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax import checks, counts, selection
+from dpai_jax.allocation import keep_of_layers
+from dpai_jax.paths import Layer, Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.rows import are_small, sums_of
+from dpai_jax.tools.sums import sum_over, sum_taps, sums_over, written_out
+from dpai_jax.tools.switches import usual_switches
+
+PyTree = Any
+
+# How nodes and kernels enter the balance (see `ascent`).
+BALANCES = ("even", "indicator")
+
+# A smaller share of all paths counts as none: its inverse would overflow.
+_LEAST = 2.0**-100
+
+
+@usual_switches()
+def ascent(
+    net: Network,
+    scores: PyTree,
+    keep: PyTree | int,
+    alpha: float = 0.99,
+    beta: float = 0.5,
+    gamma: float = math.inf,
+    counting: str = "exact",
+    balance: str = "indicator",
+    strengths: PyTree = None,
+) -> PyTree:
+    """The direction in which one step of DPaI moves the scores.
+
+    With m = top-k(|s|) in each layer and g = ∂ log R_P/∂m · sign(s), the straight-through gradient,
+    the balance "indicator" is the paper's::
+
+        d = (1 − α)·g + α·((1 − β)·g·[node ineffective] + β·g·[kernel ineffective]).
+
+    A node is effective by the indicator tanh(γ·N) of N = Σ m·∂ log R_P/∂m over its incoming
+    weights, the share of all paths that pass it, and a kernel by that over its taps, K. The bracket
+    is the indicator's slope up to the factor γ, 1 − tanh²(γ·N); for γ → ∞ one where N = 0, else
+    zero.
+
+    The balance "even" ascends the mean logarithm of the shares of nodes and of kernels in place of
+    the indicators. It is largest where all nodes carry as many paths, and has a slope everywhere.
+    In each layer, with P the sum of all shares::
+
+        d = (1 − α)·g/P + α·((1 − β)·g·⟨1/N⟩ + β·g·⟨1/K⟩),
+
+    where ⟨1/N⟩ is one over the number of nodes and the share N of the weight's own, half for the
+    node it leads to and half for the one it comes from, and ⟨1/K⟩ likewise. (Where features are
+    split into groups, only for the node it leads to.) Pure, and jittable with `net` static.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, jnp.ones((1, 2)))
+      >>> scores = {"w": jnp.array([[4.0, 3.0], [2.0, 1.0]])}
+      >>> dpai.ascent(net, scores, {"w": 4}, alpha=0.0)["w"].tolist()
+      [[0.25, 0.25], [0.25, 0.25]]
+
+    Args:
+      net: the traced network.
+      scores: pytree of scores parallel to the parameters.
+      keep: pytree of the number of weights to keep per layer (see `dpai_jax.erk`), or one number
+        for all layers together.
+      alpha: weight of nodes and kernels against paths, in [0, 1].
+      beta: weight of kernels against nodes, in [0, 1].
+      gamma: how sharp the indicators are, positive.
+      counting: "exact" or "mean_field" (see `dpai_jax.log_paths`).
+      balance: "indicator" or "even".
+      strengths: pytree parallel to the parameters of what each weight multiplies a path by, in
+        [0, 1]; one if not given.
+
+    Returns:
+      Pytree like `scores`; zero where nothing can be pruned.
+
+    Raises:
+      ValueError: if the scores, `strengths` or `keep` do not fit the network, or `counting` or
+        `balance` is unknown.
+
+    References:
+      DPaI (ICLR 2025), Algorithm 1, lines 5 to 8.
+    """
+    leaves = checks.scores(net, scores)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, jax.core.Tracer):
+            checks.number(name, value, *checks.FRACTION)
+    if not isinstance(gamma, jax.core.Tracer):
+        checks.number("gamma", gamma, *checks.POSITIVE)
+    checks.one_of("counting", counting, counts.COUNTINGS)
+    checks.one_of("balance", balance, BALANCES)
+    own = [] if strengths is None else checks.weighted_masks(net, strengths)
+    weights: tuple[Any, Any, Any] = (alpha, beta, gamma)
+    sharp = not isinstance(weights[2], jax.core.Tracer) and math.isinf(gamma)
+    objective = Objective(balance, counting, normalize=False, sharp=sharp)
+
+    def run(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
+        masks, _ = selection.select(scores, keep, magnitude=True)
+        return direction(net, objective, weights, scores, masks, own)[0]
+
+    numbers = keep_of_layers(net, keep)
+    directions = meshes.auto_sharded(run, leaves, numbers, like=leaves)
+    return net.tree(directions, lambda: np.float32(0))
+
+
+class Objective(NamedTuple):
+    """What the scores ascend (see `ascent`).
+
+    Attributes:
+      balance: as in `ascent`.
+      counting: as in `ascent`.
+      normalize: whether the direction of each layer is divided by its mean magnitude.
+      sharp: whether γ is infinite, and so the indicators only tell what has any path.
+      falls: whether only weights that are kept are moved, as the density falls.
+    """
+
+    balance: str
+    counting: str
+    normalize: bool
+    sharp: bool
+    falls: bool = False
+
+
+def direction(
+    net: Network,
+    objective: Objective,
+    weights: tuple[Any, Any, Any],
+    scores: list[Array],
+    masks: list[Array],
+    strengths: Sequence[Array] = (),
+) -> tuple[list[Array], dict[str, Array]]:
+    """Algorithm 1, lines 6 to 8: the direction d at the masks of the scores (see `ascent`).
+
+    Args:
+      net: the traced network.
+      objective: what to ascend.
+      weights: α, β and γ.
+      scores: a float32 array of each layer's shape.
+      masks: the boolean masks of the scores.
+      strengths: by what each weight multiplies a path, in [0, 1]; by one if not given.
+
+    Returns:
+      The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
+    """
+    balance, counting, normalize, sharp, falls = objective
+
+    def count(floats: list[Array]) -> Array:
+        if strengths:
+            floats = [m * s for m, s in zip(floats, strengths, strict=True)]
+        return counts.log_count(net, floats, counting, below=1.0)
+
+    log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
+    if falls:  # what was removed stays removed
+        gradients = [jnp.where(m, g, 0.0) for m, g in zip(masks, gradients, strict=True)]
+    if balance == "even":
+        of_layers = [
+            _even_slopes(_axes(layer), weights, m, g)
+            for layer, m, g in zip(net.layers, masks, gradients, strict=True)
+        ]
+    else:
+        of_layers = [
+            _slopes((layer.inputs, layer.taps), sharp, weights, m, g)
+            for layer, m, g in zip(net.layers, masks, gradients, strict=True)
+        ]
+    slopes, sizes, open_kernels = zip(*of_layers, strict=True)
+    if normalize:
+        slopes = tuple(
+            slope * jnp.where(mean > 0, 1 / mean, 0.0)
+            for slope, mean in zip(slopes, _means(net, masks, sizes), strict=True)
+        )
+    directions = [
+        slope * g * jnp.sign(s) for slope, g, s in zip(slopes, gradients, scores, strict=True)
+    ]
+    kernels = jnp.concatenate([x.ravel() for x in open_kernels]).astype(jnp.uint32)
+    measured = {
+        "log_paths": log_paths,
+        "nodes": jnp.sum(kernels > 0, dtype=jnp.uint32),
+        "kernels": jnp.sum(kernels, dtype=jnp.uint32),
+    }
+    return directions, measured
+
+
+# Traced once for layers of one shape.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _slopes(
+    axes: tuple[tuple[int, ...], tuple[int, ...]],
+    sharp: bool,
+    weights: tuple[Any, Any, Any],
+    mask: Array,
+    gradient: Array,
+) -> tuple[Array, Array, Array]:
+    """By what a layer's gradient is multiplied, its products summed over taps, and open kernels.
+
+    Args:
+      axes: those of the input features and of the taps.
+      sharp: see `Objective`.
+      weights: α, β and γ.
+      mask: the layer's mask.
+      gradient: ∂ log R_P/∂m.
+
+    Returns:
+      The factors, and the sums, of which the taps have size one; and of the effective kernels of
+      each node the number, of which the input features have size one, too.
+    """
+    (alpha, beta, gamma), (inputs, taps) = weights, axes
+    kernel = sum_taps(jnp.where(mask, gradient, 0.0), taps)
+    # Sums over taps are read more than once; where there are none, they cost nothing.
+    kernel, again = written_out(kernel) if taps else (kernel, kernel)
+    open_kernels = jnp.sum((kernel > 0).astype(jnp.float32), inputs, keepdims=True)
+    if sharp:
+        of_node, of_kernel = (jnp.where(x > 0, 0.0, 1.0) for x in (open_kernels, again))
+    else:
+        node = jnp.sum(kernel, inputs, keepdims=True)
+        of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
+    slope = (1 - alpha) + alpha * ((1 - beta) * of_node + beta * of_kernel)
+    return slope, slope * sum_taps(gradient, taps), open_kernels
+
+
+class _Axes(NamedTuple):
+    """The axes of a layer that sums go over.
+
+    Attributes:
+      inputs: those of the input features.
+      outputs: those of the output features; none where features are split into groups, so that an
+        output feature is not joined to all input features.
+      taps: those of the taps.
+      all: all but those along which layers are stacked.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    all: tuple[int, ...]
+
+
+def _axes(layer: Layer) -> _Axes:
+    every = tuple(i for i in range(len(layer.shape)) if i not in layer.stack)
+    return _Axes(layer.inputs, layer.outputs if layer.groups == 1 else (), layer.taps, every)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _even_slopes(
+    axes: _Axes, weights: tuple[Any, Any, Any], mask: Array, gradient: Array
+) -> tuple[Array, Array, Array]:
+    """As `_slopes`, for the balance "even"."""
+    alpha, beta, _ = weights
+    kernel = sum_taps(jnp.where(mask, gradient, 0.0), axes.taps)
+    # Read by the sums, and by all taps.
+    kernel, again = written_out(kernel) if axes.taps else (kernel, kernel)
+    every = axes.inputs if not axes.outputs else (*axes.inputs, *axes.outputs)
+    sides = [axes.inputs, axes.outputs] if axes.outputs else [axes.inputs]
+    *nodes, total = sums_over(kernel, *sides, every)
+    open_kernels = jnp.sum((again > 0).astype(jnp.float32), axes.inputs, keepdims=True)
+    of_nodes = sum(_evenness(node, axes.all) for node in nodes) / len(nodes)
+    of_kernels = _evenness(again, axes.all)
+    slope = (1 - alpha) * _inverse(total) + alpha * ((1 - beta) * of_nodes + beta * of_kernels)
+    return slope, slope * sum_taps(gradient, axes.taps), open_kernels
+
+
+def _evenness(shares: Array, axes: tuple[int, ...]) -> Array:
+    """The slope of the mean logarithm of shares that are not zero."""
+    number = jnp.sum((shares >= _LEAST).astype(jnp.float32), axes, keepdims=True)
+    # XLA would round a quotient by a scalar otherwise for one problem than for many.
+    return _inverse(shares) * (1 / jnp.maximum(number, 1.0))
+
+
+def _inverse(shares: Array) -> Array:
+    """One over shares; zero where there is none."""
+    is_any = shares >= _LEAST
+    return jnp.where(is_any, 1 / jnp.where(is_any, shares, 1.0), 0.0)
+
+
+def _means(net: Network, masks: list[Array], sizes: Sequence[Array]) -> list[Array]:
+    """The mean magnitude of each layer's direction, of each copy of it, from sums over taps."""
+    small = are_small(masks)
+    plain = [i for i, layer in enumerate(net.layers) if not layer.stack]
+    sums = sums_of([sizes[i] for i in plain], [small[i] for i in plain])
+    totals = dict(zip(plain, sums, strict=True))
+    means = []
+    for i, (layer, x) in enumerate(zip(net.layers, sizes, strict=True)):
+        copy = tuple(axis for axis in range(x.ndim) if axis not in layer.stack)
+        total = totals[i] if i in totals else sum_over(x, copy)
+        means.append(total * (layer.copies / layer.size))
+    return means

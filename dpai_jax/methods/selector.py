@@ -1,0 +1,99 @@
+"""Selection of the highest scores again and again, as they change from step to step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpai_jax import grouping
+from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.rows import Group, groups_of, in_order
+
+
+class Selector:
+    """Line 5 of Algorithm 1: selects the weights of the highest magnitudes, again and again.
+
+    Args:
+      net: the traced network.
+      scores: the layers' scores, or their shapes.
+      keep: numbers to keep, of the structure of all that come.
+      parts: which weights stand or fall together.
+      many: the number of problems side by side, if there are several.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        scores: list[Any],
+        keep: list[Array] | Array,
+        parts: grouping.Parts = (),
+        many: tuple[int, ...] = (),
+    ):
+        self.many = many
+        # One threshold for all layers is found in all of them.
+        together = many or not isinstance(keep, list)
+        everything = [Group(net, list(range(len(scores))))]
+        self._groups = everything if together else groups_of(net, scores)
+        self._parts = [tuple(g.of(parts)) if parts else () for g in self._groups]
+        numbers = self._numbers(keep)
+        sizes = [sum(map(np.size, jax.tree.leaves(each))) for each in numbers]
+        self._thresholds = [
+            jnp.zeros((*many, 2, size // math.prod(many)), jnp.uint32) for size in sizes
+        ]
+        if not many:
+            each = zip(self._groups, numbers, self._thresholds, self._parts, strict=True)
+            for group, *args, own in each:
+                _select.ahead(group.owner, group.of(scores), *args, parts=own)
+
+    def _numbers(self, keep: Any) -> list[Any]:
+        return [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
+
+    def masks(self, scores: list[Array], keep: Any) -> list[Array]:
+        """The masks of the scores."""
+        select, found = _select_many if self.many else _select, []
+        for i, (group, numbers) in enumerate(zip(self._groups, self._numbers(keep), strict=True)):
+            masks, self._thresholds[i] = select(
+                group.owner,
+                group.of(scores),
+                numbers,
+                self._thresholds[i],
+                parts=self._parts[i],
+            )
+            found.append(masks)
+        return in_order(self._groups, found)
+
+
+@meshes.program(like=lambda scores, *_: (scores, None), layers=lambda scores, *_: scores)
+def _select(
+    _: Network | None,
+    scores: list[Array],
+    keep: list[Array] | Array,
+    thresholds: Array,
+    *,
+    parts: grouping.Parts = (),
+) -> tuple[list[Array], Array]:
+    """The masks of the scores, and the last two thresholds."""
+    # Extrapolate linearly from the last two thresholds.
+    before, near = thresholds[:1], thresholds[1:]
+    nearby = near + (near - before)
+    masks, found = grouping.select(scores, keep, nearby, magnitude=True, parts=parts)
+    return masks, jnp.concatenate([near, found])
+
+
+@meshes.program()
+def _select_many(
+    net: Network | None,
+    scores: list[Array],
+    keep: list[Array] | Array,
+    thresholds: Array,
+    *,
+    parts: grouping.Parts = (),
+) -> Any:
+    return jax.vmap(functools.partial(_select.fn, net, parts=parts))(scores, keep, thresholds)

@@ -1,0 +1,50 @@
+"""Which method to use: all methods on two small networks, on which differences exceed the noise.
+
+    python -m experiments sweep suite --scale full
+    python -m experiments sweep suite --scale small
+
+LeNet-300-100 on Fashion-MNIST, as Debian's package `dataset-fashion-mnist` installs it (843 steps
+of AdamW an epoch, two epochs), and ResNet-20 of width 8 on 8x8 digits (380 steps of SGD). Full: 460
+jobs for two cores, about ten seconds each. Small: 92 jobs, with a single seed.
+"""
+
+from experiments.config import Config
+from experiments.sweep import Sweep
+
+LENET = Config(
+    dataset="idx:/usr/share/datasets/fashion-mnist",
+    model="lenet",
+    epochs=2,
+    batch_size=64,
+    optimizer="adamw",
+    learning_rate=1.2e-3,
+    weight_decay=0.0,
+)
+RESNET = Config(dataset="digits", model="resnet20", width=8, epochs=20)
+
+METHODS = (
+    "dpai",
+    "dpai+repair",
+    "dpai+shuffled",
+    "dpai[alpha=0]",
+    "dpai-published",
+    "random",
+    "random+repair",
+    "magnitude",
+    "snip",
+    "iterative-snip",
+    "grasp",
+    "synflow",
+    "synflow-erk+repair",
+    "phew",
+    "npb",
+)
+"""All that prune before training, and as controls repaired random masks and shuffled ones."""
+
+SPARSITIES = (0.9, 0.99, 0.9968)
+
+
+def sweep(scale: str = "full") -> list[Sweep]:
+    """Returns the two sweeps."""
+    seeds = 1 if scale == "small" else 5
+    return [Sweep(base, METHODS, SPARSITIES, seeds) for base in (LENET, RESNET)]
