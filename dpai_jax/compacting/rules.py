@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -162,7 +163,8 @@ def _keeps_zero(step: Step) -> bool:
     if step.kind == "integer_pow":
         return bool(step.params["y"] > 0)
     if step.kind == "pointwise_call":
-        zeros = [jnp.zeros((), var.aval.dtype) for var in step.eqn.invars]
-        results = p._at_shape(p.called_jaxpr(step.eqn), zeros, ())
-        return all(float(y) == 0 for y in results)
+        with jax.ensure_compile_time_eval():  # an input of a new shape may come within a trace
+            zeros = [jnp.zeros((), var.aval.dtype) for var in step.eqn.invars]
+            results = p._at_shape(p.called_jaxpr(step.eqn), zeros, ())
+            return all(float(y) == 0 for y in results)
     return step.kind in Pointwise._KEEP_ZERO
