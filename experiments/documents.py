@@ -9,8 +9,9 @@ heading. A plot follows a comment that names its table and records:
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
 
-The tables "jobs" and "sizes" and the plot "accuracy" are of finished jobs; the others are of
-benchmarks.
+The tables "jobs", "sizes", "accuracies" and "against", of which the last two are of one recipe, and
+the plot "accuracy" are of finished jobs; the others are of benchmarks. The heading of "against"
+names the method that is compared with all others.
 """
 
 import pathlib
@@ -28,7 +29,7 @@ _TABLE = re.compile(
     re.DOTALL,
 )
 
-JOBS = ("jobs", "sizes", "accuracy")
+JOBS = ("jobs", "sizes", "accuracies", "against", "accuracy")
 """The tables and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
@@ -80,6 +81,10 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
 
 
 def _grid(name: str, records: list[Record], title: str) -> Grid:
+    if name == "accuracies":
+        return report.accuracies(*report.panels(records))
+    if name == "against":
+        return report.against(*report.panels(records), title)
     if name in JOBS:
         return (report.sizes if name == "sizes" else report.table)(records, title)
     return show.grid(name, records)
