@@ -108,7 +108,7 @@ def test_other_batch_sizes_give_the_masked_outputs() -> None:
     for batch in (1, 2, 7):
         x = normal(batch, 12)
         expected = mlp(dpai.apply_masks(params, masks), x)
-        np.testing.assert_allclose(small.fn(small.params, x), expected, 1e-5, 1e-5)
+        np.testing.assert_allclose(jax.jit(small.fn)(small.params, x), expected, 1e-5, 1e-5)
 
 
 def test_nothing_dead_keeps_all_shapes() -> None:

@@ -157,12 +157,9 @@ def matters(result: Fact, a: Fact, b: Fact) -> Flags:
     return where
 
 
-@functools.lru_cache(maxsize=1024)
 def _keeps_zero(step: Step) -> bool:
     if step.kind == "integer_pow":
         return bool(step.params["y"] > 0)
     if step.kind == "pointwise_call":
-        zeros = [jnp.zeros((), var.aval.dtype) for var in step.eqn.invars]
-        results = p._at_shape(p.called_jaxpr(step.eqn), zeros, ())
-        return all(float(y) == 0 for y in results)
+        return p.keeps_zero(step.eqn)
     return step.kind in Pointwise._KEEP_ZERO
