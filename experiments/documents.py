@@ -21,6 +21,7 @@ from experiments import report
 from experiments.benchmarks import show
 from experiments.config import ConfigError
 from experiments.grid import Grid
+from experiments.report.records import Panel
 from experiments.store import Record, Store
 
 _TABLE = re.compile(
@@ -82,12 +83,17 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
 
 def _grid(name: str, records: list[Record], title: str) -> Grid:
     if name == "accuracies":
-        return report.accuracies(*report.panels(records))
+        return report.accuracies(_only_panel(records))
     if name == "against":
-        return report.against(*report.panels(records), title)
+        return report.against(_only_panel(records), title)
     if name in JOBS:
         return (report.sizes if name == "sizes" else report.table)(records, title)
     return show.grid(name, records)
+
+
+def _only_panel(records: list[Record]) -> Panel:
+    (panel,) = report.panels(records)
+    return panel
 
 
 def _origin(records: list[Record]) -> str:
