@@ -227,11 +227,11 @@ class DPaI:
         start = init if steps is None else functools.partial(steps.memory, init=init)
         state = _State(shapes, jax.eval_shape(start, shapes))
         strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
-        args = self._shapes(problem, bool), strengths, self._weights()
+        masks, weights = self._shapes(problem, bool), self._weights()
         if steps is None:
-            _step.ahead(net, state, *args, **self._settings(parts))
+            _step.ahead(net, state, masks, strengths, weights, **self._settings(parts))
         else:
-            steps(*state, *args, ahead=True)
+            steps(*state, masks, strengths, weights, ahead=True)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
 
