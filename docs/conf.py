@@ -73,7 +73,7 @@ AUTODOC = re.compile(r"<!-- autodoc: (.*?) -->", re.DOTALL)
 
 NAVIGATION = {
     "Start": ["tutorial", "idea", "choosing", "coming_from"],
-    "Use": ["methods", "paths", "errors", "devices", "performance", "extending", "api"],
+    "Use": "methods paths structure compact errors devices performance extending api".split(),
     "Notebooks": [f"/notebooks/{path.stem}" for path in sorted(ROOT.glob("notebooks/*.ipynb"))],
     "Research": ["experiments", "data", "tests"],
     "Project": ["/CHANGELOG", "/CONTRIBUTING"],

@@ -17,10 +17,12 @@ from jax.sharding import NamedSharding
 
 from dpai_jax import checks
 from dpai_jax.paths import Network
-from dpai_jax.paths.counting import COUNTINGS
+from dpai_jax.paths.counting import COUNTINGS, REACH
+from dpai_jax.paths.folding import Call, Stage, pulled_back
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import AtKernel
 from dpai_jax.paths.values import Spread
+from dpai_jax.stages import backward, chain_for, forward
 from dpai_jax.tools import meshes
 from dpai_jax.tools.switches import usual_switches
 
@@ -68,12 +70,43 @@ def log_paths(net: Network, masks: PyTree, counting: str = "exact") -> Array:
       DPaI (ICLR 2025), Section "Differentiable Calculation of the Effective Path".
     """
     checks.one_of("counting", counting, COUNTINGS)
-    return _log_count(net, checks.weighted_masks(net, masks), counting=counting)
+    return counted(net, checks.weighted_masks(net, masks), counting)
+
+
+def counted(
+    net: Network,
+    masks: list[Any],
+    counting: str,
+    below: float | None = None,
+    *,
+    ahead: bool = False,
+) -> Array:
+    """`log_paths` of the layers' masks, compiled.
+
+    Args:
+      net: the traced network.
+      masks: for each layer an array, boolean or float32.
+      counting: as in `log_paths`.
+      below: what no entry of the masks exceeds, where that is known.
+      ahead: whether only to start to compile this, for masks of these shapes.
+
+    Returns:
+      float32 scalar; nothing of use ahead.
+    """
+    calls = chain_for(net, masks, COUNTINGS[counting], below)
+    if calls:
+        found: Array = forward(net, calls, masks, ahead=ahead)[calls[-1].outputs[0]]
+        return found
+    settings = {"counting": counting, "below": below}
+    if ahead:
+        _log_count.ahead(net, masks, **settings)
+        return jnp.zeros(())
+    return _log_count(net, masks, **settings)
 
 
 @meshes.program(layers=lambda masks: masks)
-def _log_count(net: Network, masks: list[Array], *, counting: str) -> Array:
-    return log_count(net, masks, counting)
+def _log_count(net: Network, masks: list[Array], *, counting: str, below: float | None) -> Array:
+    return log_count(net, [m.astype(jnp.float32) for m in masks], counting, below)
 
 
 def log_count(
@@ -95,9 +128,57 @@ def log_count(
     return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings), below)
 
 
+def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Array]:
+    """Which weights a path passes, or would pass if they were kept, from boolean masks.
+
+    Args:
+      net: the traced network.
+      masks: for each layer a boolean array.
+      ahead: whether only to start to compile this, for masks of these shapes.
+
+    Returns:
+      For each layer a boolean array; nothing of use ahead.
+    """
+    calls = chain_for(net, masks, REACH)
+    if not calls:
+        if ahead:
+            _reached.ahead(net, masks)
+            return masks
+        found: list[Array] = _reached(net, masks)
+        return found
+
+    def pull(call: Call, *args: list[Any]) -> Sequence[Any]:
+        pairs = zip(call.inputs, call.is_first, strict=True)
+        ends = tuple(i < len(masks) and is_first for i, is_first in pairs)
+        if ahead:
+            _reached_behind.ahead(net, *args, stage=call.stage, ends=ends)
+            return call.stage.arguments
+        found: Sequence[Any] = _reached_behind(net, *args, stage=call.stage, ends=ends)
+        return found
+
+    slots = backward(calls, forward(net, calls, masks, ahead=ahead), pull)
+    return [slots[i] for i in range(len(masks))]
+
+
+@meshes.program()
+def _reached_behind(
+    _: Network,
+    arrays: list[Array],
+    cotangents: list[Array],
+    so_far: list[Array | None],
+    *,
+    stage: Stage,
+    ends: tuple[bool, ...],
+) -> list[Array | None]:
+    """What is reached, pulled back through one stage; of masks that end here, whether it is."""
+    found = pulled_back(stage, arrays, cotangents, so_far)
+    return [
+        x > 0.5 if is_end and x is not None else x for x, is_end in zip(found, ends, strict=True)
+    ]
+
+
 @meshes.program(like=lambda masks: masks, layers=lambda masks: masks)
-def reached(net: Network, masks: list[Array]) -> list[Array]:
-    """Which weights a path passes, or would pass if they were kept, from boolean masks."""
+def _reached(net: Network, masks: list[Array]) -> list[Array]:
     shardings = _count_shardings(net, masks)
     floats = _resharded(net, [m.astype(jnp.float32) for m in masks], shardings)
     # What is reached is a gradient, and stays where the count had the masks.

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from dpai_jax import checks
-from dpai_jax.counts import log_count, reached
+from dpai_jax.counts import counted, reached
 from dpai_jax.paths import Layer, Network
 from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
@@ -238,7 +238,9 @@ def measure(net: Network, masks: Sequence[list[Array]]) -> list[Topology]:
     """`topology` of several masks, each a list of the layers' boolean arrays."""
     # All are under way before the first is read.
     groups = groups_of(net, masks[0])
-    found = jax.device_get([(_log_paths(net, kept), _counts(net, groups, kept)) for kept in masks])
+    found = jax.device_get(
+        [(counted(net, kept, "exact", 1.0), _counts(net, groups, kept)) for kept in masks]
+    )
     return [_topology(net, log_paths, in_order(groups, counts)) for log_paths, counts in found]
 
 
@@ -258,8 +260,8 @@ def _n_outputs(layer: Layer) -> int:
 def compile_ahead(net: Network, weights: list[Array]) -> None:
     """Starts to compile what `measure` runs for masks that are sharded like the weights."""
     kept: Any = meshes.shapes_like(weights, bool)
-    reached.ahead(net, kept)
-    _log_paths.ahead(net, kept)
+    reached(net, kept, ahead=True)
+    counted(net, kept, "exact", 1.0, ahead=True)
     for group in groups_of(net, kept):
         own, axes = group.of(kept), tuple(group.of(_axes(net)))
         _count_layers.ahead(group.owner, own, own, axes=axes)
@@ -298,11 +300,6 @@ def effective(net: Network, kept: list[Array]) -> list[Array]:
 @meshes.program(like=lambda kept, _: kept, layers=lambda kept, _: kept)
 def _effective(_: Network, kept: list[Array], reached: list[Array]) -> list[Array]:
     return [k & r for k, r in zip(kept, reached, strict=True)]
-
-
-@meshes.program(layers=lambda kept: kept)
-def _log_paths(net: Network, kept: list[Array]) -> Array:
-    return log_count(net, [m.astype(jnp.float32) for m in kept], "exact", below=1.0)
 
 
 def _counts(net: Network, groups: list[Group], kept: list[Array]) -> list[Array]:

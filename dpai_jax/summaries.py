@@ -19,6 +19,13 @@ class Summary:
     `print` shows it as plain text and a notebook as HTML; `rich.print` sets it in bold and lines,
     where rich is installed.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
+      >>> summary = dpai.topology(net, {"w": jnp.eye(4, 2, dtype=bool)}).summary()
+      >>> summary.rows[0][0], len(summary.rows)
+      ('w', 1)
+
     Attributes:
       title: what stands above it.
       headings: the names of the columns.

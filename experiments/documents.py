@@ -9,8 +9,9 @@ heading. A plot follows a comment that names its table and records:
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
 
-The tables "jobs" and "sizes" and the plot "accuracy" are of finished jobs; the others are of
-benchmarks.
+The tables "jobs", "sizes", "accuracies" and "against", of which the last two are of one recipe, and
+the plot "accuracy" are of finished jobs; the others are of benchmarks. The heading of "against"
+names the method that is compared with all others.
 """
 
 import pathlib
@@ -20,6 +21,7 @@ from experiments import report
 from experiments.benchmarks import show
 from experiments.config import ConfigError
 from experiments.grid import Grid
+from experiments.report.records import Panel
 from experiments.store import Record, Store
 
 _TABLE = re.compile(
@@ -28,7 +30,7 @@ _TABLE = re.compile(
     re.DOTALL,
 )
 
-JOBS = ("jobs", "sizes", "accuracy")
+JOBS = ("jobs", "sizes", "accuracies", "against", "accuracy")
 """The tables and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
@@ -80,9 +82,18 @@ def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
 
 
 def _grid(name: str, records: list[Record], title: str) -> Grid:
+    if name == "accuracies":
+        return report.accuracies(_only_panel(records))
+    if name == "against":
+        return report.against(_only_panel(records), title)
     if name in JOBS:
         return (report.sizes if name == "sizes" else report.table)(records, title)
     return show.grid(name, records)
+
+
+def _only_panel(records: list[Record]) -> Panel:
+    (panel,) = report.panels(records)
+    return panel
 
 
 def _origin(records: list[Record]) -> str:

@@ -1,4 +1,4 @@
-"""Networks of the zoo, of every library, cut at random: outputs and gradients are the masked ones'."""
+"""Networks of every library, cut at random: outputs and gradients are those of the masked ones."""
 
 from typing import Any
 

@@ -412,7 +412,7 @@ BAD = {
     "none of four": ("granularity must be .* got '0:4'", {"granularity": "0:4"}),
     "another sparsity": ("sparsity must be 0.5 with .*'2:4', got 0.9", {"granularity": "2:4"}),
     "too few channels": (
-        "sparsity 0.9 keeps 109 of 1092 weights, fewer than .*: one channel for each layer, and",
+        "sparsity 0.9 keeps 88 of 885 weights, fewer than .*: one channel for each layer, and",
         {"granularity": "channel"},
     ),
     "repair": (

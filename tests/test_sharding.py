@@ -161,8 +161,8 @@ def programs(params, fn, x, optimizer):
     return [
         selector._select.lower(*find).compile(),
         method._step.lower(*step, **how._settings()).compile(),
-        counts.reached.lower(net, masks).compile(),
-        measuring._log_paths.lower(net, masks).compile(),
+        counts._reached.lower(net, masks).compile(),
+        counts._log_count.lower(net, masks, counting="exact", below=1.0).compile(),
         measuring._count_layers.lower(net, masks, masks, axes=axes).compile(),
     ]
 

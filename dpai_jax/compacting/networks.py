@@ -45,6 +45,16 @@ class CompactLeaf:
 class Compact:
     """A masked network without its dead channels.
 
+    Example:
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 1))}
+      >>> masks = {"a": jnp.ones((4, 2), bool), "b": jnp.array([[True], [False]])}
+      >>> small = dpai.compact(lambda p, x: x @ p["a"] @ p["b"], params, masks, jnp.ones((1, 4)))
+      >>> small.before.weights, small.after.weights
+      (10, 5)
+      >>> small.expand(small.params)["a"].shape
+      (4, 2)
+
     Attributes:
       fn: the smaller network, `fn(params, x)`, for inputs of any shape that the whole one takes.
       params: its parameters: the tree of the whole network's, with smaller leaves.

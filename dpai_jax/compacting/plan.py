@@ -71,8 +71,7 @@ class Plan:
         facts = forward(program, leaves, kept)
         self.program = program
         self.facts = with_activations(facts, [fact.activation for fact in dense])
-        self.wanted = backward(program, self.facts)
-        self.kept = blocks(program, self.facts, self.wanted)
+        self.kept = blocks(program, self.facts, backward(program, self.facts))
         self._frozen = frozen
         for number, k in zip(program.inputs, kept, strict=False):
             self.kept[number] = k

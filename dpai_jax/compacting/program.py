@@ -36,7 +36,7 @@ POINTWISE = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """One operation: the primitive with its parameters, and the numbers of its values."""
 
@@ -187,6 +187,13 @@ def pointwise_call(eqn: JaxprEqn, operands: Sequence[Any], shape: tuple[int, ...
         return results[: len(eqn.outvars)], results[len(eqn.outvars) :]
 
     return list(call(*operands))
+
+
+def keeps_zero(eqn: JaxprEqn) -> bool:
+    """Whether a call that acts on each entry makes zeros of zeros."""
+    with jax.ensure_compile_time_eval():
+        zeros = [np.zeros((), dtype_of(var)) for var in eqn.invars]
+        return all(float(y) == 0 for y in _at_shape(called_jaxpr(eqn), zeros, ()))
 
 
 def _padded(jaxpr: Any, args: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:

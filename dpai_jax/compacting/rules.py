@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -158,13 +157,9 @@ def matters(result: Fact, a: Fact, b: Fact) -> Flags:
     return where
 
 
-@functools.lru_cache(maxsize=1024)
 def _keeps_zero(step: Step) -> bool:
     if step.kind == "integer_pow":
         return bool(step.params["y"] > 0)
     if step.kind == "pointwise_call":
-        with jax.ensure_compile_time_eval():  # an input of a new shape may come within a trace
-            zeros = [jnp.zeros((), var.aval.dtype) for var in step.eqn.invars]
-            results = p._at_shape(p.called_jaxpr(step.eqn), zeros, ())
-            return all(float(y) == 0 for y in results)
+        return p.keeps_zero(step.eqn)
     return step.kind in Pointwise._KEEP_ZERO

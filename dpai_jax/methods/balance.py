@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from dpai_jax import checks, counts, selection
@@ -154,42 +155,80 @@ def direction(
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
-    balance, counting, normalize, sharp, falls = objective
 
     def count(floats: list[Array]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
-        return counts.log_count(net, floats, counting, below=1.0)
+        return counts.log_count(net, floats, objective.counting, below=1.0)
 
     log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
+    directions, measured = directions_of(net.layers, objective, weights, scores, masks, gradients)
+    return directions, {"log_paths": log_paths, **measured}
+
+
+def directions_of(
+    layers: Sequence[Layer],
+    objective: Objective,
+    weights: tuple[Any, Any, Any],
+    scores: Sequence[Array],
+    masks: Sequence[Array],
+    gradients: Sequence[Array],
+    largest: int | None = None,
+) -> tuple[list[Array], dict[str, Array]]:
+    """`direction` from the gradients, of some of a network's layers.
+
+    Args:
+      layers: the layers.
+      objective: as for `direction`.
+      weights: as for `direction`.
+      scores: of these layers.
+      masks: of these layers.
+      gradients: ∂ log R_P/∂m.
+      largest: see `rows.sums_of`.
+
+    Returns:
+      The layers' directions, and their `nodes` and `kernels`.
+    """
+    balance, _, normalize, sharp, falls = objective
     if falls:  # what was removed stays removed
         gradients = [jnp.where(m, g, 0.0) for m, g in zip(masks, gradients, strict=True)]
     if balance == "even":
         of_layers = [
             _even_slopes(_axes(layer), weights, m, g)
-            for layer, m, g in zip(net.layers, masks, gradients, strict=True)
+            for layer, m, g in zip(layers, masks, gradients, strict=True)
         ]
     else:
         of_layers = [
             _slopes((layer.inputs, layer.taps), sharp, weights, m, g)
-            for layer, m, g in zip(net.layers, masks, gradients, strict=True)
+            for layer, m, g in zip(layers, masks, gradients, strict=True)
         ]
     slopes, sizes, open_kernels = zip(*of_layers, strict=True)
     if normalize:
         slopes = tuple(
             slope * jnp.where(mean > 0, 1 / mean, 0.0)
-            for slope, mean in zip(slopes, _means(net, masks, sizes), strict=True)
+            for slope, mean in zip(slopes, _means(layers, masks, sizes, largest), strict=True)
         )
     directions = [
         slope * g * jnp.sign(s) for slope, g, s in zip(slopes, gradients, scores, strict=True)
     ]
     kernels = jnp.concatenate([x.ravel() for x in open_kernels]).astype(jnp.uint32)
     measured = {
-        "log_paths": log_paths,
         "nodes": jnp.sum(kernels > 0, dtype=jnp.uint32),
         "kernels": jnp.sum(kernels, dtype=jnp.uint32),
     }
     return directions, measured
+
+
+def moved(
+    directions: Sequence[Array], scores: Sequence[Array], memory: Any, update: Any
+) -> tuple[list[Array], Any]:
+    """Scores and an optimizer's memory after an update that follows the directions."""
+    descent = jax.tree.map(jnp.negative, list(directions))
+    # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, memory = update(descent, memory, list(scores))
+    after: list[Array] = optax.apply_updates(list(scores), updates)
+    return after, memory
 
 
 # Traced once for layers of one shape.
@@ -282,14 +321,16 @@ def _inverse(shares: Array) -> Array:
     return jnp.where(is_any, 1 / jnp.where(is_any, shares, 1.0), 0.0)
 
 
-def _means(net: Network, masks: list[Array], sizes: Sequence[Array]) -> list[Array]:
+def _means(
+    layers: Sequence[Layer], masks: Sequence[Array], sizes: Sequence[Array], largest: int | None
+) -> list[Array]:
     """The mean magnitude of each layer's direction, of each copy of it, from sums over taps."""
     small = are_small(masks)
-    plain = [i for i, layer in enumerate(net.layers) if not layer.stack]
-    sums = sums_of([sizes[i] for i in plain], [small[i] for i in plain])
+    plain = [i for i, layer in enumerate(layers) if not layer.stack]
+    sums = sums_of([sizes[i] for i in plain], [small[i] for i in plain], largest)
     totals = dict(zip(plain, sums, strict=True))
     means = []
-    for i, (layer, x) in enumerate(zip(net.layers, sizes, strict=True)):
+    for i, (layer, x) in enumerate(zip(layers, sizes, strict=True)):
         copy = tuple(axis for axis in range(x.ndim) if axis not in layer.stack)
         total = totals[i] if i in totals else sum_over(x, copy)
         means.append(total * (layer.copies / layer.size))

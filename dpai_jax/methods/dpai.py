@@ -16,13 +16,14 @@ from jax import Array
 
 from dpai_jax import checks, counts, grouping
 from dpai_jax.allocation import check_allocation, erk
-from dpai_jax.methods import noise
-from dpai_jax.methods.balance import BALANCES, Objective, direction
+from dpai_jax.methods import folded, noise
+from dpai_jax.methods.balance import BALANCES, Objective, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
 from dpai_jax.methods.selector import Selector
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
+from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
 from dpai_jax.tools.signatures import Alike
 
@@ -152,14 +153,17 @@ class DPaI:
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)
-        state = _State(scores, self.optimizer.init(scores))
-        state, masks, history = _ascend(
-            lambda state, masks: _step(net, state, masks, strengths, weights, **settings),
-            state,
-            selector,
-            keeps,
-            problem.report,
-        )
+        steps, init = self._folded(net, scores, parts), self.optimizer.init
+        on_device = jax.device_put(weights)
+
+        def step(state: _State, masks: list[Array]) -> tuple[_State, dict[str, Array]]:
+            if steps is None:
+                return _step(net, state, masks, strengths, weights, **settings)
+            *after, measured = steps(*state, masks, strengths, on_device)
+            return _State(*after), measured
+
+        state = _State(scores, init(scores) if steps is None else steps.memory(scores, init))
+        state, masks, history = _ascend(step, state, selector, keeps, problem.report)
         return _pruned(state.scores, masks, history)
 
     @property
@@ -218,13 +222,28 @@ class DPaI:
     def compile_ahead(self, problem: Problem) -> None:
         """Starts to compile what `run` needs."""
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
-        state = _State(shapes, jax.eval_shape(self.optimizer.init, shapes))
-        masks = self._shapes(problem, bool)
-        strengths = shapes if _STRENGTHS[self.strength] else []
-        settings = self._settings(problem.granularity.parts(net))
-        _step.ahead(net, state, masks, strengths, self._weights(), **settings)
+        parts, init = problem.granularity.parts(net), self.optimizer.init
+        steps = self._folded(net, shapes, parts)
+        start = init if steps is None else functools.partial(steps.memory, init=init)
+        state = _State(shapes, jax.eval_shape(start, shapes))
+        strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
+        masks, weights = self._shapes(problem, bool), self._weights()
+        if steps is None:
+            _step.ahead(net, state, masks, strengths, weights, **self._settings(parts))
+        else:
+            steps(*state, masks, strengths, weights, ahead=True)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
+
+    def _folded(
+        self, net: Network, scores: list[Any], parts: grouping.Parts
+    ) -> folded.Steps | None:
+        """The steps block by block, if the network repeats itself and layers go each by itself."""
+        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], 1.0)
+        if not calls or parts or not folded.goes_by_array(self.optimizer):
+            return None
+        settings = self._settings()
+        return folded.Steps(net, calls, settings["objective"], settings["update"])
 
     @staticmethod
     def _shapes(problem: Problem, dtype: Any) -> Any:
@@ -335,11 +354,7 @@ def _step(
     """Lines 6 to 8 of Algorithm 1."""
     directions, measured = direction(net, objective, weights, state.scores, masks, strengths)
     directions = grouping.together(directions, parts)
-    descent = jax.tree.map(jnp.negative, directions)
-    # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, memory = update(descent, state.optimizer, state.scores)
-    return _State(optax.apply_updates(state.scores, updates), memory), measured
+    return _State(*moved(directions, state.scores, state.optimizer, update)), measured
 
 
 @meshes.program(like=lambda scores: scores, layers=lambda scores: scores)

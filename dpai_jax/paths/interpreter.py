@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -97,6 +98,29 @@ class Interpreter:
     def source(self, shape: Shape) -> Flow:
         """A flow that starts here, with `start` paths to every unit."""
         return self.flow(Spread(v.ones(shape).array * self.start, shape), jnp.int32(0))
+
+    def input(self, aval: Any) -> Value:
+        """What an input stands for: one path to each of its entries, none to a random key."""
+        if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+            return Independent(aval.shape)
+        return self.source(aval.shape)
+
+    def settled(self, value: Value) -> Value:
+        """A value as it passes from one segment of a program to another, in normal form."""
+        if not isinstance(value, Flow):
+            return value
+        if value.constants is not None:
+            constants = cast(Flow, self.settled(value.constants))
+            value = v.replace(value, constants=constants)
+        if value.below == 1.0:
+            return value
+        flow = self.flow(Spread(value.mantissa, value.shape), value.exponent)
+        names = ("mantissa", "exponent", "filled", "below")
+        return v.replace(value, **{name: getattr(flow, name) for name in names})
+
+    def origins(self) -> Iterable[tuple[object, Hashable]]:
+        """The units that have an origin, each with it, in the order in which they were made."""
+        return ((unit, origin) for origin, unit in self._units.items())
 
     def evaluate(self, jaxpr: Any, *args: Value) -> list[Value]:
         """The values of a jaxpr's results, from the values of its arguments."""

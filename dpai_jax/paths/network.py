@@ -17,9 +17,13 @@ from jax import Array, lax
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
+from dpai_jax.paths._jax import open_jaxpr
+from dpai_jax.paths.constants import constant
 from dpai_jax.paths.counting import EXACT, REACH, Counting
+from dpai_jax.paths.folding import Call, End, Slot, chain_of, flows_of
 from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
+from dpai_jax.paths.repeats import Segment, segments_of
 from dpai_jax.paths.rewriting import unrolled
 from dpai_jax.paths.sameness import ComparableJaxpr
 from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
@@ -28,6 +32,9 @@ from dpai_jax.tools.trees import named_leaves, shown
 
 PyTree = Any
 AtKernel = Callable[[KernelUse], Spread]
+
+# A network is cut into blocks if at most this part of its contractions is left without repeats.
+_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -201,18 +208,8 @@ class Network:
         Returns:
           float32 scalar.
         """
-        flows = self.evaluate(masks, Interpreter(self.gates, counting, at_kernel), below)
-        sums, exponent = v.align(flows)
-        ends = [
-            counting.sum(Spread(x, f.shape), range(len(f.shape)))
-            for x, f in zip(sums, flows, strict=True)
-        ]
-        count = functools.reduce(jnp.add, [jnp.sum(end.array) for end in ends])
-        # With no path at all the derivative is that of the count itself: it shows which weights
-        # would make one.
-        log = jnp.log(jnp.where(count > 0, count, 1.0 + (count - lax.stop_gradient(count))))
-        return jnp.where(
-            count > 0, log + exponent.astype(jnp.float32) * math.log(2.0), log - jnp.inf
+        return _log_of(
+            counting, self.evaluate(masks, Interpreter(self.gates, counting, at_kernel), below)
         )
 
     def reached(self, masks: Sequence[Array], at_kernel: AtKernel = KernelUse.count) -> list[Array]:
@@ -227,8 +224,7 @@ class Network:
         """
 
         def count(masks: Sequence[Array]) -> Array:
-            flows = self.evaluate(masks, Interpreter("jacobian", REACH, at_kernel))
-            return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])
+            return _sum_of(REACH, self.evaluate(masks, Interpreter("jacobian", REACH, at_kernel)))
 
         return [g > 0.5 for g in jax.grad(count)(list(masks))]
 
@@ -236,12 +232,41 @@ class Network:
         self, masks: Sequence[Array], interpreter: Interpreter, below: float | None = None
     ) -> list[Flow]:
         """The flows at the network's outputs; no entry of the masks exceeds `below`."""
+        return _evaluate(self._jaxpr, self._segments, self._params(masks, below), interpreter)
+
+    def chain(self, counting: Counting, below: float | None = None) -> list[Call]:
+        """`log_count` as a chain of stages, or for `REACH` that of which `reached` is the gradient.
+
+        Args:
+          counting: how paths are counted.
+          below: what no entry of the masks exceeds, where that is known.
+
+        Returns:
+          The calls of the stages, whose first slots are the masks. Nothing if the network is one
+          segment, as too little of it repeats.
+        """
+        if len(self._segments) == 1:
+            return []
+        end, gates = (_sum_of, "jacobian") if counting is REACH else (_log_of, self.gates)
+        key = end, counting, below
+        if key not in self.programs:
+            masks = [Slot(i, x.shape, np.dtype(np.float32)) for i, x in enumerate(self.layers)]
+            params = self._params(masks, below)
+            self.programs[key] = _chain(self._jaxpr, params, gates, counting, end)
+        calls: list[Call] = self.programs[key]
+        return calls
+
+    @functools.cached_property
+    def _segments(self) -> list[Segment]:
+        """The program, in blocks if they repeat enough."""
+        return _segments_of(self._jaxpr, len(self._shapes))
+
+    def _params(self, masks: Sequence[Any], below: float | None) -> list[Value]:
         by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
-        params = [
+        return [
             _weight(i, by_index[i], below) if i in by_index else Independent(shape)
             for i, shape in enumerate(self._shapes)
         ]
-        return _evaluate(self._jaxpr, params, interpreter)
 
     def unrolled(self) -> Network:
         """The network with its scans written out: each copy of a layer is a use of its own."""
@@ -416,31 +441,35 @@ def _uses(
     jaxpr: Any, kernels: Sequence[bool], shapes: tuple[tuple[int, ...], ...], gates: str
 ) -> list[AxesOfLeaf]:
     """The first use of each kernel, in the order of evaluation."""
+    float32 = np.dtype(np.float32)
+    params = [
+        _weight(i, Slot(i, shape, float32)) if is_kernel else Independent(shape)
+        for i, (shape, is_kernel) in enumerate(zip(shapes, kernels, strict=True))
+    ]
     first: dict[int, AxesOfLeaf] = {}
-
-    def record(use: KernelUse) -> Spread:
-        if not use.is_lookup:
-            for axes in use.axes_of_leaves():
-                first.setdefault(axes.leaf, axes)
-        return use.count()
-
-    def discover(masks: dict[int, Array]) -> list[Array]:
-        params = [
-            _weight(i, masks[i]) if i in masks else Independent(shape)
-            for i, shape in enumerate(shapes)
-        ]
-        interpreter = Interpreter(gates, at_kernel=record)
-        return [flow.mantissa for flow in _evaluate(jaxpr, params, interpreter)]
-
-    masks = {
-        i: jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes) if kernels[i]
-    }
-    jax.eval_shape(discover, masks)
+    for call in _chain(jaxpr, params, gates, EXACT, _sum_of):
+        for use in call.uses:
+            first.setdefault(use.leaf, use)
     return list(first.values())
 
 
-def _weight(index: int, mask: Array, below: float | None = None) -> Weight:
-    return Weight(mask, ((index, tuple(frozenset({i}) for i in range(mask.ndim))),), below)
+def _chain(
+    jaxpr: Any, params: Sequence[Value], gates: str, counting: Counting, end: End
+) -> list[Call]:
+    """A program's evaluation as calls of stages (see `chain_of`)."""
+    variables = zip(*_arguments(jaxpr, params), strict=True)
+    sources = _sources(jaxpr, len(params))[1]
+    segments = _segments_of(jaxpr, len(params))
+    return chain_of(segments, variables, sources, gates, counting, end, len(params))
+
+
+def _segments_of(jaxpr: Any, n_params: int) -> list[Segment]:
+    """A program cut into blocks, if they repeat enough."""
+    return segments_of(jaxpr, len(jaxpr.in_avals) - n_params, _SHARE)
+
+
+def _weight(index: int, mask: Any, below: float | None = None) -> Weight:
+    return Weight(mask, ((index, tuple(frozenset({i}) for i in range(len(mask.shape)))),), below)
 
 
 def _layer(use: AxesOfLeaf, name: str, shape: tuple[int, ...]) -> Layer:
@@ -449,18 +478,47 @@ def _layer(use: AxesOfLeaf, name: str, shape: tuple[int, ...]) -> Layer:
     return Layer(name, use.leaf, shape, use.inputs, use.outputs, use.taps, stack, use.groups)
 
 
-def _evaluate(jaxpr: Any, params: Sequence[Value], interpreter: Interpreter) -> list[Flow]:
-    """The flows at a network's outputs."""
-    inputs = [_input(aval, interpreter) for aval in jaxpr.in_avals[len(params) :]]
-    outputs = interpreter.evaluate(jaxpr, *params, *inputs)
-    flows = [output for output in outputs if isinstance(output, Flow)]
-    if not flows:
-        raise ValueError("fn's output does not depend on x through any path of real numbers")
-    return flows
+def _evaluate(
+    jaxpr: Any, segments: Sequence[Segment], params: Sequence[Value], interpreter: Interpreter
+) -> list[Flow]:
+    """The flows at a network's outputs; those between its segments are settled."""
+    environment = dict(zip(*_arguments(jaxpr, params), strict=True))
+    variables, avals = _sources(jaxpr, len(params))
+    environment.update(zip(variables, map(interpreter.input, avals), strict=True))
+    for segment in segments[:-1]:
+        results = interpreter.evaluate(segment, *(environment[x] for x in segment.invars))
+        environment.update(zip(segment.outvars, map(interpreter.settled, results), strict=True))
+    last = segments[-1]
+    return flows_of(interpreter.evaluate(last, *(environment[x] for x in last.invars)))
 
 
-def _input(aval: Any, interpreter: Interpreter) -> Value:
-    """What an input stands for: one path to each of its entries, none to a random key."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
-        return Independent(aval.shape)
-    return interpreter.source(aval.shape)
+def _arguments(jaxpr: Any, params: Sequence[Value]) -> tuple[list[Any], list[Value]]:
+    """A program's constants and parameters: variables, and what they stand for."""
+    opened, consts = open_jaxpr(jaxpr)
+    variables = [*opened.constvars, *opened.invars[: len(params)]]
+    return variables, [*map(constant, consts), *params]
+
+
+def _sources(jaxpr: Any, n_params: int) -> tuple[list[Any], tuple[Any, ...]]:
+    """A program's inputs besides parameters: variables, and their shapes and dtypes."""
+    variables = list(open_jaxpr(jaxpr)[0].invars[n_params:])
+    return variables, tuple(variable.aval for variable in variables)
+
+
+def _log_of(counting: Counting, flows: list[Flow]) -> Array:
+    """The logarithm of the number of paths to the outputs."""
+    sums, exponent = v.align(flows)
+    ends = [
+        counting.sum(Spread(x, f.shape), range(len(f.shape)))
+        for x, f in zip(sums, flows, strict=True)
+    ]
+    count = functools.reduce(jnp.add, [jnp.sum(end.array) for end in ends])
+    # With no path at all the derivative is that of the count itself: it shows which weights
+    # would make one.
+    log = jnp.log(jnp.where(count > 0, count, 1.0 + (count - lax.stop_gradient(count))))
+    return jnp.where(count > 0, log + exponent.astype(jnp.float32) * math.log(2.0), log - jnp.inf)
+
+
+def _sum_of(_: Counting, flows: list[Flow]) -> Array:
+    """The sum of the mantissas at the outputs."""
+    return functools.reduce(jnp.add, [jnp.sum(flow.mantissa) for flow in flows])

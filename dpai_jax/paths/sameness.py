@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import JaxprEqn, Literal
 
 from dpai_jax.paths._jax import open_jaxpr
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
@@ -44,17 +44,29 @@ def _of_jaxpr(jaxpr: Any) -> Hashable:
         return ("literal", x.aval, _of_value(x.val)) if isinstance(x, Literal) else number[x]
 
     arguments = tuple(name(v) for v in (*opened.constvars, *opened.invars))
-    equations = []
+    equations: list[Hashable] = []
     for eqn in opened.eqns:
         operands = tuple(atom(x) for x in eqn.invars)
-        kind = eqn.primitive.name
-        if kind in CALLS and kind != "shard_map":
-            params: Hashable = _of_jaxpr(called_jaxpr(eqn))
-        else:
-            params = tuple((key, _of_value(value)) for key, value in sorted(eqn.params.items()))
-        equations.append((eqn.primitive, operands, params, tuple(name(v) for v in eqn.outvars)))
+        written = tuple(name(v) for v in eqn.outvars)
+        equations.append((eqn.primitive, operands, _of_params(eqn), written))
     results = tuple(atom(x) for x in opened.outvars)
     return arguments, tuple(map(_of_value, consts)), tuple(equations), results
+
+
+def _of_params(eqn: JaxprEqn) -> Hashable:
+    kind = eqn.primitive.name
+    if kind in CALLS and kind != "shard_map":
+        return _of_jaxpr(called_jaxpr(eqn))
+    return tuple((key, _of_value(value)) for key, value in sorted(eqn.params.items()))
+
+
+def kind_of(eqn: JaxprEqn) -> Hashable:
+    """What an equation does, whatever it reads: equal for equations that do the same."""
+    operands: tuple[Any, ...] = tuple(
+        ("literal", x.aval, _of_value(x.val)) if isinstance(x, Literal) else x.aval
+        for x in eqn.invars
+    )
+    return eqn.primitive, operands, _of_params(eqn), tuple(v.aval for v in eqn.outvars)
 
 
 def _of_value(value: Any) -> Hashable:

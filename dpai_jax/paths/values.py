@@ -232,6 +232,7 @@ jax.tree_util.register_dataclass(
     ["shape", "unit", "ancestors", "views", "at_zero", "below"],
 )
 jax.tree_util.register_dataclass(Weight, ["array"], ["sources", "below"])
+jax.tree_util.register_dataclass(WeightSum, ["terms"], [])
 
 
 replace = dataclasses.replace

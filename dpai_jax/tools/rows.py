@@ -136,18 +136,22 @@ def in_order(groups: Sequence[Group], found: Sequence[Sequence[T]]) -> list[T]:
     return [by_place[i] for i in range(len(by_place))]
 
 
-def sums_of(arrays: Sequence[Array], in_row: Sequence[bool]) -> list[Array]:
+def sums_of(
+    arrays: Sequence[Array], in_row: Sequence[bool], largest: int | None = None
+) -> list[Array]:
     """The sum of each of several float32 arrays, none of whose entries is below zero.
 
     Args:
       arrays: the arrays.
       in_row: which of them may lie in one row.
+      largest: the size of the largest array in the row, if the row is a part of one: the sums are
+        those of the whole row.
 
     Returns:
       Scalars, which do not depend on the order of the terms.
     """
     small = [x for x, is_in in zip(arrays, in_row, strict=True) if is_in]
-    sums = iter(_sums_in_row(small) if small else [])
+    sums = iter(_sums_in_row(small, largest) if small else [])
     return [
         next(sums) if is_in else sum_over(x, tuple(range(x.ndim))).reshape(())
         for x, is_in in zip(arrays, in_row, strict=True)
@@ -176,9 +180,10 @@ def _count(flags: Array) -> Array:
     return jnp.sum(jnp.where(others < flags.shape[-1], found, 0), dtype=jnp.uint32)
 
 
-def _sums_in_row(arrays: Sequence[Array]) -> list[Array]:
+def _sums_in_row(arrays: Sequence[Array], largest: int | None) -> list[Array]:
     row = Row([x.size for x in arrays])
     blocks = row.blocks(arrays, 0.0)
     scale, inverse, _ = scaling(row.largest(blocks))
-    digits, digit = digits_of(blocks * row.spread(inverse), max(x.size for x in arrays))
+    n_terms = max(x.size for x in arrays) if largest is None else largest
+    digits, digit = digits_of(blocks * row.spread(inverse), n_terms)
     return list(from_digits(row.sums(digits), digit) * scale)

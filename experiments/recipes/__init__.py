@@ -20,6 +20,7 @@ RECIPES = (
     "ablations",
     "digits_resnet20",
     "suite",
+    "suite_ablations",
     "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""

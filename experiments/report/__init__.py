@@ -2,6 +2,16 @@
 
 from experiments.report.figures import accuracy, draw, save
 from experiments.report.records import panels
-from experiments.report.tables import by_panel, sizes, table
+from experiments.report.tables import accuracies, against, by_panel, sizes, table
 
-__all__ = ["accuracy", "by_panel", "draw", "panels", "save", "sizes", "table"]
+__all__ = [
+    "accuracies",
+    "accuracy",
+    "against",
+    "by_panel",
+    "draw",
+    "panels",
+    "save",
+    "sizes",
+    "table",
+]

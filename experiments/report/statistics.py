@@ -56,14 +56,19 @@ class Difference:
         return self.p_holm is not None and self.p_holm < LEVEL
 
 
-def differences(panel: Panel, sparsity: float) -> list[Difference]:
-    """Compares all pairs of methods at one sparsity, the largest difference first.
+def differences(panel: Panel, sparsity: float, method: str | None = None) -> list[Difference]:
+    """Compares pairs of methods at one sparsity, the largest difference first.
 
     Args:
         panel: The jobs.
         sparsity: One of the panel's.
+        method: Compare this one with each other one; by default all pairs.
     """
-    pairs = itertools.combinations(panel.at(sparsity), 2)
+    pairs = (
+        pair
+        for pair in itertools.combinations(panel.at(sparsity), 2)
+        if method is None or method in (pair[0].method, pair[1].method)
+    )
     found = [pair for a, b in pairs if (pair := _difference(a, b)) is not None]
     tested = [pair.p for pair in found if pair.p is not None]
     corrected = iter(holm(tested))

@@ -8,6 +8,7 @@ import numpy as np
 from experiments.config import DENSE, percent
 from experiments.grid import Cells, Grid
 from experiments.report import records as own
+from experiments.report import statistics
 from experiments.report.records import Group, Panel, Pick
 from experiments.report.statistics import Difference
 from experiments.store import Record
@@ -187,6 +188,31 @@ def differences(panel: Panel, found: Sequence[Difference]) -> Grid:
         tuple(rows),
         left=("methods", "verdict"),
         caption="last epoch; paired by seed; –: no test, as there is one seed or no spread",
+    )
+
+
+def against(panel: Panel, method: str) -> Grid:
+    """Makes the table of what one method is ahead of each other one, in points of accuracy."""
+    found = {}
+    for sparsity in panel.sparsities:
+        for pair in statistics.differences(panel, sparsity, method):
+            ahead = pair.better == method
+            points = f"{100 * (pair.mean if ahead else -pair.mean):+.2f}"
+            other = pair.other if ahead else pair.better
+            verdict = "" if not pair.apart else " ahead" if ahead else " behind"
+            found[other, sparsity] = points + verdict
+    rows = [
+        (other, *(found.get((other, sparsity), "–") for sparsity in panel.sparsities))
+        for other in panel.methods
+        if other not in (DENSE, method)
+    ]
+    return Grid(
+        f"{panel.title}: {method} less another method, in points of test accuracy",
+        (f"{method} less", *map(percent, panel.sparsities)),
+        tuple(rows),
+        left=(f"{method} less",),
+        caption="ahead, behind: told apart by a paired t-test over seeds, at 5 % in each column "
+        "after Holm's correction; last epoch",
     )
 
 

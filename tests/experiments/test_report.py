@@ -171,3 +171,19 @@ def test_control_codes_go_to_terminals_only(terminal):
     assert ("\x1b" in text) == terminal
     assert "dpai 99%" in text
     assert "epoch 2/2, validation 50.0%, test 25.0%" in text
+
+
+def test_what_a_method_is_ahead_of_others_is_the_mean_difference_by_seed():
+    # Differences to "snip" of 2.0, 2.1 and 1.9 points, and to "random" of 5, -5 and 0.3.
+    accuracies = {
+        "dpai": (0.80, 0.82, 0.81),
+        "snip": (0.78, 0.799, 0.791),
+        "random": (0.75, 0.87, 0.807),
+    }
+    records = [
+        _record(method, 0.9, seed, value)
+        for method, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    grid = report.against(*report.panels(records), "dpai")
+    assert dict(grid.rows) == {"snip": "+2.00 ahead", "random": "+0.10"}

@@ -1,0 +1,197 @@
+"""A step of DPaI by the chain of a network's stages: one program for a block and its repeats.
+
+A layer's step is taken where the gradient of its mask is done: as the first stage that uses the
+kernel is pulled back. So no gradient is written out, unless a kernel is used in several stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.extend.core import Literal
+
+from dpai_jax.methods.balance import Objective, directions_of, moved
+from dpai_jax.paths import Layer, Network
+from dpai_jax.paths._jax import open_jaxpr
+from dpai_jax.paths.folding import Call, Stage, pulled_back
+from dpai_jax.stages import backward, forward, multiplied
+from dpai_jax.tools import meshes
+from dpai_jax.tools.powers import SMALL
+from dpai_jax.tools.signatures import Alike
+
+
+class Steps:
+    """Lines 6 to 8 of Algorithm 1 by a chain of stages (see `DPaI`).
+
+    Args:
+      net: the traced network.
+      calls: its chain.
+      objective: what to ascend.
+      update: the optimizer's update, of each array by itself.
+    """
+
+    def __init__(self, net: Network, calls: Sequence[Call], objective: Objective, update: Alike):
+        self.net, self.calls = net, calls
+        self._own = [_own(call, len(net.layers)) for call in calls]
+        ways = []
+        for call, own in zip(calls, self._own, strict=True):
+            # Layers of other names take the same step.
+            layers = (dataclasses.replace(net.layers[slot], name="", index=0) for _, slot in own)
+            pairs = tuple(zip((place for place, _ in own), layers, strict=True))
+            ways.append(_Way(call.stage, pairs, objective, update, _largest_small(net)))
+        # The same objects at each call, so that programs are found without a comparison.
+        self._ways = [net.programs.setdefault((_Way, way), way) for way in ways]
+
+    def memory(self, scores: Sequence[Any], init: Callable[[list[Any]], Any]) -> list[Any]:
+        """What an optimizer remembers at the start, of the layers of each stage."""
+        return [init([scores[slot] for _, slot in own]) for own in self._own]
+
+    def __call__(
+        self,
+        scores: Sequence[Any],
+        memory: Sequence[Any],
+        masks: Sequence[Any],
+        strengths: Sequence[Any],
+        weights: tuple[Any, Any, Any],
+        *,
+        ahead: bool = False,
+    ) -> tuple[list[Any], list[Any], dict[str, Any]]:
+        """Takes a step.
+
+        Args:
+          scores: the layers' scores, whose memory is lent to the results.
+          memory: what the optimizer remembers, of the layers of each stage.
+          masks: the masks of the scores.
+          strengths: by what each weight multiplies a path; by one if there are none.
+          weights: α, β and γ.
+          ahead: whether only to start to compile.
+
+        Returns:
+          The scores and the memory after the step, and what was measured.
+        """
+        after, remembered = list(scores), list(memory)
+        totals: dict[str, Any] = {name: np.zeros((), np.uint32) for name in ("nodes", "kernels")}
+        by_slot = dict(enumerate(strengths))
+        numbers = iter(reversed(range(len(self.calls))))
+
+        def pull(call: Call, *pulled: list[Any]) -> Sequence[Any]:
+            nonlocal totals
+            i = next(numbers)
+            state = [after[slot] for _, slot in self._own[i]], remembered[i]
+            factors = [by_slot.get(slot) for slot in call.inputs]
+            args = (self.net, state, *pulled, factors, totals, weights)
+            if ahead:
+                _step_behind.ahead(*args, way=self._ways[i])
+                return call.stage.arguments
+            (moved_scores, remembered[i]), totals, found = _step_behind(*args, way=self._ways[i])
+            for (_, slot), x in zip(self._own[i], moved_scores, strict=True):
+                after[slot] = x
+            return found
+
+        slots = forward(self.net, self.calls, masks, strengths, ahead=ahead)
+        backward(self.calls, slots, pull)
+        return after, remembered, {"log_paths": slots[self.calls[-1].outputs[0]], **totals}
+
+
+class _Way:
+    """How a step is taken behind a stage; hashed once.
+
+    Args:
+      stage: the stage.
+      layers: the layers whose gradients are done there, and their places among its arguments.
+      objective: what to ascend.
+      update: the optimizer's update.
+      largest: see `rows.sums_of`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        layers: tuple[tuple[int, Layer], ...],
+        objective: Objective,
+        update: Alike,
+        largest: int,
+    ):
+        self.stage, self.layers, self.objective = stage, layers, objective
+        self.update, self.largest = update, largest
+        self._key = stage, layers, objective, update, largest
+        self._hash = hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Way) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _own(call: Call, n_layers: int) -> list[tuple[int, int]]:
+    """The masks whose gradients are done behind a stage: place among its arguments, and slot."""
+    pairs = enumerate(zip(call.inputs, call.is_first, strict=True))
+    return [(i, slot) for i, (slot, is_first) in pairs if is_first and slot < n_layers]
+
+
+def _largest_small(net: Network) -> int:
+    """The most terms that a sum over a small layer's kernels has."""
+    layers = [layer for layer in net.layers if not layer.stack and layer.size <= SMALL]
+    return max((layer.size // layer.size_of(layer.taps) for layer in layers), default=1)
+
+
+@meshes.program(donate=(0,))
+def _step_behind(
+    _: Network,
+    state: tuple[list[Array], Any],
+    arrays: list[Array],
+    cotangents: list[Array],
+    so_far: list[Array | None],
+    factors: list[Array | None],
+    totals: dict[str, Array],
+    weights: tuple[Any, Any, Any],
+    *,
+    way: _Way,
+) -> tuple[Any, dict[str, Array], list[Array | None]]:
+    """The step of the layers whose gradients are done behind a stage."""
+    found = pulled_back(way.stage, multiplied(arrays, factors), cotangents, so_far)
+    if not way.layers:
+        return state, totals, found
+    scores, memory = state
+    directions, measured = directions_of(
+        [layer for _, layer in way.layers],
+        way.objective,
+        weights,
+        scores,
+        [arrays[place] for place, _ in way.layers],
+        [_taken(found, place, factors[place]) for place, _ in way.layers],
+        way.largest,
+    )
+    totals = {name: total + measured[name] for name, total in totals.items()}
+    return moved(directions, scores, memory, way.update), totals, found
+
+
+def _taken(found: list[Array | None], place: int, factor: Array | None) -> Array:
+    gradient, found[place] = found[place], None
+    assert gradient is not None
+    return gradient if factor is None else gradient * factor
+
+
+def goes_by_array(optimizer: optax.GradientTransformation) -> bool:
+    """Whether an optimizer treats each array by itself, so that stages can be updated alone."""
+    like = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (2, 3)]
+    try:
+        memory = jax.eval_shape(optimizer.init, like)
+        with jax.numpy_dtype_promotion("standard"):
+            opened, _ = open_jaxpr(jax.make_jaxpr(optimizer.update)(like, memory, like))
+    except Exception:  # noqa: BLE001  (it may be made for the layers of one network alone)
+        return False
+    sources = {x: {x.aval.shape} - {()} for x in opened.invars}
+    for eqn in opened.eqns:
+        read = [sources.get(x, set()) for x in eqn.invars if not isinstance(x, Literal)]
+        sources.update((x, set().union(*read)) for x in eqn.outvars)
+    results = [x for x in opened.outvars if not isinstance(x, Literal)]
+    return all(sources.get(x, set()) <= {x.aval.shape} - {()} for x in results)

@@ -1,0 +1,97 @@
+"""Counting by the chain of a network's stages: what is compiled for one block serves its repeats.
+
+Stages are called one after the other, and for derivatives back again, each a program of its own. On
+several devices, within another program, and where little of a network repeats, it is one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from dpai_jax.paths import Network
+from dpai_jax.paths.counting import Counting
+from dpai_jax.paths.folding import Call, Stage, in_dtypes, is_real
+from dpai_jax.tools import meshes
+
+# From a call, its arguments, the cotangents of its results, and for each argument the cotangent
+# that later stages gave, to the cotangents of its arguments.
+Pull = Callable[[Call, list[Any], list[Any], list[Any]], Sequence[Any]]
+
+
+def chain_for(
+    net: Network, masks: Sequence[Any], counting: Counting, below: float | None = None
+) -> list[Call]:
+    """The chain that serves these masks (see `Network.chain`); none if one program does."""
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in masks)
+    if is_traced or any(meshes.layer_shardings(masks)):
+        return []
+    return net.chain(counting, below)
+
+
+def forward(
+    net: Network,
+    calls: Sequence[Call],
+    masks: Sequence[Any],
+    strengths: Sequence[Any] = (),
+    *,
+    ahead: bool = False,
+) -> dict[int, Any]:
+    """The arrays of all slots.
+
+    Args:
+      net: the traced network.
+      calls: the chain.
+      masks: an array for each layer, or its shape.
+      strengths: by what to multiply each mask; by one if not given.
+      ahead: whether only to start to compile.
+
+    Returns:
+      The arrays, or their shapes, by slot.
+    """
+    slots: dict[int, Any] = dict(enumerate(masks))
+    by_slot = dict(enumerate(strengths))
+    for call in calls:
+        args = [slots[i] for i in call.inputs], [by_slot.get(i) for i in call.inputs]
+        if ahead:
+            _run.ahead(net, *args, stage=call.stage)
+            results = call.stage.results
+        else:
+            results = _run(net, *args, stage=call.stage)
+        slots.update(zip(call.outputs, results, strict=True))
+    return slots
+
+
+def backward(calls: Sequence[Call], slots: dict[int, Any], pull: Pull) -> dict[int, Any]:
+    """What is pulled back through a chain to its slots, from a one at its result.
+
+    Args:
+      calls: the chain.
+      slots: the arrays of all slots.
+      pull: pulls back through one stage.
+
+    Returns:
+      What the first stage that reads a slot gave for it, by slot.
+    """
+    found: dict[int, Any] = {calls[-1].outputs[0]: np.ones((), np.float32)}
+    for call in reversed(calls):
+        cotangents = [found.pop(i) for i in call.outputs if is_real(slots[i])]
+        arrays, so_far = [slots[i] for i in call.inputs], [found.get(i) for i in call.inputs]
+        found.update(zip(call.inputs, pull(call, arrays, cotangents, so_far), strict=True))
+    return found
+
+
+def multiplied(arrays: Sequence[Array], factors: Sequence[Array | None]) -> list[Array]:
+    """Arrays times factors, where there are any."""
+    return [x if f is None else x.astype(f.dtype) * f for x, f in zip(arrays, factors, strict=True)]
+
+
+@meshes.program()
+def _run(
+    _: Network, arrays: list[Array], factors: list[Array | None], *, stage: Stage
+) -> list[Array]:
+    return stage(in_dtypes(stage, multiplied(arrays, factors)))
