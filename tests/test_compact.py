@@ -261,8 +261,8 @@ def test_residual_sums_and_concatenations() -> None:
         head=kept((9, 3), 1.0, 0, a0=[0, 5]),
     )
     small = assert_same(fn, params, masks, normal(2, 4))
-    # `up` reads the five channels that `embed` writes; its units 0 and 3 are numbers. The head reads
-    # channels 2 and 4 of the stream, as 0 is masked and 6 never written, and units 4, 6 and 8.
+    # `up` reads the five channels that `embed` writes; its units 0 and 3 are numbers. The head
+    # reads channels 2 and 4 of the stream (0 is masked, 6 never written), and units 4, 6 and 8.
     assert small.params["embed"].shape == (4, 5)
     assert small.params["up"].shape == (5, 8)
     assert small.params["down"].shape == (8, 2)
