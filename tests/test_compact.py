@@ -261,9 +261,12 @@ def test_residual_sums_and_concatenations() -> None:
         head=kept((9, 3), 1.0, 0, a0=[0, 5]),
     )
     small = assert_same(fn, params, masks, normal(2, 4))
-    # The stream's channels 1 and 6 get nothing; 0 goes on to `up` alone.
-    assert small.params["up"].shape == (6, 8)
-    assert small.params["down"].shape == (8, 6)
+    # `up` reads the five channels that `embed` writes; its units 0 and 3 are numbers. The head
+    # reads channels 2 and 4 of the stream (0 is masked, 6 never written), and units 4, 6 and 8.
+    assert small.params["embed"].shape == (4, 5)
+    assert small.params["up"].shape == (5, 8)
+    assert small.params["down"].shape == (8, 2)
+    assert small.params["head"].shape == (5, 3)
 
 
 @pytest.mark.parametrize(("groups", "outputs"), [(8, 8), (8, 16), (2, 8), (4, 8)])

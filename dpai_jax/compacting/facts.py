@@ -48,6 +48,11 @@ def spread(x: Flags, shape: Shape, *axes: int) -> Flags:
     return np.broadcast_to(x, target)
 
 
+def any_of(x: Flags, axes: Sequence[int], keepdims: bool = False) -> Flags:
+    """Whether any flag is set along some axes."""
+    return np.asarray(np.any(x, tuple(axes), keepdims=keepdims))
+
+
 def along(x: Flags, axis: int, size: int) -> np.ndarray:
     """For each index along an axis, whether any flag is set."""
     vector = np.any(x, tuple(i for i in range(x.ndim) if i != axis))

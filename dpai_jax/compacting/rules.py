@@ -17,7 +17,7 @@ import numpy as np
 
 from dpai_jax.compacting import program as p
 from dpai_jax.compacting.cuts import Cut, narrow
-from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, block, flags, within
+from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, any_of, block, flags, within
 from dpai_jax.compacting.program import Step
 from dpai_jax.paths._jax import bind, shape_of
 
@@ -138,7 +138,7 @@ def _unbroadcast(wanted: Flags, shape: Shape, result: Shape) -> Flags:
     if not shape:
         return np.asarray(wanted.any())
     once = tuple(i for i, (n, m) in enumerate(zip(shape, result, strict=True)) if n < m)
-    return wanted.any(once, keepdims=True)
+    return any_of(wanted, once, keepdims=True)
 
 
 def _for_operand(target: Kept, shape: Shape, result: Shape) -> Kept:

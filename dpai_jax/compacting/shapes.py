@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from dpai_jax.compacting.cuts import Cut, narrow, take
-from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, flags, indices, spread
+from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, any_of, flags, indices, spread
 from dpai_jax.compacting.program import Step
 from dpai_jax.compacting.rules import Rule, rule_for
 from dpai_jax.paths._jax import shape_of
@@ -130,7 +130,7 @@ def _backward(x: Flags, sources: Sources, shape: Shape, result: Shape) -> Flags:
     """Where the operand has entries that a flagged entry of the result is from."""
     for j, source in enumerate(sources):
         if source.axis is None:
-            x = x.any(j, keepdims=True)
+            x = any_of(x, [j], keepdims=True)
         elif source.places is not None:
             x = np.moveaxis(spread(x, (*x.shape[:j], result[j], *x.shape[j + 1 :]), j), j, 0)
             moved = np.zeros((shape[source.axis], *x.shape[1:]), bool)
@@ -323,7 +323,7 @@ class Gather(Rule):
 
         def moved(f: Flags) -> Flags:
             rest = tuple(i for i in range(f.ndim) if i not in passing)
-            f = f.any(rest, keepdims=True)
+            f = any_of(f, rest, keepdims=True)
             sources = [Source(None)] * len(shape)
             for i, j in passing.items():
                 sources[j] = Source(i)
@@ -353,11 +353,12 @@ class Gather(Rule):
         """See `Rule`."""
         (x, where), target = operands[:2], kept[0]
         assert target is not None
-        sizes, wanted = list(step.params["slice_sizes"]), [None] * len(x.shape)
+        sizes = list(step.params["slice_sizes"])
+        wanted: list[np.ndarray | None] = [None] * len(x.shape)
         produced: list[Any] = [None] * len(target)
         for i, j in Gather._passing(step).items():
-            wanted[i] = produced[j] = target[j]  # type: ignore[call-overload]
-            sizes[i] = sizes[i] if target[j] is None else len(target[j])
+            wanted[i] = produced[j] = k = target[j]
+            sizes[i] = sizes[i] if k is None else len(k)
         params = step.params | {"slice_sizes": tuple(sizes)}
         array = step.eqn.primitive.bind(
             x.at(tuple(wanted)), where.at((None,) * len(where.shape)), **params

@@ -17,6 +17,7 @@ from dpai_jax.compacting.facts import (
     Kept,
     Shape,
     along,
+    any_of,
     block,
     flags,
     indices,
@@ -40,7 +41,8 @@ class Sum(Rule):
         """See `Rule`."""
         (x,), axes = operands, tuple(step.params["axes"])
         shape = shape_of(step.eqn.outvars[0])
-        return [Fact(shape, x.live.any(axes), x.filled.any(axes), x.activation)]
+        live, filled = any_of(x.live, axes), any_of(x.filled, axes)
+        return [Fact(shape, live, filled, x.activation)]
 
     @staticmethod
     def wants(
@@ -105,7 +107,7 @@ class Along(Rule):
             live, filled = live | x.live, filled | x.filled
         if step.kind in ("argmax", "argmin", "sort", "top_k", "cumlogsumexp"):
             filled = flags(operands[0].shape, True)
-        live, filled = (f.any(tuple(axes), keepdims=not dropped) for f in (live, filled))
+        live, filled = (any_of(f, sorted(axes), not dropped) for f in (live, filled))
         activation = any(x.activation for x in operands)
         return [Fact(shape_of(var), live, filled, activation) for var in step.eqn.outvars] or [
             Fact(shape, live, filled, activation)
@@ -119,7 +121,7 @@ class Along(Rule):
         axes, dropped = Along._axes(step)
         found = flags(operands[0].shape, False)
         for w in wanted:
-            one = np.expand_dims(w, sorted(axes)) if dropped else w.any(tuple(axes), keepdims=True)
+            one = np.expand_dims(w, sorted(axes)) if dropped else any_of(w, sorted(axes), True)
             found = found | one
         return [found] * len(operands)
 
@@ -195,9 +197,8 @@ class Dot(Rule):
 
         def compute() -> Any:
             parts = zip((a, b), outside, outer, whole, strict=True)
-            return lax.dot_general(
-                *(x.frozen_part(f, at, *axes) for x, f, at, axes in parts), **_options(step)
-            )
+            left, right = (x.frozen_part(f, at, *axes) for x, f, at, axes in parts)
+            return lax.dot_general(left, right, **_options(step))
 
         return [y + fold(step, operands, compute)]
 
@@ -392,7 +393,7 @@ class _View:
 
     def _plane(self, x: Flags, shape: Shape, batch: int, feature: int) -> Flags:
         """(groups, batch, features of a group) of flags, over all positions."""
-        x = x.any(tuple(i for i in range(x.ndim) if i not in (batch, feature)), keepdims=True)
+        x = any_of(x, [i for i in range(x.ndim) if i not in (batch, feature)], True)
         x = np.moveaxis(spread(x, shape, feature), (batch, feature), (0, 1))
         x = x.reshape(x.shape[0], self.groups, -1)
         return x.swapaxes(0, 1)
@@ -420,9 +421,7 @@ class _View:
 
     def kernel(self, w: Flags) -> Flags:
         """The kernel's flags, over all taps, as (groups, inputs, outputs)."""
-        w = w.any(
-            tuple(i for i in range(w.ndim) if i not in (self.w_in, self.w_out)), keepdims=True
-        )
+        w = any_of(w, [i for i in range(w.ndim) if i not in (self.w_in, self.w_out)], True)
         w = np.moveaxis(
             spread(w, self.w_shape, self.w_in, self.w_out), (self.w_in, self.w_out), (0, 1)
         )

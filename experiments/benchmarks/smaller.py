@@ -79,9 +79,9 @@ def _sparse(shape: tuple[int, int]) -> Row:
     x = rng.standard_normal((BATCH, shape[0])).astype(np.float32)
     row: Row = {"at": []}
     for sparsity in networks.SPARSITIES:
-        matrix = np.where(rng.random(shape) < sparsity, 0, weights).T
+        matrix = jnp.asarray(np.where(rng.random(shape) < sparsity, 0, weights).T)
         held = {
-            "dense": jnp.asarray(matrix),
+            "dense": matrix,
             "BCOO": jax_sparse.BCOO.fromdense(matrix),
             "BCSR": jax_sparse.BCSR.fromdense(matrix),
         }
