@@ -129,6 +129,7 @@ def history(result: Result, ax: Axes | None = None) -> Axes:
     ax.set_ylim(low, high + 0.13 * len(result.history) * (high - low))  # room for the legend
     ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     ax.set_xlabel("step")
+    ax.locator_params("x", integer=True)
     ax.set_ylabel("share of its highest value")
     style.grid(ax)
     style.legend(ax, loc="upper left", borderaxespad=0)
