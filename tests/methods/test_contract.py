@@ -37,10 +37,12 @@ METHODS = {
     "NPB": dpai.NPB(),
     "PHEW": dpai.PHEW(),
     "IMP": dpai.IMP(train, 0.5),
-    "DPaI": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1)),
-    "DPaI, global": dpai.DPaI(steps=3, optimizer=optax.sgd(0.1), allocation=dpai.global_threshold),
+    "DPaI": dpai.DPaI(steps=3),
+    "DPaI, published, global": dpai.DPaI.published(
+        steps=3, optimizer=optax.sgd(0.1), allocation=dpai.global_threshold
+    ),
 }
-# Methods whose masks hang on the key.
+# Methods whose masks depend on the key.
 RANDOM = (
     "PHEW",
     "random",
@@ -48,8 +50,7 @@ RANDOM = (
     "random, ER",
     "NTK-SAP",
     "NPB",
-    "DPaI",
-    "DPaI, global",
+    "DPaI, published, global",
 )
 # Methods that score by the weights, or by the loss at them.
 BY_WEIGHTS = ("SNIP", "iterative SNIP", "FORCE", "GraSP", "SynFlow", "ProsPr")
