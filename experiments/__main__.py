@@ -231,8 +231,8 @@ def report(
 
 def documents(
     files: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (
-        pathlib.Path("docs/performance.md"),
-        pathlib.Path("docs/experiments.md"),
+        *map(pathlib.Path, ("docs/performance.md", "docs/experiments.md")),
+        *map(pathlib.Path, ("docs/choosing.md", "docs/default.md")),
     ),
 ) -> None:
     """Update the tables in documents from the records that each table names.
