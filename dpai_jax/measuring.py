@@ -27,10 +27,12 @@ class LayerTopology:
     """What remains of one layer (of all its copies, where layers are stacked in one kernel).
 
     Example:
-      >>> import dpai_jax as dpai
-      >>> layer = dpai.LayerTopology("w", size=8, weights=4, effective=3, nodes=2, kernels=3)
+      >>> import jax.numpy as jnp, dpai_jax as dpai
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}
+      >>> net = dpai.trace(fn, params, jnp.ones((1, 4)))
+      >>> (layer,) = dpai.topology(net, {"w": jnp.eye(4, 2, dtype=bool)}).layers
       >>> layer.density
-      0.5
+      0.25
 
     Attributes:
       name: the kernel's path among the parameters.
@@ -74,10 +76,13 @@ class Topology:
       >>> import jax.numpy as jnp, dpai_jax as dpai
       >>> net = dpai.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
       >>> print(dpai.topology(net, {"w": jnp.eye(4, 2, dtype=bool)}))
-      layer          weights  density  effective   nodes   kernels
-      w                    2   0.2500          2       2         2
-      all layers           2   0.2500          2       2         2
-      log-paths 0.69
+      2 of 8 weights kept
+      layer       shape  kept  density  effective   nodes  kernels  dead
+      ------------------------------------------------------------------
+      w           4×2       2   25.00%          2  2 of 2        2     0
+      ------------------------------------------------------------------
+      all layers            2   25.00%          2  2 of 2        2     0
+      log-paths 0.69; effective: on a path; dead: kept, but on none
 
     Attributes:
       log_paths: log R_P, the natural logarithm of the number of effective paths.

@@ -656,8 +656,10 @@ def test_paths_alone_weighed_by_magnitude_are_synflow_within_the_layers_counts(s
     result = default(0.9, params, alpha=0.0, strength=strength, counting="exact", steps=10)
     synflow = dpai.SynFlow(steps=10, allocation=dpai.erk)
     other = dpai.prune(mlp, squared, jnp.ones((1, 5)), 0.9, method=synflow, progress=False)
-    assert result.topology.effective == result.topology.weights
-    jax.tree.map(np.testing.assert_array_equal, result.masks, other.masks)
+    # Of weights that no path passes, which have no flow, others may be kept.
+    one, two = (dpai.effective_weights(result.net, r.masks) for r in (result, other))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert result.topology.effective > 0.9 * result.topology.weights
 
 
 def test_the_balance_keeps_more_nodes_than_paths_alone():

@@ -43,9 +43,10 @@ def flow(
       >>> import jax, jax.numpy as jnp, dpai_jax as dpai
       >>> fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
       >>> params = {"hidden": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
-      >>> ax = dpai.plot.flow(dpai.prune(fn, params, jnp.ones((1, 3)), 0.5))
-      >>> len(ax.texts)
-      12
+      >>> net = dpai.trace(fn, params, jnp.ones((1, 3)))
+      >>> ax = dpai.plot.flow(net, jax.tree.map(jnp.ones_like, params))
+      >>> [text.get_text() for text in ax.texts][:3]
+      ['1', '1', '1']
 
     Args:
       source: what `prune` returned, or a traced network.

@@ -4,8 +4,9 @@
     python -m experiments sweep suite --scale small
 
 LeNet-300-100 on Fashion-MNIST, as Debian's package `dataset-fashion-mnist` installs it (843 steps
-of AdamW an epoch, two epochs), and ResNet-20 of width 8 on 8x8 digits (380 steps of SGD). Full: 460
-jobs for two cores, about ten seconds each. Small: 92 jobs, with a single seed.
+of AdamW an epoch, two epochs), and ResNet-20 of width 8 on 8x8 digits (380 steps of SGD).
+
+Full: 460 jobs for two cores, about ten seconds each. Small: 92 jobs, with a single seed.
 """
 
 from experiments.config import Config

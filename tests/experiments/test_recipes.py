@@ -13,7 +13,11 @@ from tests.support import abstract
 
 SIDES = {"cifar10": 32, "cifar100": 32, "tiny_imagenet": 64, "imagenet": 224, "digits": 16}
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000, "digits": 10}
-ON_DIGITS = ("digits_resnet20", "small_dense")
+FASHION = "idx:/usr/share/datasets/fashion-mnist"
+SIDES |= {FASHION: 28}
+CLASSES |= {FASHION: 10}
+# Of these, small is fewer seeds of the same jobs.
+FEWER_SEEDS = ("digits_resnet20", "small_dense", "suite", "suite_ablations")
 every_sweep = pytest.mark.parametrize(
     ("name", "scale"), [(n, s) for n in recipes.RECIPES for s in ("full", "small")]
 )
@@ -31,7 +35,7 @@ def test_every_job_of_a_recipe_can_be_run(name, scale):
     for network, dataset, width, size in {tuple(getattr(c, n) for n in recipe) for c in configs}:
         model = models.create(network, CLASSES[dataset], width, None, size)
         side = SIDES[dataset]
-        channels = 1 if dataset == "digits" else 3
+        channels = 1 if dataset in ("digits", FASHION) else 3
         assert abstract.shapes(model, abstract.images(1, side, side, channels))
 
 
@@ -43,7 +47,7 @@ def test_a_docstring_says_the_command_and_the_number_of_jobs(name, scale):
     assert int(jobs) == len(sweep.configs([name], scale))
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n not in ON_DIGITS])
+@pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n not in FEWER_SEEDS])
 def test_small_is_less_of_the_same(name):
     full, small = (recipes.find(name).sweep(scale) for scale in ("full", "small"))
     kept = ("model", "augmentation", "optimizer", "learning_rate", "momentum", "weight_decay")

@@ -76,6 +76,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def traced_anew():
+    """No test meets a network that another has left whole."""
+    dpai.paths.network._network.cache_clear()
+
+
 def whole(monkeypatch, *case):
     """The same network, which is not cut."""
     monkeypatch.setattr(network, "_SHARE", 0)
