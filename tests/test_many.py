@@ -1,6 +1,7 @@
 """Many prunings in one call: the masks of as many calls of prune, in one program."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,9 @@ def test_many_masks_are_those_of_single_calls(together, number, repair):
 def test_only_what_one_program_can_run_runs_together(together):
     methods = [
         dpai.DPaI(),
-        plain(gamma=5.0, steps=3),
+        plain(beta=0.2, steps=3),
         dpai.DPaI(alpha=0.5),
-        plain(gamma=50.0, steps=3),
+        plain(beta=0.8, steps=3),
         # XLA rounds what is divided by a number of steps as one number otherwise.
         dpai.DPaI(optimizer=optax.adam(0.1)),
         dpai.DPaI(optimizer=optax.adam(0.1), alpha=0.5),
@@ -83,6 +84,21 @@ def test_only_what_one_program_can_run_runs_together(together):
         for m in methods
     ]
     assert_same(many, singles)
+
+
+@pytest.mark.skipif(
+    "use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""),
+    reason="XLA's older code generator rounds tanh otherwise for one problem than for many",
+)
+def test_soft_indicators_run_together_too(together):
+    methods = [plain(gamma=gamma, steps=3) for gamma in (5.0, 50.0)]
+    many = dpai.prune_many(fn, PARAMS, X, 0.8, method=methods, key=jax.random.key(1))
+    singles = [
+        dpai.prune(fn, PARAMS, X, 0.8, method=m, key=jax.random.key(1), progress=False)
+        for m in methods
+    ]
+    assert_same(many, singles)
+    assert together == [2]
 
 
 def test_one_threshold_and_momentum_run_together_too(together):

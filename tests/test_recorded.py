@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from tests.support import recorded
+
+# NTK-SAP compares nearly equal outputs, which other processors and releases round otherwise.
+CASES = [
+    pytest.param(network, method, marks=[pytest.mark.optimized] * (network == "transformer"))
+    for network in recorded.NETWORKS
+    for method in recorded.METHODS
+    if (network, method) != ("transformer", "ntksap")
+]
 
 FILE = Path(__file__).parent / "support" / "recorded_masks.npz"
 
@@ -18,15 +25,9 @@ def masks():
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("method", recorded.METHODS)
-@pytest.mark.parametrize(
-    "network",
-    ["mlp", "residual", pytest.param("transformer", marks=pytest.mark.optimized)],
-)
+@pytest.mark.parametrize(("network", "method"), CASES)
 @pytest.mark.filterwarnings("ignore:no path passes")
 def test_masks_are_those_recorded(network, method, masks):
-    if (network, method) == ("transformer", "ntksap") and jax.__version_info__ >= (0, 11):
-        pytest.skip("NTK-SAP compares nearly equal outputs, which later releases round otherwise")
     for sparsity in recorded.SPARSITIES:
         found = recorded.masks_of(network, method, sparsity, devices=1)
         np.testing.assert_array_equal(found, masks[f"{network}/{method}/{sparsity}"])

@@ -67,7 +67,10 @@ def test_a_number_may_be_written_in_any_way():
         # It would prune at random, under the name of what prunes nothing.
         ("dense+repair", r"not after dense\); got 'dense\+repair'\.$"),
         ("dense[allocation=erk]", r"not after dense\); got 'dense\[allocation=erk\]'\.$"),
-        ("dpai[gama=2]", r"of \['allocation', 'alpha', 'balance', .*'strength'\]; got 'dpai\[gama=2\]'\.$"),
+        (
+            "dpai[gama=2]",
+            r"of \['allocation', 'alpha', 'balance', .*'strength'\]; got 'dpai\[gama=2\]'\.$",
+        ),
         ("dpai[optimizer=1]", r"settings in a method's name must be name=value, each once, of"),
         ("dpai[scores=1]", r"settings in a method's name must be"),
         ("imp[train=1]", r"of \['allocation', 'fraction'\]; got 'imp\[train=1\]'\.$"),
