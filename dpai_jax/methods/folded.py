@@ -189,9 +189,23 @@ def goes_by_array(optimizer: optax.GradientTransformation) -> bool:
             opened, _ = open_jaxpr(jax.make_jaxpr(optimizer.update)(like, memory, like))
     except Exception:  # noqa: BLE001  (it may be made for the layers of one network alone)
         return False
-    sources = {x: {x.aval.shape} - {()} for x in opened.invars}
+    sources = _sources(opened, [{x.aval.shape} - {()} for x in opened.invars])
+    pairs = zip(opened.outvars, sources, strict=True)
+    return all(shapes <= {x.aval.shape} - {()} for x, shapes in pairs)
+
+
+def _sources(opened: Any, of_arguments: Sequence[set[Any]]) -> list[set[Any]]:
+    """The shapes of the arrays that each of a jaxpr's results is made of."""
+    sources = dict(zip(opened.invars, of_arguments, strict=True))
+
+    def read(x: Any) -> set[Any]:
+        return set() if isinstance(x, Literal) else sources.get(x, set())
+
     for eqn in opened.eqns:
-        read = [sources.get(x, set()) for x in eqn.invars if not isinstance(x, Literal)]
-        sources.update((x, set().union(*read)) for x in eqn.outvars)
-    results = [x for x in opened.outvars if not isinstance(x, Literal)]
-    return all(sources.get(x, set()) <= {x.aval.shape} - {()} for x in results)
+        of_operands = [read(x) for x in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit"):
+            found = _sources(open_jaxpr(eqn.params["jaxpr"])[0], of_operands)
+        else:
+            found = [set().union(*of_operands)] * len(eqn.outvars)
+        sources.update(zip(eqn.outvars, found, strict=True))
+    return [read(x) for x in opened.outvars]
