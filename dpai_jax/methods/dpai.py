@@ -262,7 +262,9 @@ class DPaI:
     def _keeps(self, problem: Problem) -> list[Any]:
         """The numbers of weights to keep at each step, and at last."""
         sparsities = _SCHEDULES[self.schedule](problem.sparsity, self.steps)
-        return [jax.tree.map(as_count, problem.keep(self.allocation, s)) for s in sparsities]
+        # A constant density is resolved once, not once a step.
+        found = {s: jax.tree.map(as_count, problem.keep(self.allocation, s)) for s in {*sparsities}}
+        return [found[s] for s in sparsities]
 
     def _strengths(self, problem: Problem) -> list[Array]:
         """By what each weight multiplies a path, at most one; an empty list if by one."""
