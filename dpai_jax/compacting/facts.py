@@ -50,7 +50,8 @@ def spread(x: Flags, shape: Shape, *axes: int) -> Flags:
 
 def any_of(x: Flags, axes: Sequence[int], keepdims: bool = False) -> Flags:
     """Whether any flag is set along some axes."""
-    return np.asarray(np.any(x, tuple(axes), keepdims=keepdims))
+    axes = tuple(axes)
+    return np.any(x, axes, keepdims=True) if keepdims else np.asarray(np.any(x, axes))
 
 
 def along(x: Flags, axis: int, size: int) -> np.ndarray:

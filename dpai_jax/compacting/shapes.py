@@ -116,7 +116,7 @@ def _forward(x: Flags, sources: Sources) -> Flags:
     axes = [source.axis for source in sources if source.axis is not None]
     rest = [i for i in range(x.ndim) if i not in axes]
     x = x.transpose(*axes, *rest).reshape([x.shape[i] for i in axes])
-    x = np.expand_dims(x, [j for j, source in enumerate(sources) if source.axis is None])
+    x = np.expand_dims(x, tuple(j for j, source in enumerate(sources) if source.axis is None))
     for j, source in enumerate(sources):
         if source.places is None or (x.shape[j] == 1 and np.all(source.places >= 0)):
             continue
@@ -139,7 +139,7 @@ def _backward(x: Flags, sources: Sources, shape: Shape, result: Shape) -> Flags:
             x = np.moveaxis(moved, 0, j)
     axes = [source.axis for source in sources if source.axis is not None]
     x = x.reshape([x.shape[j] for j, source in enumerate(sources) if source.axis is not None])
-    x = np.expand_dims(x, [len(axes) + k for k in range(len(shape) - len(axes))])
+    x = np.expand_dims(x, tuple(range(len(axes), len(shape))))
     rest = [i for i in range(len(shape)) if i not in axes]
     return x.transpose(np.argsort([*axes, *rest]))
 

@@ -78,11 +78,11 @@ class Along(Rule):
     """Functions along some axes, of which all entries are put back; the other axes stay cut."""
 
     @staticmethod
-    def _axes(step: Step) -> tuple[set[int], bool]:
-        """The axes along which entries meet, and whether the results lack them."""
+    def _axes(step: Step) -> tuple[tuple[int, ...], bool]:
+        """The axes along which entries meet, in order, and whether the results lack them."""
         params, rank = step.params, len(shape_of(step.eqn.invars[0]))
         if "axes" in params:
-            return set(params["axes"]), True
+            return tuple(sorted(params["axes"])), True
         if "window_dimensions" in params:
             unit = (1, 1, (0, 0), 1, 1)
             each = zip(
@@ -93,9 +93,9 @@ class Along(Rule):
                 params["window_dilation"],
                 strict=True,
             )
-            return {i for i, window in enumerate(each) if window != unit}, False
+            return tuple(i for i, window in enumerate(each) if window != unit), False
         axis = params.get("axis", params.get("dimension", params.get("operand_axis", rank - 1)))
-        return {axis % rank}, False
+        return (axis % rank,), False
 
     @staticmethod
     def facts(step: Step, operands: Sequence[Fact]) -> list[Fact]:
@@ -107,7 +107,7 @@ class Along(Rule):
             live, filled = live | x.live, filled | x.filled
         if step.kind in ("argmax", "argmin", "sort", "top_k", "cumlogsumexp"):
             filled = flags(operands[0].shape, True)
-        live, filled = (any_of(f, sorted(axes), not dropped) for f in (live, filled))
+        live, filled = (any_of(f, axes, not dropped) for f in (live, filled))
         activation = any(x.activation for x in operands)
         return [Fact(shape_of(var), live, filled, activation) for var in step.eqn.outvars] or [
             Fact(shape, live, filled, activation)
@@ -121,7 +121,7 @@ class Along(Rule):
         axes, dropped = Along._axes(step)
         found = flags(operands[0].shape, False)
         for w in wanted:
-            one = np.expand_dims(w, sorted(axes)) if dropped else any_of(w, sorted(axes), True)
+            one = np.expand_dims(w, axes) if dropped else any_of(w, axes, True)
             found = found | one
         return [found] * len(operands)
 
