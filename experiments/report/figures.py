@@ -71,7 +71,11 @@ def accuracy(panels: Sequence[Panel]) -> Figure:
 
 @_styled
 def paths(panel: Panel) -> Figure:
-    """Draws nodes and kernels against log-paths: a row for each sparsity, a point for each job."""
+    """Draws nodes and kernels against log-paths: a row for each sparsity, a point for each job.
+
+    A line joins the means of the methods that no other one surpasses in paths, nodes and kernels
+    at once: the front, as `dpai_jax.pareto` finds it over α.
+    """
 
     def draw(axes: Any, group: Group, key: str) -> None:
         look = style.look(group.method)
@@ -80,6 +84,13 @@ def paths(panel: Panel) -> Figure:
 
     columns = {name: functools.partial(draw, key=name) for name in ("nodes", "kernels")}
     figure = _by_sparsity(panel, columns, "log-paths")
+    rows = np.reshape(figure.axes, (-1, len(columns)))
+    for sparsity, row in zip(panel.sparsities, rows, strict=True):
+        front = panel.front(sparsity)
+        across = [group.values(own.topology("log_paths")).mean() for group in front]
+        for axes, name in zip(row, columns, strict=True):
+            up = [group.values(own.topology(name)).mean() for group in front]
+            axes.plot(across, up, color=style.MUTED, lw=1, ls=(0, (1, 1.5)), zorder=1)
     for axes in figure.axes:
         axes.margins(0.12)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))

@@ -86,6 +86,25 @@ class Panel:
         """Returns the groups of the pruned networks at one sparsity."""
         return [g for g in self.groups if g.method != DENSE and g.sparsity == sparsity]
 
+    def front(self, sparsity: float) -> list[Group]:
+        """Returns the groups at one sparsity that no other surpasses, in the order of log-paths.
+
+        One surpasses another if its means of log-paths, nodes and kernels are all at least as
+        large, and one of them is larger. A group with a network without a path is left out.
+        """
+        keys = ("log_paths", "nodes", "kernels")
+        means = [
+            (np.array([group.values(topology(key)).mean() for key in keys]), group)
+            for group in self.at(sparsity)
+        ]
+        means = [(mean, group) for mean, group in means if np.isfinite(mean).all()]
+        front = [
+            (mean, group)
+            for mean, group in means
+            if not any(np.all(other >= mean) and np.any(other > mean) for other, _ in means)
+        ]
+        return [group for mean, group in sorted(front, key=lambda pair: pair[0][0])]
+
     @property
     def dense(self) -> Group | None:
         """The group of the dense network, if it was trained."""

@@ -11,12 +11,12 @@ from experiments.report.records import group
 from experiments.store import Store
 
 
-def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5):
+def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5, nodes=1234, kernels=56789):
     layers = [
         {"name": f"stage{index}", "nodes": 10 + index, "outputs": 16, "effective": 9, "weights": 9}
         for index in range(1, 5)
     ]
-    topology = {"log_paths": log_paths, "nodes": 1234, "kernels": 56789, "weights": 270608}
+    topology = {"log_paths": log_paths, "nodes": nodes, "kernels": kernels, "weights": 270608}
     return {
         "config": Config(method=method, sparsity=sparsity, seed=seed).as_dict(),
         "metrics": {
@@ -52,6 +52,24 @@ def test_the_table_fits_eighty_columns_and_shows_every_number():
         "–",
     ):
         assert shown in text
+
+
+def test_the_front_has_the_methods_that_no_other_one_surpasses():
+    counts = {
+        "dpai": [(30, 100, 500), (34, 100, 500)],  # the most paths
+        "random": [(20, 200, 500), (20, 200, 500)],  # the most nodes
+        "npb": [(25, 150, 500), (25, 150, 500)],  # between them
+        "synflow": [(31, 90, 500), (31, 90, 500)],  # less of both than dpai in the mean
+        "snip": [(25, 150, 490), (25, 150, 490)],  # as npb, with fewer kernels
+        "grasp": [(None, 900, 900), (40, 900, 900)],  # one network has no path
+    }
+    records = [
+        _record(method, 0.99, seed, 0.9, *numbers)
+        for method, rows in counts.items()
+        for seed, numbers in enumerate(rows)
+    ]
+    (panel,) = report.panels(records)
+    assert [group.method for group in panel.front(0.99)] == ["random", "npb", "dpai"]
 
 
 def test_networks_of_several_widths_are_told_apart_and_ordered_by_their_effective_weights():
