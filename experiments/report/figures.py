@@ -84,13 +84,11 @@ def paths(panel: Panel) -> Figure:
 
     columns = {name: functools.partial(draw, key=name) for name in ("nodes", "kernels")}
     figure = _by_sparsity(panel, columns, "log-paths")
-    rows = np.reshape(figure.axes, (-1, len(columns)))
-    for sparsity, row in zip(panel.sparsities, rows, strict=True):
+    places = itertools.product(panel.sparsities, columns)
+    for axes, (sparsity, name) in zip(figure.axes, places, strict=True):
         front = panel.front(sparsity)
-        across = [group.values(own.topology("log_paths")).mean() for group in front]
-        for axes, name in zip(row, columns, strict=True):
-            up = [group.values(own.topology(name)).mean() for group in front]
-            axes.plot(across, up, color=style.MUTED, lw=1, ls=(0, (1, 1.5)), zorder=1)
+        x, y = ([g.values(own.topology(key)).mean() for g in front] for key in ("log_paths", name))
+        axes.plot(x, y, color=style.MUTED, lw=1, ls=(0, (1, 1.5)), zorder=1)
     for axes in figure.axes:
         axes.margins(0.12)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
@@ -286,8 +284,14 @@ def _legend(figure: Figure, methods: Iterable[str]) -> None:
         handles.append(
             mpl.lines.Line2D([], [], color=look.color, ls=line, label=method, **look.markers)
         )
-    ncols = max(2, int(figure.get_figwidth() // 1.3))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=ncols, fontsize=9,
-        handlelength=2.2, columnspacing=1.4,
-    )  # fmt: skip
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, fontsize=9,
+            handlelength=2.2, columnspacing=1.4,
+        )  # fmt: skip
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    # The panels keep the height that they have above a legend of two rows.
+    rows = math.ceil(len(handles) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(rows - 2, 0))
