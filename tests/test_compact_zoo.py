@@ -55,10 +55,12 @@ def test_cut_networks_give_the_masked_outputs_and_gradients(name: str) -> None:
 
         return jax.jit(jax.grad(loss, has_aux=True, allow_int=True))
 
+    # Bfloat16 has eight bits; gradients in it may differ by a few units of the last one.
+    rounding = 2**-6 if "bf16" in str(jax.make_jaxpr(fn)(params, x)) else 1e-3
     gradient, outputs = differentiated(fn)(dpai.apply_masks(params, masks))
     small_gradient, small_outputs = differentiated(small.fn)(small.params)
     for y, small_y in zip(jax.tree.leaves(outputs), jax.tree.leaves(small_outputs), strict=True):
-        np.testing.assert_allclose(small_y, y, 1e-4, 1e-5)
+        np.testing.assert_allclose(small_y, y, rounding / 10, rounding / 100)
     leaves = (small.leaves, *map(jax.tree.leaves, (small.masks, gradient, small_gradient)))
     for leaf, mask, g, small_g in zip(*leaves, strict=True):
         if g.dtype != jax.dtypes.float0:
@@ -66,4 +68,4 @@ def test_cut_networks_give_the_masked_outputs_and_gradients(name: str) -> None:
                 g = g if k is None else g.take(k, axis)
             largest = float(jnp.max(jnp.abs(g), initial=1e-3))
             difference = jnp.where(mask, g - small_g, 0)
-            np.testing.assert_allclose(difference / largest, 0, atol=1e-3, err_msg=leaf.name)
+            np.testing.assert_allclose(difference / largest, 0, atol=rounding, err_msg=leaf.name)
