@@ -7,12 +7,14 @@ TORCH ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: demo bench notebooks docs test lint format clean help
+.PHONY: demo bench notebooks docs test test-all lint format clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
+
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 # Goes before a slow, silent command: says every 20 seconds that it still runs.
 PULSE := while sleep 20 >/dev/null 2>&1; do echo "  still at it, $$SECONDS s"; done & \
@@ -37,9 +39,13 @@ docs: $(READY)  ## make the documentation site in build/site; it needs no networ
 	@$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees -c docs . build/site
 	@echo "Open build/site/index.html"
 
-test: lint  ## lint, types, then all tests, on two cores
+test: lint  ## lint, types, then all tests but the slow ones; ten minutes on two cores
 	@echo "pytest: two processes"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+	@$(PYTEST) -m "not slow"
+
+test-all: lint  ## the same with the slow tests: notebooks, documents, large networks
+	@echo "pytest: two processes"
+	@$(PYTEST)
 
 lint: $(READY)  ## ruff's rules, ruff's format, and types
 	@echo "ruff: rules and format"
@@ -59,7 +65,7 @@ clean:  ## remove the environment, caches and builds; results and data stay
 
 help:  ## show this list
 	@echo "make demo | test | ...   [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # A change of the pins starts from an empty environment, so that it holds nothing else.
 # --clear would empty any folder: only one that venv made is offered to it.

@@ -11,8 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Eight simulated devices, so that sharded networks and masks are tested on any machine.
 _FLAGS = "--xla_force_host_platform_device_count=8"
+# Each program is compiled in one piece, as the other core has tests of its own.
+_FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 # JAX 0.10 still has XLA's older code generator for CPUs, which compiles in less than half the time.
-# The tests on JAX 0.12 (see .ci/run), documents and notebooks use the one that users have.
+# The tests on JAX 0.12 (see .ci/run) use the one that users have.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 # A worker inherits the variable from the process that starts it.
@@ -102,8 +104,36 @@ LONGEST = ("test_sharding.py", "test_documents.py", "test_contract.py", "test_tr
 SMALL = NOTEBOOKS, ZOO = "test_notebooks.py", "test_zoo.py"
 
 
+# What `make test` leaves to `make test-all`, so that it ends within ten minutes on two cores: the
+# longest tests, of which it runs a smaller sibling. A pattern matches somewhere in a test's name.
+SLOW = (
+    r"test_a_notebook_runs",
+    r"test_the_code_of_a_document_runs\w*\[docs/",
+    # Other methods, networks, libraries and meshes than those that stay.
+    r"test_masks_are_those_recorded\[(residual|transformer)",
+    r"test_sharding.*(residual|transformer|automatic|fsdp|other_methods|seen_through)",
+    r"test_(memory_of_a_device|what_the_optimizer_remembers|networks_keep_their_shares)",
+    r"test_masks_keep_exactly\w*\[.*-(equinox|flax_nnx|scanned)-",
+    r"test_cut_networks\w*\[(?!linen/resnet|plain/scanned)",
+    r"test_groups_are_kept\w*\[(DPaI, global|GraSP|NTK-SAP|ProsPr)",
+    r"test_masks_are_the_same_under_every_switch\[(?!DPaI)",
+    r"test_zoo.*\[(equinox|haiku|nnx)/",
+    r"test_mean_field",
+    r"test_granularity.*::test_(many_masks|masks_on_a_mesh)",
+    r"test_many.*::test_(many_masks|only_what)",
+    r"test_(every_method_prunes_a|it_prunes_networks_of|every_name_makes)",
+    r"test_(so_are_the_results|every_kept_weight|synflow_of_fifty_layers)",
+    r"test_(topology_is_that_of_a_graph|a_network_written_per_device|whatever_any_masks)",
+    r"test_folding.*::test_pruning",
+    r"test_(first_calls_and_many|two_processes)",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long files first and small groups last, so that workers end at the same time."""
+    """Marks slow tests; long files go first and small groups last, so that workers end together."""
+    for item in items:
+        if any(re.search(pattern, item.nodeid) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)
     order = {name: place for place, name in enumerate(LONGEST)}
     order |= {name: len(LONGEST) + 1 + place for place, name in enumerate(SMALL)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))

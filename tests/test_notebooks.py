@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and what they keep is what a reader may see."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.Monk
     # `make` puts the repository on the path of its environment.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Its reader has no simulated devices, on which it would train much longer.
-    monkeypatch.delenv("XLA_FLAGS")
+    flags = os.environ["XLA_FLAGS"].split()
+    monkeypatch.setenv("XLA_FLAGS", " ".join(f for f in flags if "device_count" not in f))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     kept = nbformat.read(path, as_version=4)
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
