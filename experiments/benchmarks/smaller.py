@@ -1,11 +1,13 @@
 """What pruning saves at run time: networks without their dead channels, and sparse products."""
 
 import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from jax.experimental import sparse as jax_sparse
 
 import dpai_jax as dpai
@@ -27,7 +29,7 @@ BATCH = 32
 MATRICES = ((784, 300), (1024, 1024), (4096, 4096))
 """Shapes of matrices whose products are timed."""
 
-FORMATS = ("dense", "BCOO", "BCSR")
+FORMATS = ("dense", "BCOO", "BCSR", "SciPy CSR")
 """How a matrix is held."""
 
 
@@ -40,7 +42,7 @@ def compact() -> Jobs:
 
 
 def sparse() -> Jobs:
-    """A batch times a sparse matrix, in the formats of `jax.experimental.sparse`."""
+    """A batch times a sparse matrix, in the formats of `jax.experimental.sparse` and of SciPy."""
     for shape in MATRICES:
         title = " × ".join(map(str, shape))
         yield title, functools.partial(isolated, _sparse, shape)
@@ -86,8 +88,10 @@ def _sparse(shape: tuple[int, int]) -> Row:
             "BCSR": jax_sparse.BCSR.fromdense(matrix),
         }
         product = jax.jit(lambda w, x: w @ x.T)
-        times = {
-            name: clock.call_seconds(functools.partial(product, held[name], x)) for name in FORMATS
-        }
+        calls = {name: functools.partial(product, w, x) for name, w in held.items()}
+        calls["SciPy CSR"] = functools.partial(
+            operator.matmul, scipy.sparse.csr_array(np.asarray(matrix)), x.T
+        )
+        times = {name: clock.call_seconds(calls[name]) for name in FORMATS}
         row["at"].append({"sparsity": sparsity, **times})
     return row
