@@ -101,8 +101,8 @@ def sweep(
         recipes: Names of recipes, or Python files that define `sweep(scale)`.
         scale: The recipe as published, or at a size for two cores.
         dataset: Data set in place of the recipe's.
-        methods: Methods in place of the recipe's, each with +repair or +shuffled if you like; "all"
-            stands for all of them.
+        methods: Methods in place of the recipe's, each with +repair or a control such as
+            +shuffled if you like; "all" stands for all of them.
         sparsities: Fractions of the prunable weights to remove, in place of the recipe's.
         seeds: Repetitions of each job in place of the recipe's, with other weights and masks.
         epochs: Passes over the training split in place of the recipe's.

@@ -1,8 +1,7 @@
 """Pruning methods by the names that configurations use. A new method is one line here.
 
 A name can be followed by settings in brackets, "dpai[alpha=0.9,allocation=uniform]", and then by
-"+repair", which makes every kept weight effective, or "+shuffled", which keeps the same number of
-weights in each layer at random places.
+one of `AFTERWARDS`: "+repair" makes every kept weight effective, and the others are controls.
 """
 
 import ast
@@ -19,9 +18,14 @@ from experiments.config import DENSE, Config, ConfigError
 Train = Callable[[Any, Any], Any]
 """Trains a network: from its variables and masks to its trained variables."""
 
-AFTERWARDS = ("repair", "shuffled")
-"""What can be done to the masks of any method."""
-
+AFTERWARDS: Mapping[str, str] = {
+    "repair": "every kept weight is made effective",
+    "shuffled": "each layer keeps as many weights, at random places",
+    "fresh": "the masks stay, and the weights are drawn anew",
+    "permuted": "the masks stay, and the kept weights of a layer change places with each other",
+    "largest": "the masks stay, and a layer's largest weights go to its kept places at random",
+}
+"""What can be done to the masks of any method, or to the weights that training starts from."""
 
 ALLOCATIONS: Mapping[str, dpai.Allocation] = {
     "er": dpai.er,
@@ -41,7 +45,7 @@ class Pruning:
         batches: Number of batches that it may use, of ten images a class.
         temperature: What the logits are divided by in its loss.
         images: Images in the input that it draws itself.
-        afterwards: What is done to its masks, one of `AFTERWARDS`, or nothing.
+        afterwards: What is done to its masks or to the weights, one of `AFTERWARDS`, or nothing.
     """
 
     method: dpai.Method | Callable[[Train], dpai.Method]
@@ -96,9 +100,11 @@ def find(name: str) -> Pruning:
         or parts["afterwards"] not in (None, *AFTERWARDS)
         or (parts["base"] == DENSE != name)
     ):
+        endings = [f"+{afterwards}" for afterwards in AFTERWARDS]
         raise ConfigError(
             f"method must be one of {sorted(METHODS)}, with settings such as dpai[alpha=0.9], and "
-            f"with +repair or +shuffled, if you like (but not after dense); got {name!r}."
+            f"with one of {endings}, if you like (but not after dense); "
+            f"got {name!r}."
         )
     pruning = METHODS[parts["base"]]
     if parts["settings"] is not None:
@@ -120,7 +126,7 @@ def check_granularity(config: Config) -> None:
         granularity.parsed(config.granularity)
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
-    if find(config.method).afterwards:
+    if find(config.method).afterwards in ("repair", "shuffled"):
         raise ConfigError(
             f"granularity can't go with +repair or +shuffled, which move single weights; got "
             f"{config.granularity!r} and {config.method!r}."

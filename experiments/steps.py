@@ -79,7 +79,7 @@ class Optimizer:
 @functools.partial(jax.jit, static_argnames=("model", "image_shape", "dtype"))
 def initialize(
     model: nn.Module,
-    seed: jax.Array | int,
+    seed: jax.typing.ArrayLike,
     image_shape: tuple[int, ...],
     dtype: Any = jnp.float32,
 ) -> Any:

@@ -182,10 +182,14 @@ def initial_variables(job: Job) -> Any:
     Raises:
         ConfigError: The checkpoint belongs to another network.
     """
-    variables = steps.initialize(job.model, job.config.seed, job.image_shape, job.data.dtype)
+    variables = _drawn(job, job.config.seed)
     if job.config.init is None:
         return variables
     return pretrained.load_variables(job.config.init, variables)
+
+
+def _drawn(job: Job, seed: int) -> Any:
+    return steps.initialize(job.model, np.uint32(seed), job.image_shape, job.data.dtype)
 
 
 def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
@@ -222,6 +226,29 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     # Whatever input a method used, the reported paths are those of one image.
     net = dpai.trace(apply, variables, images(1))
     return dataclasses.replace(result, masks=masks, net=net, topology=dpai.topology(net, masks))
+
+
+def changed_weights(job: Job, variables: Any, masks: Any) -> Any:
+    """Returns the weights that training starts from: other ones if the method's name asks so."""
+    how, seed = job.pruning.afterwards, job.config.seed
+    if how == "fresh":
+        return _drawn(job, (seed + 2**31) % 2**32)
+    if how not in ("permuted", "largest"):
+        return variables
+    rng = np.random.default_rng(seed)
+
+    def changed(weights: Any, mask: Any) -> Any:
+        if not np.ndim(mask):
+            return weights
+        weights, mask = np.array(weights), np.asarray(mask)
+        dealt = weights[mask]
+        if how == "largest":
+            flat = weights.ravel()
+            dealt = flat[np.argsort(-np.abs(flat), kind="stable")[: dealt.size]]
+        weights[mask] = rng.permutation(dealt)
+        return weights
+
+    return jax.tree.map(changed, variables, masks)
 
 
 def train_variables(job: Job, variables: Any, masks: Any) -> Any:
@@ -337,6 +364,7 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "history": [],
     }
     # The whole state, as the optimizer's counters start on one device.
+    variables = changed_weights(job, variables, result.masks)
     state = steps.start(job.optimizer, variables, result.masks["params"])
     state = devices.on_each(job.mesh, state)
     _save(checkpoints, state, progress)

@@ -21,6 +21,7 @@ RECIPES = (
     "digits_resnet20",
     "suite",
     "suite_ablations",
+    "suite_causes",
     "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""

@@ -62,7 +62,13 @@ LOOKS = {
 }
 """The colour and the marker of each method; methods of one family share a colour."""
 
-_LINES = {"repair": (0, (4, 1.5)), "shuffled": (0, (1, 1.2))}
+_LINES = {
+    "repair": (0, (4, 1.5)),
+    "shuffled": (0, (1, 1.2)),
+    "fresh": (0, (5, 1, 1, 1)),
+    "permuted": (0, (3, 1, 1, 1, 1, 1)),
+    "largest": (0, (2, 2)),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_what_surrounds_a_method_stays():
     assert methods.find("ntk-sap[steps=2]").images == 64
 
 
-@pytest.mark.parametrize("afterwards", ["repair", "shuffled"])
+@pytest.mark.parametrize("afterwards", methods.AFTERWARDS)
 def test_settings_go_with_what_is_done_afterwards(afterwards):
     found = methods.find(f"dpai[beta=0]+{afterwards}")
     assert found.afterwards == afterwards
@@ -57,7 +57,7 @@ def test_a_number_may_be_written_in_any_way():
     ("name", "message"),
     [
         ("magic[alpha=1]", r"method must be one of .*'dpai'.*; got 'magic\[alpha=1\]'\.$"),
-        ("dpai+magic", r"method must be one of .*\+repair or \+shuffled.*; got 'dpai\+magic'\.$"),
+        ("dpai+magic", r"method must be one of .*'\+repair', '\+shuffled'.*; got 'dpai\+magic'\.$"),
         ("dpai[alpha=0.1", r"method must be one of .*; got 'dpai\[alpha=0\.1'\.$"),
         ("dpai[]", r"method must be one of .*; got 'dpai\[\]'\.$"),
         ("dpai[alpha=0.1][beta=0]", r"method must be one of"),

@@ -347,6 +347,36 @@ def test_shuffled_masks_have_the_densities_of_those_they_were_made_of():
     assert any(np.any(a != b) for a, b in pairs)
 
 
+def test_any_seed_of_32_bits_draws_weights():
+    for seed in (0, 2**32 - 1):
+        job = train.resolve(dataclasses.replace(TINY, seed=seed))
+        assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(train.initial_variables(job)))
+
+
+@pytest.mark.parametrize("how", ["fresh", "permuted", "largest"])
+def test_controls_keep_the_masks_and_change_the_weights(how):
+    config = dataclasses.replace(TINY, method=f"random+{how}", sparsity=0.7)
+    job = train.resolve(config)
+    before = train.initial_variables(job)
+    result = train.prune(job, before, lambda *_: None)
+    plain = train.prune(
+        train.resolve(dataclasses.replace(config, method="random")), before, lambda *_: None
+    )
+    jax.tree.map(np.testing.assert_array_equal, result.masks, plain.masks)
+    after = train.changed_weights(job, before, result.masks)
+    leaves = zip(*map(jax.tree.leaves, (before, after, result.masks)), strict=True)
+    for old, new, mask in leaves:
+        if not mask.ndim:
+            np.testing.assert_array_equal(new, old)
+            continue
+        old, kept = np.asarray(old), np.asarray(new)[np.asarray(mask)]
+        among = old[np.asarray(mask)]
+        if how == "largest":
+            among = sorted(old.ravel().tolist(), key=abs)[-kept.size :]
+        assert (sorted(kept.tolist()) == sorted(np.asarray(among).tolist())) == (how != "fresh")
+        assert np.any(kept != old[np.asarray(mask)])
+
+
 def test_the_loss_that_methods_prune_by_divides_logits_by_a_temperature(digits):
     job = train.resolve(TINY)
     variables = steps.initialize(job.model, 0, job.data.image_shape)
