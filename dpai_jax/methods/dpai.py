@@ -25,6 +25,7 @@ from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
+from dpai_jax.tools.rows import groups_of, in_order
 from dpai_jax.tools.signatures import Alike
 
 PyTree = Any
@@ -269,7 +270,12 @@ class DPaI:
     def _strengths(self, problem: Problem) -> list[Array]:
         """By what each weight multiplies a path, at most one; an empty list if by one."""
         strength = _STRENGTHS[self.strength]
-        return [] if strength is None else [_strength(strength, w) for w in problem.weights()]
+        if strength is None:
+            return []
+        weights = problem.weights()
+        groups = groups_of(problem.net, weights)
+        found = [_scaled(g.owner, g.of(weights), strength=strength) for g in groups]
+        return in_order(groups, found)
 
     def _start(self, problem: Problem, strengths: list[Array]) -> list[Array]:
         """The scores to start from; zero, the lowest magnitude, where no mask is effective.
@@ -289,12 +295,19 @@ class DPaI:
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _strength(strength: Callable[[Array], Array], weight: Array) -> Array:
-    """The strengths of a layer's weights, the largest of them one."""
-    found = jnp.minimum(strength(weight.astype(jnp.float32)), np.finfo(np.float32).max)
-    largest = jnp.max(found)
-    return jnp.where(largest > 0, found / jnp.where(largest > 0, largest, 1.0), 1.0)
+@meshes.program(like=lambda weights: weights, layers=lambda weights: weights)
+def _scaled(
+    _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
+) -> list[Array]:
+    """The strengths of each layer's weights, the largest of them one."""
+
+    @jax.jit
+    def scaled(weight: Array) -> Array:
+        found = jnp.minimum(strength(weight.astype(jnp.float32)), np.finfo(np.float32).max)
+        largest = jnp.max(found)
+        return jnp.where(largest > 0, found / jnp.where(largest > 0, largest, 1.0), 1.0)
+
+    return list(map(scaled, weights))
 
 
 def _falling(sparsity: float, steps: int) -> list[float]:
