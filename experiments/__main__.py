@@ -230,21 +230,18 @@ def report(
 
 
 def documents(
-    files: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (
-        *map(pathlib.Path, ("docs/performance.md", "docs/experiments.md")),
-        *map(pathlib.Path, ("docs/choosing.md", "docs/default.md")),
-    ),
+    files: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (),
 ) -> None:
     """Update the tables in documents from the records that each table names.
 
     Example: python -m experiments documents docs/performance.md
 
     Args:
-        files: The documents.
+        files: The documents; by default all in docs/.
     """
     from experiments import documents as writer
 
-    for file in files:
+    for file in files or sorted(pathlib.Path("docs").glob("*.md")):
         writer.update(file)
 
 

@@ -199,7 +199,9 @@ def _compact(rows: Sequence[Row]) -> Grid:
         "multiply-adds": pair("multiply_adds"),
         "masked, ms": lambda r: _range(r["masked"], 1e-3, 2),
         "compact, ms": lambda r: _range(r["seconds"], 1e-3, 2),
-        "times faster": lambda r: f"{r['masked']['median'] / r['seconds']['median']:.1f}",
+        "times faster": lambda r: (
+            f"{r['masked']['median'] / r['seconds']['median']:.1f}" if r["weights after"] else "–"
+        ),
     }
     title = "Masked and compact, of one input; milliseconds of 32 inputs (least–most)"
     flat = [
