@@ -1,10 +1,13 @@
 """The cache on disk: a second process finds all that the first has compiled."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import dpai_jax as dpai
@@ -60,3 +63,13 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         dpai.cache(tmp_path / "file")
+
+
+def test_a_first_call_lowers_each_program_once(caplog):
+    """Arrays that are committed to a device would have those of uncommitted ones lowered again."""
+    params = {"a": jnp.ones((5, 17)), "b": jnp.linspace(0.1, 1, 17 * 3).reshape(17, 3)}
+    with jax.log_compiles():
+        dpai.prune(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 5)), 0.5, progress=False)
+    lowered = re.findall(r"Finished jaxpr to MLIR module conversion jit\((_\w+)\)", caplog.text)
+    assert "_step" in lowered
+    assert len(lowered) == len(set(lowered))

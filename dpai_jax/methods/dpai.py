@@ -287,8 +287,7 @@ class DPaI:
         if drawn:
             scores = noise.normal_scores(net, problem.key, problem.params)
         elif self.scores is None:
-            # A step takes the memory of its scores. A copy this way compiles nothing.
-            scores = [jax.device_put(s, s.sharding, may_alias=False) for s in strengths]
+            scores = list(map(jnp.copy, strengths))  # a step takes the memory of its scores
         else:
             scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
             scores = meshes.device_put_like(scores, net.leaves(problem.params))
