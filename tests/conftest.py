@@ -114,7 +114,7 @@ SLOW = (
     r"test_sharding.*(residual|transformer|automatic|fsdp|mlp-data|other_methods|seen_through)",
     r"test_(memory_of_a_device|what_the_optimizer_remembers|networks_keep_their_shares)",
     r"test_masks_keep_exactly\w*\[.*-(equinox|flax_nnx|scanned)-",
-    r"test_cut_networks\w*\[(?!linen/resnet|plain/scanned)",
+    r"test_cut_networks\w*\[(?!linen/resnet|plain/(scanned|convolution))",
     r"test_groups_are_kept\w*\[(DPaI, global|GraSP|NTK-SAP|ProsPr)",
     r"test_masks_are_the_same_under_every_switch\[(?!DPaI)",
     r"test_zoo.*\[(equinox|haiku|nnx|linen/(?!resnet_basic|vit_class|lstm))",

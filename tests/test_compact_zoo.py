@@ -12,13 +12,14 @@ from dpai_jax.tools.trees import named_leaves
 from tests.support.networks import by_name
 
 # Residual sums with batch norm in training, depthwise convolutions with gates, attention with
-# grouped heads, a concatenation, one with a loop.
+# grouped heads, a concatenation, one with a loop, a reshape that also permutes.
 NETWORKS = (
     "linen/resnet_training",
     "linen/efficientnet",
     "nnx/film",
     "haiku/densenet",
     "equinox/tied_decoder",
+    "plain/convolution_ensemble",
     "plain/grouped_query_decoder",
     "plain/scanned_layers",
 )

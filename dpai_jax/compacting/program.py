@@ -102,7 +102,7 @@ def _inline(program: Program, jaxpr: Any, arguments: Sequence[int]) -> list[int]
         operands = [read(atom) for atom in eqn.invars]
         kind = _kind(eqn)
         if kind == "inlined":
-            body = _simpler(eqn) if eqn.primitive.name in _SIMPLER else called_jaxpr(eqn)
+            body = _simpler(eqn) if _has_simpler(eqn) else called_jaxpr(eqn)
             results = _inline(program, body, operands)
         else:
             results = [program.new(var) for var in eqn.outvars]
@@ -121,7 +121,12 @@ def _kind(eqn: JaxprEqn) -> str:
         if name == "custom_jvp_call" and floats and _is_pointwise(body, eqn):
             return "pointwise_call"
         return name
-    return "inlined" if name in CALLS or name in _SIMPLER else name
+    return "inlined" if name in CALLS or _has_simpler(eqn) else name
+
+
+def _has_simpler(eqn: JaxprEqn) -> bool:
+    name = eqn.primitive.name
+    return name in _SIMPLER and (name != "reshape" or eqn.params["dimensions"] is not None)
 
 
 def _simpler(eqn: JaxprEqn) -> Any:
@@ -146,7 +151,11 @@ def _tile(params: dict[str, Any], x: Any) -> Any:
     return x
 
 
-_SIMPLER = {"stack": _stack, "unstack": _unstack, "tile": _tile}
+def _permuted_reshape(params: dict[str, Any], x: Any) -> Any:
+    return lax.reshape(lax.transpose(x, params["dimensions"]), params["new_sizes"])
+
+
+_SIMPLER = {"stack": _stack, "unstack": _unstack, "tile": _tile, "reshape": _permuted_reshape}
 
 
 def _is_pointwise(jaxpr: Any, call: JaxprEqn) -> bool:
