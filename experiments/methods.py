@@ -18,13 +18,13 @@ from experiments.config import DENSE, Config, ConfigError
 Train = Callable[[Any, Any], Any]
 """Trains a network: from its variables and masks to its trained variables."""
 
-AFTERWARDS: Mapping[str, str] = {
-    "repair": "every kept weight is made effective",
-    "shuffled": "each layer keeps as many weights, at random places",
-    "fresh": "the masks stay, and the weights are drawn anew",
-    "permuted": "the masks stay, and the kept weights of a layer change places with each other",
-    "largest": "the masks stay, and a layer's largest weights go to its kept places at random",
-}
+AFTERWARDS = (
+    "repair",  # every kept weight is made effective
+    "shuffled",  # each layer keeps as many weights, at random places
+    "fresh",  # the masks stay, and the weights are drawn anew
+    "permuted",  # the masks stay, and the kept weights of a layer change places with each other
+    "largest",  # the masks stay, and a layer's largest weights go to its kept places at random
+)
 """What can be done to the masks of any method, or to the weights that training starts from."""
 
 ALLOCATIONS: Mapping[str, dpai.Allocation] = {
@@ -103,8 +103,7 @@ def find(name: str) -> Pruning:
         endings = [f"+{afterwards}" for afterwards in AFTERWARDS]
         raise ConfigError(
             f"method must be one of {sorted(METHODS)}, with settings such as dpai[alpha=0.9], and "
-            f"with one of {endings}, if you like (but not after dense); "
-            f"got {name!r}."
+            f"with one of {endings}, if you like (but not after dense); got {name!r}."
         )
     pruning = METHODS[parts["base"]]
     if parts["settings"] is not None:

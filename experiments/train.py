@@ -363,8 +363,8 @@ def _begin(job: Job, checkpoints: Checkpoints, report: Report) -> tuple[TrainSta
         "topology": describe(result),
         "history": [],
     }
-    # The whole state, as the optimizer's counters start on one device.
     variables = changed_weights(job, variables, result.masks)
+    # The whole state, as the optimizer's counters start on one device.
     state = steps.start(job.optimizer, variables, result.masks["params"])
     state = devices.on_each(job.mesh, state)
     _save(checkpoints, state, progress)
