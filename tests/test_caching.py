@@ -65,11 +65,29 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
         dpai.cache(tmp_path / "file")
 
 
-def test_a_first_call_lowers_each_program_once(caplog):
-    """Arrays that are committed to a device would have those of uncommitted ones lowered again."""
-    params = {"a": jnp.ones((5, 17)), "b": jnp.linspace(0.1, 1, 17 * 3).reshape(17, 3)}
+METHODS = {
+    "dpai": dpai.DPaI(),
+    "published": dpai.DPaI.published(steps=2),
+    "synflow": dpai.SynFlow(steps=3),
+}
+
+
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_first_call_lowers_each_program_once(caplog, name, committed):
+    """Also for parameters that are committed to a device, as restored checkpoints are."""
+    width = 17 + 2 * list(METHODS).index(name) + committed  # a network that no other test has
+    params = {"a": jnp.ones((5, width)), "b": jnp.linspace(0.1, 1, width * 3).reshape(width, 3)}
+    if committed:
+        params = jax.device_put(params, jax.devices()[0])
+
+    def fn(params, x):
+        return x @ params["a"] @ params["b"]
+
+    key, method = jax.random.key(0), METHODS[name]
     with jax.log_compiles():
-        dpai.prune(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 5)), 0.5, progress=False)
+        dpai.prune(fn, params, jnp.ones((1, 5)), 0.5, method=method, key=key, progress=False)
     lowered = re.findall(r"Finished jaxpr to MLIR module conversion jit\((_\w+)\)", caplog.text)
-    assert "_step" in lowered
-    assert len(lowered) == len(set(lowered))
+    own = [name for name in lowered if name != "_where"]  # JAX's own, of one array
+    assert {"_step", "_flow"} & set(own)
+    assert len(own) == len(set(own))

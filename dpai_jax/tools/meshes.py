@@ -117,29 +117,41 @@ class Program:
 
 
 class _Compiled:
-    """A compiled function; a thread may still be compiling it."""
+    """A compiled function; threads may still be compiling it."""
 
     def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
         self.jitted = jax.jit(fn, donate_argnums=donate, keep_unused=True)
         self.is_called = False
-        self._started: set[Any] = set()
-        self._compiling: list[Future[Any]] = []
+        self._ahead: dict[Any, Future[jax.stages.Compiled]] = {}
 
-    def start(self, *args: Any) -> None:
-        key = tuple((np.shape(x), x.dtype) for x in jax.tree.leaves(args))
-        if key not in self._started:
-            self._started.add(key)
+    def start(self, *args: Any) -> Future[jax.stages.Compiled]:
+        """Starts to compile for arguments of these shapes on the default device."""
+        leaves, treedef = jax.tree.flatten(args)
+        key = (treedef, *((np.shape(x), x.dtype, getattr(x, "weak_type", False)) for x in leaves))
+        if key not in self._ahead or self._ahead[key].cancelled():
+            shapes = [jax.ShapeDtypeStruct(*aval[:2], weak_type=aval[2]) for aval in key[1:]]
             # Traced in this thread, as JAX's switches are per thread. XLA needs no Python lock.
-            compiling = _COMPILERS.submit(self.jitted.lower(*args).compile)
-            self._compiling.append(compiling)
-            _UNDER_WAY.add(compiling)
+            lowered = self.jitted.lower(*jax.tree.unflatten(treedef, shapes))
+            self._ahead[key] = _COMPILERS.submit(lowered.compile)
+            _UNDER_WAY.add(self._ahead[key])
+        return self._ahead[key]
 
     def __call__(self, *args: Any) -> Any:
         self.is_called = True
-        if self._compiling:
-            wait(self._compiling)  # an error is raised again by the call below
-            self._compiling = []
+        if _are_committed(args):
+            # JAX would compile for them once more, and again where only some are committed.
+            return self.start(*args).result()(*args)
+        wait(self._ahead.values())  # an error is raised again by the call below
         return self.jitted(*args)
+
+
+def _are_committed(args: tuple[Any, ...]) -> bool:
+    """Whether arrays, the first of them at least, are committed to the default device."""
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, Array)]
+    if not arrays or not getattr(arrays[0], "committed", False):
+        return False
+    device = jax.device_put(np.float32(0)).devices()
+    return all(x.devices() == device for x in arrays)
 
 
 _COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dpai_jax_compiler")
