@@ -634,12 +634,12 @@ def test_the_default_scores_by_the_even_balance_as_the_density_falls():
     params = draw(WIDE)
     result = default(0.9, params, steps=4)
     net = result.net
-    strengths = jax.tree.map(lambda w: np.abs(w) / np.abs(w).max(), params)
+    strengths = jax.tree.map(np.abs, params)
     masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
     for t in range(1, 5):
         everything = jax.tree.map(lambda m: int(m.sum()), masks)
         scores = ascent(
-            net, jax.tree.map(np.float32, masks), everything, 0.1, 0.5,
+            net, jax.tree.map(np.float32, masks), everything, 0.3, 0.5,
             counting="mean_field", balance="even", strengths=strengths,
         )  # fmt: skip
         scores = jax.tree.map(lambda s, m: np.where(m, s, 0), scores, masks)
@@ -660,6 +660,39 @@ def test_paths_alone_weighed_by_magnitude_are_synflow_within_the_layers_counts(s
     one, two = (dpai.effective_weights(result.net, r.masks) for r in (result, other))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert result.topology.effective > 0.9 * result.topology.weights
+
+
+def test_strengths_keep_their_scale_beside_a_shortcut():
+    """Where paths through a layer meet others, its scale matters: a SynFlow beside it, as above."""
+
+    def fn(params, x):
+        x = x @ params["0"]
+        for block in ("1", "2"):
+            x = x + jax.nn.relu(x @ params[block]["up"]) @ params[block]["down"]
+        return x @ params["3"]
+
+    draws = np.random.default_rng(0)
+    shapes = {"0": (5, 12), "1": {"up": (12, 24), "down": (24, 12)}}
+    shapes = {**shapes, "2": shapes["1"], "3": (12, 6)}
+    params = jax.tree.map(
+        lambda shape: np.float32(draws.normal(size=shape) / np.sqrt(shape[0])),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    own = dpai.DPaI(alpha=0.0, counting="exact", steps=10)
+    synflow = dpai.SynFlow(steps=10, allocation=dpai.erk)
+    x = jnp.ones((1, 5))
+
+    def effective(method, params):
+        result = dpai.prune(fn, params, x, 0.9, method=method, progress=False)
+        return dpai.effective_weights(result.net, result.masks)
+
+    found = effective(own, params)
+    jax.tree.map(np.testing.assert_array_equal, found, effective(synflow, params))
+    louder = {**params, "1": jax.tree.map(lambda w: 8 * w, params["1"])}
+    changed = effective(own, louder)
+    jax.tree.map(np.testing.assert_array_equal, changed, effective(synflow, louder))
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), found, changed)))
 
 
 def test_the_balance_keeps_more_nodes_than_paths_alone():

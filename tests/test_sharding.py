@@ -151,7 +151,7 @@ def programs(params, fn, x, optimizer):
     net = dpai.trace(fn, params, x)
     how = dpai.DPaI(optimizer=optimizer)
     scores = normal_scores(net, jax.random.key(0), params)
-    strengths = method._scaled(net, scores, strength=jnp.abs)
+    strengths = method._strengths_of(net, scores, strength=jnp.abs)
     state = method._State(scores, optimizer.init(scores))
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))

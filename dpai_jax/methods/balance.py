@@ -81,8 +81,8 @@ def ascent(
       gamma: how sharp the indicators are, positive.
       counting: "exact" or "mean_field" (see `dpai_jax.log_paths`).
       balance: "indicator" or "even".
-      strengths: pytree parallel to the parameters of what each weight multiplies a path by, in
-        [0, 1]; one if not given.
+      strengths: pytree parallel to the parameters of what each weight multiplies a path by, not
+        negative; one if not given.
 
     Returns:
       Pytree like `scores`; zero where nothing can be pruned.
@@ -150,7 +150,7 @@ def direction(
       weights: α, β and γ.
       scores: a float32 array of each layer's shape.
       masks: the boolean masks of the scores.
-      strengths: by what each weight multiplies a path, in [0, 1]; by one if not given.
+      strengths: by what each weight multiplies a path, not negative; by one if not given.
 
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
@@ -159,7 +159,8 @@ def direction(
     def count(floats: list[Array]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
-        return counts.log_count(net, floats, objective.counting, below=1.0)
+        below = None if strengths else 1.0
+        return counts.log_count(net, floats, objective.counting, below)
 
     log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
     directions, measured = directions_of(net.layers, objective, weights, scores, masks, gradients)

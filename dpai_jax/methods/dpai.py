@@ -33,12 +33,16 @@ PyTree = Any
 # A score becomes the direction itself, s ← s + (d − s): weights are scored anew at each step.
 RESCORE = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))
 
-# By what a path counts: the product of this over its weights.
+# By what a path counts: the product of this over its weights. Its scale matters where paths that
+# pass a layer meet others that do not, as behind a shortcut.
 _STRENGTHS: Mapping[str, Callable[[Array], Array] | None] = {
     "one": None,
     "magnitude": jnp.abs,
     "square": jnp.square,
 }
+
+# Strengths of layers whose largest is outside of this range are scaled to it.
+_RANGE = 2.0**-60, 2.0**60
 
 # Steps between two reports: reading a number waits for the device.
 _REPORT_EVERY = 10
@@ -99,7 +103,7 @@ class DPaI:
       networks without any data by iteratively conserving synaptic flow, NeurIPS 2020.
     """
 
-    alpha: float = 0.1
+    alpha: float = 0.3
     beta: float = 0.5
     balance: str = "even"
     gamma: float = math.inf
@@ -240,7 +244,8 @@ class DPaI:
         self, net: Network, scores: list[Any], parts: grouping.Parts
     ) -> folded.Steps | None:
         """The steps block by block, if the network repeats itself and layers go each by itself."""
-        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], 1.0)
+        below = None if _STRENGTHS[self.strength] else 1.0
+        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], below)
         if not calls or parts or not folded.goes_by_array(self.optimizer):
             return None
         settings = self._settings()
@@ -268,13 +273,13 @@ class DPaI:
         return [found[s] for s in sparsities]
 
     def _strengths(self, problem: Problem) -> list[Array]:
-        """By what each weight multiplies a path, at most one; an empty list if by one."""
+        """By what each weight multiplies a path; an empty list if by one."""
         strength = _STRENGTHS[self.strength]
         if strength is None:
             return []
         weights = problem.weights()
         groups = groups_of(problem.net, weights)
-        found = [_scaled(g.owner, g.of(weights), strength=strength) for g in groups]
+        found = [_strengths_of(g.owner, g.of(weights), strength=strength) for g in groups]
         return in_order(groups, found)
 
     def _start(self, problem: Problem, strengths: list[Array]) -> list[Array]:
@@ -296,18 +301,19 @@ class DPaI:
 
 
 @meshes.program(like=lambda weights: weights, layers=lambda weights: weights)
-def _scaled(
+def _strengths_of(
     _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
 ) -> list[Array]:
-    """The strengths of each layer's weights, the largest of them one."""
+    """The strengths of each layer's weights; one if all its weights are zero."""
 
     @jax.jit
-    def scaled(weight: Array) -> Array:
+    def strengths(weight: Array) -> Array:
         found = jnp.minimum(strength(weight.astype(jnp.float32)), np.finfo(np.float32).max)
         largest = jnp.max(found)
-        return jnp.where(largest > 0, found / jnp.where(largest > 0, largest, 1.0), 1.0)
+        scale = jnp.clip(largest, *_RANGE) / jnp.where(largest > 0, largest, 1.0)
+        return jnp.where(largest > 0, found * scale, 1.0)
 
-    return list(map(scaled, weights))
+    return list(map(strengths, weights))
 
 
 def _falling(sparsity: float, steps: int) -> list[float]:

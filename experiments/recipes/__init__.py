@@ -22,6 +22,7 @@ RECIPES = (
     "suite",
     "suite_ablations",
     "suite_causes",
+    "suite_cifar",
     "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""

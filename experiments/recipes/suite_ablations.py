@@ -3,7 +3,7 @@
     python -m experiments sweep suite_ablations --scale full
     python -m experiments sweep suite_ablations --scale small
 
-Full: 105 jobs for two cores, about six seconds each. Small: 21 jobs, with a single seed.
+Full: 115 jobs for two cores, about six seconds each. Small: 23 jobs, with a single seed.
 """
 
 from experiments.config import Config
@@ -15,7 +15,8 @@ BASE: Config = suite.LENET
 METHODS = (
     "dpai",
     "dpai[alpha=0]",  # paths alone
-    "dpai[alpha=0.3]",
+    "dpai[alpha=0.1]",
+    "dpai[alpha=0.5]",
     "dpai[alpha=1]",  # no paths
     "dpai[strength=one]",
     "dpai[strength=square]",

@@ -17,7 +17,14 @@ FASHION = "idx:/usr/share/datasets/fashion-mnist"
 SIDES |= {FASHION: 28}
 CLASSES |= {FASHION: 10}
 # Of these, small is fewer seeds of the same jobs.
-FEWER_SEEDS = ("digits_resnet20", "small_dense", "suite", "suite_ablations", "suite_causes")
+FEWER_SEEDS = (
+    "digits_resnet20",
+    "small_dense",
+    "suite",
+    "suite_ablations",
+    "suite_causes",
+    "suite_cifar",
+)
 every_sweep = pytest.mark.parametrize(
     ("name", "scale"), [(n, s) for n in recipes.RECIPES for s in ("full", "small")]
 )
