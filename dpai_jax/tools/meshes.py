@@ -148,7 +148,8 @@ class _Compiled:
 def _are_committed(args: tuple[Any, ...]) -> bool:
     """Whether arrays, the first of them at least, are committed to the default device."""
     arrays = [x for x in jax.tree.leaves(args) if isinstance(x, Array)]
-    if not arrays or not getattr(arrays[0], "committed", False):
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    if is_traced or not arrays or not arrays[0].committed:
         return False
     device = jax.device_put(np.float32(0)).devices()
     return all(x.devices() == device for x in arrays)
