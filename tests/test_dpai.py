@@ -597,7 +597,7 @@ def even_by_hand(paths, strengths, masks, alpha, beta):
 def test_the_even_balance_is_its_formula_by_hand(name, alpha, beta):
     _, shapes, keep, _ = PROBLEMS[name]
     rng = np.random.default_rng(2)
-    strengths = {key: rng.uniform(0.1, 1, shape) for key, shape in shapes.items()}
+    strengths = {key: rng.uniform(0.1, 3, shape) for key, shape in shapes.items()}
     scores = draw(shapes)
     paths = PATHS[name, "exact"]
     masks = {key: top(s, keep[key]) for key, s in scores.items()}
@@ -693,6 +693,15 @@ def test_strengths_keep_their_scale_beside_a_shortcut():
     changed = effective(own, louder)
     jax.tree.map(np.testing.assert_array_equal, changed, effective(synflow, louder))
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), found, changed)))
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-20, 2.0**20, 2.0**60])
+def test_weights_of_any_size_have_strengths(scale):
+    """In a chain of layers a layer's scale cancels, be it out of what float32 can multiply."""
+    params = draw(WIDE)
+    scaled = {**params, "2": params["2"] * np.float32(scale)}
+    one, two = (default(0.9, p, strength="square", steps=5).masks for p in (params, scaled))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def test_the_balance_keeps_more_nodes_than_paths_alone():

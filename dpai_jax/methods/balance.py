@@ -18,6 +18,7 @@ from dpai_jax.allocation import keep_of_layers
 from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import are_small, sums_of
+from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import sum_over, sum_taps, sums_over, written_out
 from dpai_jax.tools.switches import usual_switches
 
@@ -25,6 +26,10 @@ PyTree = Any
 
 # How nodes and kernels enter the balance (see `ascent`).
 BALANCES = ("even", "indicator")
+
+# A score becomes the direction itself, s ← s + (d − s): weights are scored anew at each step.
+RESCORE = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))
+_RESCORING = Alike(RESCORE.update)
 
 # A smaller share of all paths counts as none: its inverse would overflow.
 _LEAST = 2.0**-100
@@ -221,9 +226,11 @@ def directions_of(
 
 
 def moved(
-    directions: Sequence[Array], scores: Sequence[Array], memory: Any, update: Any
+    directions: Sequence[Array], scores: Sequence[Array], memory: Any, update: Alike
 ) -> tuple[list[Array], Any]:
     """Scores and an optimizer's memory after an update that follows the directions."""
+    if update == _RESCORING:  # the sum would round a direction that is much less than the score
+        return list(directions), memory
     descent = jax.tree.map(jnp.negative, list(directions))
     # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):

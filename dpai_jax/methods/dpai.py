@@ -17,7 +17,7 @@ from jax import Array
 from dpai_jax import checks, counts, grouping
 from dpai_jax.allocation import check_allocation, erk
 from dpai_jax.methods import folded, noise
-from dpai_jax.methods.balance import BALANCES, Objective, direction, moved
+from dpai_jax.methods.balance import BALANCES, RESCORE, Objective, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
 from dpai_jax.methods.selector import Selector
@@ -29,9 +29,6 @@ from dpai_jax.tools.rows import groups_of, in_order
 from dpai_jax.tools.signatures import Alike
 
 PyTree = Any
-
-# A score becomes the direction itself, s ← s + (d − s): weights are scored anew at each step.
-RESCORE = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))
 
 # By what a path counts: the product of this over its weights. Its scale matters where paths that
 # pass a layer meet others that do not, as behind a shortcut.
