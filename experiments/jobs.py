@@ -25,8 +25,8 @@ RESULTS = "results.jsonl"
 POLL_SECONDS = 0.2
 """The time between two looks at jobs that other processes run."""
 
-_FAILURES = (ValueError, RuntimeError, ArithmeticError, MemoryError)
-"""Errors that end a job but not the sweep, including `ConfigError` and XLA's errors."""
+_EXPECTED = (ValueError, RuntimeError, ArithmeticError, MemoryError)
+"""Errors whose message says enough, including `ConfigError` and XLA's errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def run_all(
     records: dict[Config, Record] = {}
     failures: dict[Config, str] = {}
     # Processes that share a batch must stay in step, so they survive only errors that all meet.
-    survived = (ConfigError,) if jax.distributed.is_initialized() else _FAILURES
+    survived = ConfigError if jax.distributed.is_initialized() else Exception
     left = list(dict.fromkeys(todo))
     if not decides():
         console = rich.console.Console(quiet=True)
@@ -213,4 +213,7 @@ def _agreed(*decisions: bool) -> tuple[bool, ...]:
 def _line(error: BaseException) -> str:
     """Returns the first line of an error's message."""
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    name = type(error).__name__
+    if not lines:
+        return name
+    return lines[0] if isinstance(error, _EXPECTED) else f"{name}: {lines[0]}"

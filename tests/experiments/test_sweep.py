@@ -207,17 +207,20 @@ def test_a_job_that_fails_is_reported_at_the_end_and_tried_again(training, tmp_p
         "snip": ConfigError("too small"),
         "force": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nmuch more"),
         "grasp": MemoryError(),
+        "npb": TypeError("got a tracer"),
     }
-    command = ["sweep", "digits_resnet20", "--methods", "snip", "force", "random", "grasp", "dpai"]
+    command = ["sweep", "digits_resnet20"]
+    command += ["--methods", "snip", "force", "random", "grasp", "npb", "dpai"]
     command += ["--sparsities", "0.9", "--seeds", "1", "--folder", str(tmp_path)]
     with pytest.raises(SystemExit) as caught:
         main(command)
-    assert caught.value.code.startswith("error: 3 of 6 jobs failed; ")
+    assert caught.value.code.startswith("error: 4 of 7 jobs failed; ")
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [
         "failed: snip 90%, seed 0, resnet20 on digits: too small",
         "failed: force 90%, seed 0, resnet20 on digits: RESOURCE_EXHAUSTED: no memory",
         "failed: grasp 90%, seed 0, resnet20 on digits: MemoryError",
+        "failed: npb 90%, seed 0, resnet20 on digits: TypeError: got a tracer",
     ]
     records = Store(tmp_path / "results.jsonl").read()
     assert [r["config"]["method"] for r in records] == ["dense", "random", "dpai"]
@@ -225,8 +228,8 @@ def test_a_job_that_fails_is_reported_at_the_end_and_tried_again(training, tmp_p
     calls.clear()
     errors.clear()
     main(command)
-    assert [config.method for config in calls] == ["snip", "force", "grasp"]
-    assert "3 of 6 jobs finished before" in capsys.readouterr().out
+    assert [config.method for config in calls] == ["snip", "force", "grasp", "npb"]
+    assert "3 of 7 jobs finished before" in capsys.readouterr().out
 
 
 def test_an_interruption_ends_a_sweep(training, tmp_path):
