@@ -154,7 +154,7 @@ def test_a_failure_ends_what_is_compiled_ahead(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         dpai.prune(network(), params, X, 0.5, method=Failing(), progress=False)
     net = dpai.trace(network(), params, X)
-    under_way = [f for p in net.programs.values() for f in getattr(p, "_compiling", [])]
+    under_way = [f for p in net.programs.values() for f in getattr(p, "_ahead", {}).values()]
     assert under_way
     assert all(future.cancelled() for future in under_way)
     # What was given up is compiled where it is called.
