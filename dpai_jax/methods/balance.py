@@ -164,12 +164,16 @@ def direction(
     def count(floats: list[Array]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
-        below = None if strengths else 1.0
-        return counts.log_count(net, floats, objective.counting, below)
+        return counts.log_count(net, floats, objective.counting, bound(strengths))
 
     log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
     directions, measured = directions_of(net.layers, objective, weights, scores, masks, gradients)
     return directions, {"log_paths": log_paths, **measured}
+
+
+def bound(strengths: Sequence[Any]) -> float | None:
+    """What no mask exceeds where strengths multiply them, if that is known."""
+    return None if strengths else 1.0
 
 
 def directions_of(

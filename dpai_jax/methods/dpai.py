@@ -17,7 +17,7 @@ from jax import Array
 from dpai_jax import checks, counts, grouping
 from dpai_jax.allocation import check_allocation, erk
 from dpai_jax.methods import folded, noise
-from dpai_jax.methods.balance import BALANCES, RESCORE, Objective, direction, moved
+from dpai_jax.methods.balance import BALANCES, RESCORE, Objective, bound, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
 from dpai_jax.methods.selector import Selector
@@ -155,7 +155,7 @@ class DPaI:
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)
-        steps, init = self._folded(net, scores, parts), self.optimizer.init
+        steps, init = self._folded(net, scores, strengths, parts), self.optimizer.init
         on_device = jax.device_put(weights)
 
         def step(state: _State, masks: list[Array]) -> tuple[_State, dict[str, Array]]:
@@ -225,10 +225,10 @@ class DPaI:
         """Starts to compile what `run` needs."""
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
         parts, init = problem.granularity.parts(net), self.optimizer.init
-        steps = self._folded(net, shapes, parts)
+        strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
+        steps = self._folded(net, shapes, strengths, parts)
         start = init if steps is None else functools.partial(steps.memory, init=init)
         state = _State(shapes, jax.eval_shape(start, shapes))
-        strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
         masks, weights = self._shapes(problem, bool), self._weights()
         if steps is None:
             _step.ahead(net, state, masks, strengths, weights, **self._settings(parts))
@@ -238,11 +238,10 @@ class DPaI:
             noise.compile_ahead(net, problem.key, problem.params)
 
     def _folded(
-        self, net: Network, scores: list[Any], parts: grouping.Parts
+        self, net: Network, scores: list[Any], strengths: list[Any], parts: grouping.Parts
     ) -> folded.Steps | None:
         """The steps block by block, if the network repeats itself and layers go each by itself."""
-        below = None if _STRENGTHS[self.strength] else 1.0
-        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], below)
+        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], bound(strengths))
         if not calls or parts or not folded.goes_by_array(self.optimizer):
             return None
         settings = self._settings()

@@ -141,18 +141,22 @@ class _Compiled:
         if _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
             return self.start(*args).result()(*args)
-        wait(self._ahead.values())  # an error is raised again by the call below
+        if not all(compiling.done() for compiling in self._ahead.values()):
+            wait(self._ahead.values())  # an error is raised again by the call below
         return self.jitted(*args)
 
 
 def _are_committed(args: tuple[Any, ...]) -> bool:
     """Whether arrays, the first of them at least, are committed to the default device."""
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, Array)]
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
-    if is_traced or not arrays or not arrays[0].committed:
+    arrays = (x for x in jax.tree.leaves(args) if isinstance(x, Array))
+    first = next(arrays, None)
+    # The first decides for most calls, which take little longer themselves than to look at all.
+    if first is None or isinstance(first, jax.core.Tracer) or not first.committed:
         return False
     device = jax.device_put(np.float32(0)).devices()
-    return all(x.devices() == device for x in arrays)
+    return all(
+        not isinstance(x, jax.core.Tracer) and x.devices() == device for x in (first, *arrays)
+    )
 
 
 _COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dpai_jax_compiler")
