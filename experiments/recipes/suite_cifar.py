@@ -29,7 +29,5 @@ METHODS = (
 
 def sweep(scale: str = "full") -> Sweep:
     """Returns the sweep."""
-    base = dataclasses.replace(
-        resnet20_cifar10.SMALL_BASE, width=8, image_size=16, epochs=6, drops=(3, 5)
-    )
+    base = dataclasses.replace(resnet20_cifar10.SMALL_BASE, width=8)
     return Sweep(base, METHODS, sparsities=(0.99,), seeds=1 if scale == "small" else 3)
