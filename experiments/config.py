@@ -16,6 +16,9 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 """What can update the weights."""
 
+GATES = ("balanced", "jacobian", "signal")
+"""How a gate can take part in paths (see `dpai_jax.trace`)."""
+
 AUGMENTATIONS = ("none", "shift", "crop-flip", "resized-crop-flip")
 """What can be done to training images."""
 
@@ -50,6 +53,8 @@ class Config:
         sparsity: Fraction of the prunable weights to remove. "dense" sets it to 0.
         granularity: Which weights stand or fall together: "kernel", "channel", or N:M such as
             "2:4"; by default each stands alone. "dense" has none.
+        gates: How a factor that only modulates another one takes part in paths, one of `GATES`; by
+            default as `dpai_jax.trace` has it. "dense" has none.
         seed: Seed of the initial weights, the pruning and the order of the data.
         init: Checkpoint whose weights the network starts from, instead of random ones.
         train_images: Train on this many images of the training split only.
@@ -76,6 +81,7 @@ class Config:
     method: str = "dpai"
     sparsity: float = 0.99
     granularity: str | None = None
+    gates: str | None = None
     seed: int = 0
     init: str | None = None
     train_images: int | None = None
@@ -95,6 +101,7 @@ class Config:
         if self.method == DENSE:
             object.__setattr__(self, "sparsity", 0.0)
             object.__setattr__(self, "granularity", None)
+            object.__setattr__(self, "gates", None)
 
     def check(self) -> None:
         """Raises a `ConfigError` that names the first field whose value makes no sense."""
@@ -102,10 +109,11 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; got {value}.")
-        choices = {"optimizer": OPTIMIZERS, "augmentation": AUGMENTATIONS, "dtype": DTYPES}
-        for name, allowed in choices.items():
+        choices = {"optimizer": OPTIMIZERS, "dtype": DTYPES}
+        optional = {"augmentation": AUGMENTATIONS, "gates": GATES}
+        for name, allowed in (choices | optional).items():
             value = getattr(self, name)
-            if value not in allowed and (name, value) != ("augmentation", None):
+            if value not in allowed and not (value is None and name in optional):
                 raise ConfigError(f"{name} must be one of {allowed}; got {value!r}.")
         for name, (is_right, demand) in _NUMBERS.items():
             value = getattr(self, name)
@@ -131,7 +139,8 @@ class Config:
         if self.method == DENSE:
             return self.method
         by = "" if self.granularity is None else f" by {self.granularity}"
-        return f"{self.method} {percent(self.sparsity)}{by}"
+        gates = "" if self.gates is None else f" with gates {self.gates}"
+        return f"{self.method} {percent(self.sparsity)}{by}{gates}"
 
     @property
     def title(self) -> str:

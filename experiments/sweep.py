@@ -91,4 +91,4 @@ def configs(names: Sequence[str], scale: str, **changes: Any) -> list[Config]:
         sweeps = recipes.find(name).sweep(scale)
         for one in [sweeps] if isinstance(sweeps, Sweep) else sweeps:
             found += one.changed(**changes).configs()
-    return found
+    return list(dict.fromkeys(found))  # sweeps can share their dense networks

@@ -214,6 +214,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
             method=pruning.make(functools.partial(train_variables, job)),
             key=key,
             granularity=job.config.granularity or "weight",
+            gates=job.config.gates or "balanced",
             repair=pruning.afterwards == "repair",
             progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
             **data,
@@ -223,7 +224,7 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     masks = result.masks
     if pruning.afterwards == "shuffled":
         masks = dpai.shuffled(masks, key)
-    # Whatever input a method used, the reported paths are those of one image.
+    # Whatever input and gates a method used, the reported paths are those of one image.
     net = dpai.trace(apply, variables, images(1))
     return dataclasses.replace(result, masks=masks, net=net, topology=dpai.topology(net, masks))
 

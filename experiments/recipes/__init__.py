@@ -23,6 +23,8 @@ RECIPES = (
     "suite_ablations",
     "suite_causes",
     "suite_cifar",
+    "suite_unseen",
+    "suite_gates",
     "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from experiments.config import Config, ConfigError
+from dpai_jax.paths import interpreter
+from experiments.config import GATES, Config, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,7 @@ from experiments.config import Config, ConfigError
         ({"drops": (0,)}, r"drops must rise and lie in \[1, 30\), the epochs; got \(0,\)."),
         ({"drops": (30,)}, r"drops must rise and lie in \[1, 30\)"),
         ({"drops": (20, 10)}, r"drops must rise .*; got \(20, 10\)."),
+        ({"gates": "open"}, r"gates must be one of \('balanced', .*\); got 'open'."),
         ({"drops": (20, 20)}, r"drops must rise .*; got \(20, 20\)."),
         ({"drops": (2, 20)}, r"drops must come after the warm-up, which takes 3 epochs; got"),
         ({"learning_rate": float("inf")}, r"learning_rate must be positive and finite; got inf."),
@@ -29,10 +31,20 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(fields, message):
         Config(**fields).check()
 
 
-def test_a_dense_network_has_no_granularity_and_others_say_theirs():
-    assert Config(method="dense", granularity="channel") == Config(method="dense")
-    config = Config(method="dpai", sparsity=0.9, granularity="channel")
-    assert config.label == "dpai 90% by channel"
+@pytest.mark.parametrize(
+    ("setting", "label"),
+    [
+        ({"granularity": "channel"}, "dpai 90% by channel"),
+        ({"gates": "signal"}, "dpai 90% with gates signal"),
+    ],
+)
+def test_a_dense_network_has_no_settings_of_its_masks_and_others_say_theirs(setting, label):
+    assert Config(method="dense", **setting) == Config(method="dense")
+    assert Config(method="dpai", sparsity=0.9, **setting).label == label
+
+
+def test_gates_are_the_librarys():
+    assert set(GATES) == set(interpreter.GATES)
 
 
 def test_the_papers_settings_are_accepted():

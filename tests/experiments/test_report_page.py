@@ -127,6 +127,14 @@ def test_differences_are_those_of_a_paired_t_test_over_the_seeds_that_both_have(
             assert [pair["apart"] for pair in pairs] == [p < 0.05 for p in _slow_holm(p_values)]
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_four_in_five_tests_find_what_they_are_said_to_find(n):
+    rng, trials = np.random.default_rng(0), 40_000
+    values = rng.normal(statistics.detectable(n), 1.0, (trials, n))
+    share = np.mean(scipy.stats.ttest_1samp(values, 0.0, axis=1).pvalue < 0.05)
+    assert share == pytest.approx(0.8, abs=5 * np.sqrt(0.16 / trials))
+
+
 @pytest.mark.parametrize("second", [(0.8, 0.8, 0.8), (0.81, 0.91, 0.71), (0.9, None, None)])
 def test_equal_differences_and_single_seeds_are_not_tested(second):
     first = (0.8, 0.9, 0.7) if second != (0.8,) * 3 else second
