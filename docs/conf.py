@@ -196,11 +196,9 @@ def plain_defaults(
     signature: str | None,
     result: str | None,
 ) -> tuple[str, str | None] | None:
-    """Writes defaults of settings as names; those that have none, as an optimizer, as `...`."""
+    """Writes defaults of settings as names."""
     if signature is None:
         return None
-    local = r"\(<function .*?<locals>.*?\)|<function [^>]*<locals>\.\w+>"
-    signature = re.sub(local, "...", signature)
     return re.sub(r"<function (\w+)>", r"\1", signature), result
 
 

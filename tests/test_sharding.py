@@ -152,7 +152,7 @@ def programs(params, fn, x, optimizer):
     how = dpai.DPaI(optimizer=optimizer)
     scores = normal_scores(net, jax.random.key(0), params)
     strengths = method._strengths_of(net, scores, strength=jnp.abs)
-    state = method._State(scores, optimizer.init(scores))
+    state = method._State(scores, how._init(scores))
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
     masks, _ = selector._select(*find)
@@ -246,7 +246,7 @@ def test_memory_of_a_device_falls_with_their_number():
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
 
     def memory(n):
-        found = [p.memory_analysis() for p in programs(on_devices(n), wide, x, method.RESCORE)]
+        found = [p.memory_analysis() for p in programs(on_devices(n), wide, x, None)]
         return [
             a.argument_size_in_bytes
             + a.temp_size_in_bytes

@@ -27,10 +27,6 @@ PyTree = Any
 # How nodes and kernels enter the balance (see `ascent`).
 BALANCES = ("even", "indicator")
 
-# A score becomes the direction itself, s ← s + (d − s): weights are scored anew at each step.
-RESCORE = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0))
-_RESCORING = Alike(RESCORE.update)
-
 # A smaller share of all paths counts as none: its inverse would overflow.
 _LEAST = 2.0**-100
 
@@ -230,10 +226,13 @@ def directions_of(
 
 
 def moved(
-    directions: Sequence[Array], scores: Sequence[Array], memory: Any, update: Alike
+    directions: Sequence[Array], scores: Sequence[Array], memory: Any, update: Alike | None
 ) -> tuple[list[Array], Any]:
-    """Scores and an optimizer's memory after an update that follows the directions."""
-    if update == _RESCORING:  # the sum would round a direction that is much less than the score
+    """Scores and an optimizer's memory after an update that follows the directions.
+
+    Without an update the directions are the scores.
+    """
+    if update is None:
         return list(directions), memory
     descent = jax.tree.map(jnp.negative, list(directions))
     # Some of optax's optimizers mix dtypes, which a user's strict promotion would refuse.

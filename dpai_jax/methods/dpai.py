@@ -17,7 +17,7 @@ from jax import Array
 from dpai_jax import checks, counts, grouping
 from dpai_jax.allocation import check_allocation, erk
 from dpai_jax.methods import folded, noise
-from dpai_jax.methods.balance import BALANCES, RESCORE, Objective, bound, direction, moved
+from dpai_jax.methods.balance import BALANCES, Objective, bound, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
 from dpai_jax.methods.selector import Selector
@@ -81,8 +81,8 @@ class DPaI:
         a step has removed stays removed; or "constant", d at every step.
       counting: how paths are counted, "mean_field" or "exact" (see `dpai_jax.log_paths`).
       steps: the number of steps T.
-      optimizer: moves the scores along the direction of `ascent`: any optax optimizer. The default
-        replaces them by it. `optax.sgd(η)` is the ascent of the paper's Algorithm 1.
+      optimizer: moves the scores along the direction of `ascent`: any optax optimizer, such as
+        `optax.sgd(η)`, the ascent of the paper's Algorithm 1. If None, the direction replaces them.
       normalize: whether the direction of each layer is first divided by its mean magnitude, so
         that `optax.sgd(0.01)` moves its scores by 0.01 a step on average.
       allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
@@ -108,7 +108,7 @@ class DPaI:
     schedule: str = "falling"
     counting: str = "mean_field"
     steps: int = 20
-    optimizer: optax.GradientTransformation = RESCORE
+    optimizer: optax.GradientTransformation | None = None
     normalize: bool = False
     allocation: Allocation = erk
     scores: PyTree = dataclasses.field(default=None, compare=False)
@@ -122,7 +122,8 @@ class DPaI:
         checks.one_of("schedule", self.schedule, _SCHEDULES)
         checks.one_of("counting", self.counting, counts.COUNTINGS)
         checks.whole("steps", self.steps, 1)
-        checks.optimizer("optimizer", self.optimizer)
+        if self.optimizer is not None:
+            checks.optimizer("optimizer", self.optimizer)
         checks.flag("normalize", self.normalize)
         check_allocation(self.allocation)
 
@@ -155,7 +156,7 @@ class DPaI:
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)
-        steps, init = self._folded(net, scores, strengths, parts), self.optimizer.init
+        steps, init = self._folded(net, scores, strengths, parts), self._init
         on_device = jax.device_put(weights)
 
         def step(state: _State, masks: list[Array]) -> tuple[_State, dict[str, Array]]:
@@ -171,12 +172,12 @@ class DPaI:
     @property
     def together(self) -> Hashable:
         """Methods of which this is equal can be run by one program (see `run_many`)."""
-        memory = jax.eval_shape(self.optimizer.init, [jax.ShapeDtypeStruct((2,), jnp.float32)])
+        memory = jax.eval_shape(self._init, [jax.ShapeDtypeStruct((2,), jnp.float32)])
         # What is worked out from a number of steps, such as Adam's corrections, XLA rounds
         # otherwise for one problem than for many.
         if self.scores is not None or any(x.ndim == 0 for x in jax.tree.leaves(memory)):
             return object()  # equal to nothing else
-        functions = Alike(self.allocation), Alike(self.optimizer.init)
+        functions = Alike(self.allocation), Alike(self._init)
         return functions, self.schedule, self.strength, self.steps, *self._settings().items()
 
     @staticmethod
@@ -196,7 +197,7 @@ class DPaI:
         keeps = [jax.tree.map(lambda *xs: np.stack(xs), *now) for now in zip(*each, strict=True)]
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
         parts = first.granularity.parts(net)
-        settings, init = method._settings(parts), Alike(method.optimizer.init)
+        settings, init = method._settings(parts), Alike(method._init)
         strengths = method._strengths(first)
         if strengths:
             start = method._start(first, strengths)
@@ -224,7 +225,7 @@ class DPaI:
     def compile_ahead(self, problem: Problem) -> None:
         """Starts to compile what `run` needs."""
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
-        parts, init = problem.granularity.parts(net), self.optimizer.init
+        parts, init = problem.granularity.parts(net), self._init
         strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
         steps = self._folded(net, shapes, strengths, parts)
         start = init if steps is None else functools.partial(steps.memory, init=init)
@@ -242,7 +243,8 @@ class DPaI:
     ) -> folded.Steps | None:
         """The steps block by block, if the network repeats itself and layers go each by itself."""
         calls = chain_for(net, scores, counts.COUNTINGS[self.counting], bound(strengths))
-        if not calls or parts or not folded.goes_by_array(self.optimizer):
+        together = self.optimizer is not None and not folded.goes_by_array(self.optimizer)
+        if not calls or parts or together:
             return None
         settings = self._settings()
         return folded.Steps(net, calls, settings["objective"], settings["update"])
@@ -256,7 +258,13 @@ class DPaI:
         """What a step is compiled for."""
         falls, sharp = self.schedule == "falling", math.isinf(self.gamma)
         objective = Objective(self.balance, self.counting, self.normalize, sharp, falls)
-        return {"objective": objective, "update": Alike(self.optimizer.update), "parts": parts}
+        update = None if self.optimizer is None else Alike(self.optimizer.update)
+        return {"objective": objective, "update": update, "parts": parts}
+
+    @property
+    def _init(self) -> Callable[[Any], Any]:
+        """From scores to what the optimizer remembers at the start; nothing without one."""
+        return (self.optimizer or optax.identity()).init
 
     def _weights(self) -> tuple[Any, Any, Any]:
         return np.float32(self.alpha), np.float32(self.beta), np.float32(self.gamma)
@@ -365,7 +373,7 @@ def _step(
     weights: tuple[Any, Any, Any],
     *,
     objective: Objective,
-    update: Alike,
+    update: Alike | None,
     parts: grouping.Parts = (),
 ) -> tuple[_State, dict[str, Array]]:
     """Lines 6 to 8 of Algorithm 1."""

@@ -34,10 +34,12 @@ class Steps:
       net: the traced network.
       calls: its chain.
       objective: what to ascend.
-      update: the optimizer's update, of each array by itself.
+      update: the optimizer's update, of each array by itself, if there is one.
     """
 
-    def __init__(self, net: Network, calls: Sequence[Call], objective: Objective, update: Alike):
+    def __init__(
+        self, net: Network, calls: Sequence[Call], objective: Objective, update: Alike | None
+    ):
         self.net, self.calls = net, calls
         self._own = [_own(call, len(net.layers)) for call in calls]
         ways = []
@@ -107,7 +109,7 @@ class _Way:
       stage: the stage.
       layers: the layers whose gradients are done there, and their places among its arguments.
       objective: what to ascend.
-      update: the optimizer's update.
+      update: the optimizer's update, if there is one.
       largest: see `rows.sums_of`.
     """
 
@@ -116,7 +118,7 @@ class _Way:
         stage: Stage,
         layers: tuple[tuple[int, Layer], ...],
         objective: Objective,
-        update: Alike,
+        update: Alike | None,
         largest: int,
     ):
         self.stage, self.layers, self.objective = stage, layers, objective

@@ -142,7 +142,7 @@ def test_a_block_that_differs_in_a_constant_is_a_stage_of_its_own():
 @pytest.mark.parametrize("optimizer", [None, optax.adam(0.01)], ids=["default", "adam"])
 def test_pruning_block_by_block_gives_the_masks_of_one_program(optimizer, monkeypatch):
     case = residual, 4
-    method = dpai.DPaI(steps=4) if optimizer is None else dpai.DPaI(steps=4, optimizer=optimizer)
+    method = dpai.DPaI(steps=4, optimizer=optimizer)
     found = dpai.prune(*blocks_of(*case), 0.6, method=method)
     programs = {key[0].__name__ for key in found.net.programs if type(key) is tuple}
     assert "_step_behind" in programs
