@@ -7,7 +7,8 @@ Full: 108 jobs for one accelerator. 38 million multiply-adds an image, 45,000 im
 about 3 minutes a job and 5 hours in all at 10 TFLOP/s, an estimate.
 
 Small: 33 jobs for two cores. The same network on 10,000 images of 16 by 16 pixels for six epochs
-(468 steps), two sparsities, and no PHEW and NPB.
+(468 steps), two sparsities, and no PHEW and NPB. On two cores of an AMD EPYC it took 66 minutes, a
+process on each core; the results are in docs/experiments.md.
 
 The paper's networks are probably trained on all 50,000 images; here a part of them is the
 validation split. The paper's seeds are unknown.
