@@ -40,8 +40,9 @@ class Board:
             for number, config in enumerate(configs, start=1)
         }
         self._known = frozenset(known) if len(configs) > 1 else frozenset()
-        self._left = {config: float(config.epochs) for config in configs if config not in known}
-        self._epochs = sum(self._left.values())
+        # How much of each job is left, of 1.
+        self._left = {config: 1.0 for config in configs if config not in known}
+        self._jobs = len(self._left)
         self._console = console
         self._begin = self._last_line = time.monotonic()
         self._current: Config | None = None
@@ -58,7 +59,7 @@ class Board:
         # Without a total a bar pulses, until the first step.
         self._job = self._bars.add_task("", total=None, visible=False, note="")
         self._all = self._bars.add_task(
-            "all jobs", total=self._epochs, visible=len(configs) > 1, note=""
+            "all jobs", total=self._jobs, visible=len(configs) > 1, note=""
         )
 
     def __enter__(self) -> Self:
@@ -78,7 +79,7 @@ class Board:
                 return
             ended = stage == "known" or (stage == "train" and _ended(done, total, metrics))
             if stage == "train" or ended:
-                self._left[config] = 0.0 if ended else float(total - done)
+                self._left[config] = 0.0 if ended else (total - done) / total
             self._show(config, stage, done, total, _note(stage, done, total, metrics), ended)
 
         return update
@@ -87,6 +88,10 @@ class Board:
         """Shows that a job failed."""
         self._left[config] = 0.0
         self._show(config, "failed", 1, 1, f"failed: {why}", True)
+
+    def elsewhere(self, config: Config) -> None:
+        """Takes note that another process runs a job."""
+        self._left[config] = 0.0
 
     def waiting(self, number: int) -> None:
         """Shows that other processes run all jobs that are left."""
@@ -112,7 +117,7 @@ class Board:
             visible=not ended,
             note=note if len(self._labels) > 1 else f"{note}{left}",
         )
-        ahead = self._epochs - sum(self._left.values())
+        ahead = self._jobs - sum(self._left.values())
         self._bars.update(self._all, completed=ahead, note=left.removeprefix(", "))
         now = time.monotonic()
         if ended or (not self._console.is_terminal and now - self._last_line >= LINE_SECONDS):
@@ -123,12 +128,12 @@ class Board:
         return f"{time.monotonic() - self._begin:5.0f} s"
 
     def _time_left(self) -> str:
-        """How long the epochs that are left will take, at the pace since the start.
+        """How long what is left will take, at the pace since the start, if jobs take equally long.
 
-        Epochs of other processes count too.
+        What other processes do counts, too.
         """
         left = sum(self._left.values())
-        ended = self._epochs - left
+        ended = self._jobs - left
         if not left or not ended:
             return ""
         return f", {_duration((time.monotonic() - self._begin) * left / ended)} left"

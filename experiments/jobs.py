@@ -125,6 +125,7 @@ def run_all(
                     records[config] = _run(config, store, since, board.report(config))
                 except BusyError:
                     busy.append(config)
+                    board.elsewhere(config)
                 except survived as error:
                     failures[config] = _line(error)
                     board.failed(config, failures[config])

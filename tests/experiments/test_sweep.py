@@ -345,6 +345,25 @@ def test_a_log_holds_a_line_for_each_job_and_the_time_left(monkeypatch):
     ]
 
 
+def test_the_time_left_is_that_of_all_processes_and_of_jobs_of_any_length(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(board.time, "monotonic", lambda: now[0])
+    # The second one is run by another process; a job takes 50 s, whatever its epochs.
+    todo = [Config(seed=seed, epochs=epochs) for seed, epochs in enumerate((1, 1, 20, 20))]
+    metrics = {"validation_accuracy": 0.25, "test_accuracy": 0.5}
+
+    def tell(shown):
+        for number in (0, 2):
+            now[0] += 50.0
+            epochs = todo[number].epochs
+            shown.report(todo[number])("train", epochs, epochs, metrics)
+            shown.elsewhere(todo[1])
+
+    first, second = lines(todo, (), tell)
+    assert first.endswith("2 min left")  # 3 jobs at 50 s each
+    assert second.endswith(", 33 s left")  # a job, where three took 100 s
+
+
 def test_a_long_job_writes_a_line_a_minute(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(board.time, "monotonic", lambda: now[0])
