@@ -17,7 +17,6 @@ from jax import lax
 import dpai_jax as dpai
 from dpai_jax.paths import Flow, Independent
 from dpai_jax.paths import values as v
-from dpai_jax.paths.rules import contraction
 from tests.support.flows import (
     Window,
     assert_normal,
@@ -317,19 +316,6 @@ def test_counts_keep_their_precision_over_many_layers():
     for _ in range(200):
         value = evaluate(jnp.matmul, value, weight(np.ones((8, 8))))
     assert float(value.mantissa[0, 0]) * 2 ** (int(value.exponent) - 600) == 1.0
-
-
-@pytest.mark.parametrize("groups", [4, 2, 1])
-def test_a_convolution_by_taps_is_that_at_once(groups: int) -> None:
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(0, 4, (4, 9, 8, 8)), jnp.float32)
-    kernel = jnp.asarray(rng.integers(0, 2, (3, 2, 8 // groups, 12)), jnp.float32)
-    dims = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "CNHW"))
-    places = (2, 1), ((1, 2), (0, -1)), (1, 2), (2, 3)
-    at_once = lax.conv_general_dilated(x, kernel, *places, dims, groups)
-    by_taps = contraction._convolve_by_taps(x, kernel, *places, dims, groups)
-    # Small whole numbers: any order of summation is free of rounding.
-    np.testing.assert_array_equal(by_taps, at_once)
 
 
 def ragged(x: np.ndarray, kernels: np.ndarray, sizes: Any) -> np.ndarray:

@@ -8,7 +8,6 @@ and its product with V) is a product followed by a sum.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.tools.convolutions import Convolution
 from dpai_jax.tools.sums import product_sum, sum_taps
 
 Bilinear = Callable[[Spread, Spread], Spread]
@@ -246,72 +246,11 @@ def _convolve(
     if counting.averages and len(summed) == len(strides) and lhs.uniform(batch):
         return _convolve_uniform(lhs, kernel, dims, groups, shape)
     kept = [axis for i, axis in enumerate(dims.lhs_spec[2:]) if dims.rhs_spec[2 + i] not in summed]
-    convolve = _convolve_by_taps if by_taps else _convolve_at_once
-    array = convolve(
-        lhs.full(features, *kept).array,
-        taps,
-        strides,
-        padding,
-        base_dilation,
-        dilation,
-        dims,
-        groups,
+    how = Convolution(
+        tuple(strides), tuple(padding), tuple(base_dilation), tuple(dilation), dims, groups
     )
-    return Spread(array, shape)
-
-
-_convolve_at_once = functools.partial(
-    lax.conv_general_dilated,
-    precision=lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-)
-
-
-def _convolve_by_taps(
-    x: Array,
-    kernel: Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    base_dilation: Sequence[int],
-    dilation: Sequence[int],
-    dims: Any,
-    groups: int,
-) -> Array:
-    """A grouped `lax.conv_general_dilated` as a sum over taps.
-
-    XLA's partitioner gathers the kernel of a grouped convolution on every device, or crashes.
-    """
-    x, kernel = x.transpose(dims.lhs_spec), kernel.transpose(dims.rhs_spec)
-    edges = [
-        (low, high, step - 1) for (low, high), step in zip(padding, base_dilation, strict=True)
-    ]
-    x = lax.pad(x, jnp.float32(0), [(0, 0, 0), (0, 0, 0), *edges])
-    batches, features, *sizes = x.shape
-    n_out, n_in, *window = kernel.shape
-    x = x.reshape(batches, groups, features // groups, *sizes)
-    kernel = kernel.reshape(groups, n_out // groups, n_in, *window)
-    reaches = [(n - 1) * step + 1 for n, step in zip(window, dilation, strict=True)]
-    ends = [
-        (size - reach) // stride * stride + 1
-        for size, reach, stride in zip(sizes, reaches, strides, strict=True)
-    ]
-
-    def of_tap(tap: tuple[int, ...]) -> Array:
-        starts = [i * step for i, step in zip(tap, dilation, strict=True)]
-        places = tuple(
-            slice(start, start + end, stride)
-            for start, end, stride in zip(starts, ends, strides, strict=True)
-        )
-        return jnp.einsum(
-            "bgi...,goi->bgo...",
-            x[(..., *places)],
-            kernel[(..., *tap)],
-            precision=lax.Precision.HIGHEST,
-        )
-
-    sums = functools.reduce(jnp.add, map(of_tap, itertools.product(*map(range, window))))
-    found = sums.reshape(batches, n_out, *sums.shape[3:])
-    return found.transpose(np.argsort(dims.out_spec))
+    x = lhs.full(features, *kept).array
+    return Spread(how.by_taps(x, taps) if by_taps else how.at_once(x, taps), shape)
 
 
 def _convolve_uniform(lhs: Spread, taps: Spread, dims: Any, groups: int, shape: Shape) -> Spread:

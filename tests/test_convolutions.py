@@ -1,0 +1,77 @@
+"""Convolutions of counts against `lax.conv_general_dilated` and its derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dpai_jax.tools.convolutions import Convolution
+
+# Eight features in one to eight groups. With eight each is by itself, and three are made of it.
+every_number_of_groups = pytest.mark.parametrize("groups", [8, 4, 2, 1])
+every_window = pytest.mark.parametrize(
+    ("strides", "padding", "base_dilation", "dilation"),
+    [
+        ((1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1)),
+        ((2, 1), ((1, 2), (0, -1)), (1, 2), (2, 3)),
+        ((3, 2), ((0, 1), (2, 0)), (2, 1), (1, 2)),
+    ],
+)
+
+
+def example(groups, *places):
+    # Small whole numbers: any order of summation is free of rounding.
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 4, (4, 9, 8, 8)), jnp.float32)
+    kernel = jnp.asarray(rng.integers(0, 3, (3, 2, 8 // groups, 24)), jnp.float32)
+    dims = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "CNHW"))
+
+    def expected(x, kernel):
+        return lax.conv_general_dilated(x, kernel, *places, dims, groups)
+
+    return Convolution(*places, dims, groups), expected, x, kernel
+
+
+@every_window
+@every_number_of_groups
+def test_a_convolution_by_taps_is_that_at_once(groups, strides, padding, base_dilation, dilation):
+    how, expected, x, kernel = example(groups, strides, padding, base_dilation, dilation)
+    np.testing.assert_array_equal(how.by_taps(x, kernel), expected(x, kernel))
+    np.testing.assert_array_equal(how.at_once(x, kernel), expected(x, kernel))
+
+
+@every_window
+@every_number_of_groups
+def test_first_and_second_derivatives_are_those_of_lax(
+    groups, strides, padding, base_dilation, dilation
+):
+    how, expected, x, kernel = example(groups, strides, padding, base_dilation, dilation)
+    towards = jax.tree.map(lambda a: jnp.round(jnp.cos(jnp.arange(a.size)) * 2), (x, kernel))
+    towards = tuple(t.reshape(a.shape) for t, a in zip(towards, (x, kernel), strict=True))
+
+    def first(convolve):
+        return jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 2), (0, 1))(x, kernel)
+
+    def second(convolve):
+        def along(x, kernel):
+            gradients = jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 2), (0, 1))(x, kernel)
+            return sum(jnp.sum(g * t) for g, t in zip(gradients, towards, strict=True))
+
+        return jax.grad(along, (0, 1))(x, kernel)
+
+    for derivatives in (first, second):
+        pairs = zip(derivatives(how.at_once), derivatives(expected), strict=True)
+        for found, wanted in pairs:
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("groups", [8, 4])
+def test_the_gradient_of_a_grouped_kernel_takes_no_dense_one(groups):
+    """That of a dense kernel, of which blocks are picked, has many times the operations."""
+    how, _, x, kernel = example(groups, (1, 1), ((1, 1), (0, 1)), (1, 1), (1, 1))
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(how.at_once(x, k) ** 2)))
+    program = gradient.lower(kernel).compile().as_text()
+    convolutions = [line for line in program.splitlines() if " convolution(" in line]
+    assert convolutions
+    assert all(f"feature_group_count={groups}" in line for line in convolutions)
