@@ -6,7 +6,7 @@
 An EfficientNet of width 8, whose channels are gated by squeeze-and-excitation, and the vision
 transformer of `suite_unseen`, whose attention is a softmax. Both on 8x8 digits.
 
-Full: 40 jobs for two cores, of one minute. Small: 8 jobs, with a single seed.
+Full: 40 jobs for two cores, of one minute, an estimate. Small: 8 jobs, with a single seed.
 """
 
 import dataclasses
