@@ -200,10 +200,12 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
     def images(number: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((number, *job.image_shape), job.data.dtype)
 
-    data: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    if job.config.gates is not None:
+        given["gates"] = job.config.gates
     if pruning.batches:
-        data["loss_fn"] = steps.pruning_loss(job.model, pruning.temperature)
-        data["batches"] = datasets.samples(job.data, pruning.batches, seed=job.config.seed)
+        given["loss_fn"] = steps.pruning_loss(job.model, pruning.temperature)
+        given["batches"] = datasets.samples(job.data, pruning.batches, seed=job.config.seed)
     try:
         result = dpai.prune(
             # The running statistics do not fit images that a method draws itself.
@@ -214,10 +216,9 @@ def prune(job: Job, variables: Any, report: Report) -> dpai.Result:
             method=pruning.make(functools.partial(train_variables, job)),
             key=key,
             granularity=job.config.granularity or "weight",
-            gates=job.config.gates or "balanced",
             repair=pruning.afterwards == "repair",
             progress=lambda step, steps, numbers: report("prune", step, steps, dict(numbers)),
-            **data,
+            **given,
         )
     except ValueError as error:  # the network is too small for the sparsity
         raise ConfigError(f"{job.config.model} can't be pruned: {error}") from error

@@ -243,8 +243,8 @@ class DPaI:
     ) -> folded.Steps | None:
         """The steps block by block, if the network repeats itself and layers go each by itself."""
         calls = chain_for(net, scores, counts.COUNTINGS[self.counting], bound(strengths))
-        together = self.optimizer is not None and not folded.goes_by_array(self.optimizer)
-        if not calls or parts or together:
+        by_array = self.optimizer is None or folded.goes_by_array(self.optimizer)
+        if not calls or parts or not by_array:
             return None
         settings = self._settings()
         return folded.Steps(net, calls, settings["objective"], settings["update"])

@@ -9,6 +9,8 @@ of AdamW an epoch, two epochs), and ResNet-20 of width 8 on 8x8 digits (380 step
 Full: 460 jobs for two cores, about ten seconds each. Small: 92 jobs, with a single seed.
 """
 
+from collections.abc import Sequence
+
 from experiments.config import Config
 from experiments.sweep import Sweep
 
@@ -47,5 +49,12 @@ SPARSITIES = (0.9, 0.99, 0.9968)
 
 def sweep(scale: str = "full") -> list[Sweep]:
     """Returns the two sweeps."""
+    return sweeps([(LENET, SPARSITIES), (RESNET, SPARSITIES)], METHODS, scale)
+
+
+def sweeps(
+    networks: Sequence[tuple[Config, Sequence[float]]], methods: Sequence[str], scale: str
+) -> list[Sweep]:
+    """Returns a sweep for each network, at its sparsities: of five seeds, or one if "small"."""
     seeds = 1 if scale == "small" else 5
-    return [Sweep(base, METHODS, SPARSITIES, seeds) for base in (LENET, RESNET)]
+    return [Sweep(base, methods, sparsities, seeds) for base, sparsities in networks]

@@ -10,7 +10,6 @@ kept weights are, the counts of the layers, the fall of the density.
 Full: 150 jobs for two cores, of six to twenty seconds. Small: 30 jobs, with a single seed.
 """
 
-from experiments.config import Config
 from experiments.recipes import suite
 from experiments.sweep import Sweep
 
@@ -34,6 +33,4 @@ METHODS = (
 
 def sweep(scale: str = "full") -> list[Sweep]:
     """Returns the sweeps, each at a sparsity at which methods differ."""
-    seeds = 1 if scale == "small" else 5
-    cells: list[tuple[Config, float]] = [(suite.LENET, 0.9968), (suite.RESNET, 0.99)]
-    return [Sweep(base, METHODS, (sparsity,), seeds) for base, sparsity in cells]
+    return suite.sweeps([(suite.LENET, (0.9968,)), (suite.RESNET, (0.99,))], METHODS, scale)

@@ -12,7 +12,7 @@ Full: 40 jobs for two cores, of one minute, an estimate. Small: 8 jobs, with a s
 import dataclasses
 
 from experiments.config import GATES, Config
-from experiments.recipes import suite_unseen
+from experiments.recipes import suite, suite_unseen
 from experiments.sweep import Sweep
 
 EFFICIENTNET = Config(dataset="digits", model="efficientnet_b0", width=8, epochs=20)
@@ -20,9 +20,9 @@ EFFICIENTNET = Config(dataset="digits", model="efficientnet_b0", width=8, epochs
 
 def sweep(scale: str = "full") -> list[Sweep]:
     """Returns the sweeps, one for each network and choice."""
-    seeds = 1 if scale == "small" else 5
-    return [
-        Sweep(dataclasses.replace(base, gates=gates), ("dpai",), (sparsity,), seeds)
+    networks = [
+        (dataclasses.replace(base, gates=gates), (sparsity,))
         for base, sparsity in ((EFFICIENTNET, 0.95), (suite_unseen.VIT, 0.99))
         for gates in GATES
     ]
+    return suite.sweeps(networks, ("dpai",), scale)

@@ -14,11 +14,11 @@ Full: 180 jobs for two cores, of some forty seconds. Small: 36 jobs, with a sing
 import dataclasses
 
 from experiments.config import Config
-from experiments.recipes import suite
+from experiments.recipes import digits_resnet20, suite
 from experiments.sweep import Sweep
 
 LENET5 = dataclasses.replace(suite.LENET, model="lenet5", epochs=1)
-WIDER = dataclasses.replace(suite.RESNET, width=16)
+WIDER: Config = digits_resnet20.BASE
 VIT = Config(
     dataset="digits",
     model="vit_ti4",
@@ -29,24 +29,15 @@ VIT = Config(
     weight_decay=0.05,
 )
 
-METHODS = (
-    "dpai",
-    "dpai-published",
-    "random",
-    "random+repair",
-    "magnitude",
-    "snip",
-    "iterative-snip",
-    "synflow",
-    "synflow-erk+repair",
-    "phew",
-    "npb",
+METHODS = tuple(
+    name
+    for name in suite.METHODS
+    if name not in ("dpai+repair", "dpai+shuffled", "dpai[alpha=0]", "grasp")
 )
-"""The methods of `suite`, without GraSP and two controls."""
+"""The methods of `suite`, without GraSP and variants of DPaI's default."""
 
 
 def sweep(scale: str = "full") -> list[Sweep]:
     """Returns the three sweeps."""
-    seeds = 1 if scale == "small" else 5
-    cells: list[tuple[Config, float]] = [(LENET5, 0.99), (WIDER, 0.9968), (VIT, 0.99)]
-    return [Sweep(base, METHODS, (sparsity,), seeds) for base, sparsity in cells]
+    networks = [(LENET5, (0.99,)), (WIDER, (0.9968,)), (VIT, (0.99,))]
+    return suite.sweeps(networks, METHODS, scale)
