@@ -56,14 +56,15 @@ def ascent(
     zero.
 
     The balance "even" ascends the mean logarithm of the shares of nodes and of kernels in place of
-    the indicators. It is largest where all nodes carry as many paths, and has a slope everywhere.
-    In each layer, with P the sum of all shares::
+    the indicators. It is largest where all nodes carry as many paths, and has a slope everywhere::
 
-        d = (1 − α)·g/P + α·((1 − β)·g·⟨1/N⟩ + β·g·⟨1/K⟩),
+        d = (1 − α)·g + α·P·((1 − β)·g·⟨1/N⟩ + β·g·⟨1/K⟩),
 
-    where ⟨1/N⟩ is one over the number of nodes and the share N of the weight's own, half for the
-    node it leads to and half for the one it comes from, and ⟨1/K⟩ likewise. (Where features are
-    split into groups, only for the node it leads to.) Pure, and jittable with `net` static.
+    where ⟨1/N⟩ is one over the number of the layer's nodes and the share N of the weight's own,
+    half for the node it leads to and half for the one it comes from, and ⟨1/K⟩ likewise. (Where
+    features are split into groups, only for the node it leads to.) P is the sum of the layer's
+    shares: one if all paths pass it, and less beside others, as in the branch of a residual block.
+    It is the sum of d, too. Pure, and jittable with `net` static.
 
     Example:
       >>> import jax, jax.numpy as jnp, dpai_jax as dpai
@@ -309,13 +310,12 @@ def _even_slopes(
     kernel = sum_taps(jnp.where(mask, gradient, 0.0), axes.taps)
     # Read by the sums, and by all taps.
     kernel, again = written_out(kernel) if axes.taps else (kernel, kernel)
-    every = axes.inputs if not axes.outputs else (*axes.inputs, *axes.outputs)
     sides = [axes.inputs, axes.outputs] if axes.outputs else [axes.inputs]
-    *nodes, total = sums_over(kernel, *sides, every)
+    *nodes, total = sums_over(kernel, *sides, axes.all)
     open_kernels = jnp.sum((again > 0).astype(jnp.float32), axes.inputs, keepdims=True)
     of_nodes = sum(_evenness(node, axes.all) for node in nodes) / len(nodes)
     of_kernels = _evenness(again, axes.all)
-    slope = (1 - alpha) * _inverse(total) + alpha * ((1 - beta) * of_nodes + beta * of_kernels)
+    slope = (1 - alpha) + alpha * total * ((1 - beta) * of_nodes + beta * of_kernels)
     return slope, slope * sum_taps(gradient, axes.taps), open_kernels
 
 

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from dpai_jax import checks, counts, grouping
-from dpai_jax.allocation import check_allocation, erk
+from dpai_jax.allocation import check_allocation, erk, global_threshold
 from dpai_jax.methods import folded, noise
 from dpai_jax.methods.balance import BALANCES, Objective, bound, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
@@ -85,9 +85,9 @@ class DPaI:
         `optax.sgd(η)`, the ascent of the paper's Algorithm 1. If None, the direction replaces them.
       normalize: whether the direction of each layer is first divided by its mean magnitude, so
         that `optax.sgd(0.01)` moves its scores by 0.01 a step on average.
-      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.erk`, `dpai_jax.uniform`,
-        any function that returns a pytree of the numbers for the layers, or
-        `dpai_jax.global_threshold` for one threshold over all layers.
+      allocation: weights to keep, `allocation(net, sparsity)`: `dpai_jax.global_threshold` for one
+        threshold over all layers, so that the ascent shares out the weights; `dpai_jax.erk`,
+        `dpai_jax.uniform`, or any function that returns a pytree of the numbers for the layers.
       scores: pytree parallel to the parameters of the scores to start from. If not given, these are
         the weights' strengths, or drawn from N(0, 1) where the strength is "one".
 
@@ -110,7 +110,7 @@ class DPaI:
     steps: int = 20
     optimizer: optax.GradientTransformation | None = None
     normalize: bool = False
-    allocation: Allocation = erk
+    allocation: Allocation = global_threshold
     scores: PyTree = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class DPaI:
 
     @classmethod
     def published(cls, **settings: Any) -> DPaI:
-        """The published code's setting: exact counts, 3000 steps of Adam at 0.005.
+        """The published code's setting: ERK, exact counts, 3000 steps of Adam at 0.005.
 
         Args:
           **settings: what else to set, as the attributes.
@@ -138,8 +138,9 @@ class DPaI:
           The method.
         """
         plain = {"alpha": 0.99, "balance": "indicator", "strength": "one", "schedule": "constant"}
+        exact = {"counting": "exact", "allocation": erk}
         optimizer = {"optimizer": optax.adam(5e-3), "steps": 3000}
-        return cls(**{**plain, **optimizer, "counting": "exact", **settings})
+        return cls(**{**plain, **exact, **optimizer, **settings})
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network: Algorithm 1 (see `dpai_jax.prune`).

@@ -23,6 +23,7 @@ RECIPES = (
     "suite_ablations",
     "suite_causes",
     "suite_cifar",
+    "suite_confirm",
     "suite_unseen",
     "suite_gates",
     "small_dense",
