@@ -588,7 +588,7 @@ def even_by_hand(paths, strengths, masks, alpha, beta):
             nodes = (slope(at, (outputs,), into) + slope(at, (inputs,), out_of)) / 2
             kernel = slope(at, (inputs, outputs), kernels)
             balance = (1 - beta) * nodes + beta * kernel
-            directions[name][at] = share[at] * ((1 - alpha) / share.sum() + alpha * balance)
+            directions[name][at] = share[at] * ((1 - alpha) + alpha * share.sum() * balance)
     return directions
 
 
@@ -619,6 +619,43 @@ def test_the_even_balance_is_its_formula_by_hand(name, alpha, beta):
         )
 
 
+def residual(params, x):
+    """A layer of one tap, a depthwise block and one of two stacked blocks, and a head."""
+
+    def convolve(x, kernel, groups=1):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    x = convolve(x, params["first"])
+    x = x + jax.nn.relu(convolve(x, params["depthwise"], groups=6))
+    x = x.mean((1, 2))
+    x, _ = lax.scan(lambda x, kernel: (x + jax.nn.relu(x @ kernel), None), x, params["stacked"])
+    return x @ params["head"]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.5), (0.3, 0.0), (0.6, 1.0), (1.0, 0.4)])
+def test_the_even_balance_sums_to_a_layers_share_of_all_paths(alpha, beta):
+    shapes = {"first": (1, 1, 2, 6), "depthwise": (3, 3, 1, 6), "stacked": (2, 6, 6)}
+    params = draw({**shapes, "head": (6, 3)})
+    net = dpai.trace(residual, params, jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32))
+    strengths = jax.tree.map(np.abs, params)
+    keep = {name: w.size for name, w in params.items()}
+    found = ascent(
+        net, strengths, keep, alpha, beta, balance="even", strengths=strengths, counting="exact"
+    )
+    layers = [("first", ...), ("depthwise", ...), ("stacked", 0), ("stacked", 1), ("head", ...)]
+    for name, copy in layers:
+        without = {**strengths, name: strengths[name].copy()}
+        without[name][copy] = 0
+        share = 1 - float(jnp.exp(dpai.log_paths(net, without) - dpai.log_paths(net, strengths)))
+        is_passed_by = share < 0.95
+        assert is_passed_by == (name in ("depthwise", "stacked"))
+        total = np.sum(np.asarray(found[name])[copy], dtype=np.float64)
+        assert total == pytest.approx(share, rel=1e-4)
+
+
 def default(sparsity, params, **settings):
     return dpai.prune(
         mlp,
@@ -643,18 +680,23 @@ def test_the_default_scores_by_the_even_balance_as_the_density_falls():
             counting="mean_field", balance="even", strengths=strengths,
         )  # fmt: skip
         scores = jax.tree.map(lambda s, m: np.where(m, s, 0), scores, masks)
-        keep = dpai.erk(net, 1 - 0.1 ** (t / 4) if t < 4 else 0.9)
-        masks = {name: top(s, keep[name]) > 0 for name, s in scores.items()}
+        keep = dpai.weights_to_keep(net, 1 - 0.1 ** (t / 4) if t < 4 else 0.9)
+        together = top(np.concatenate([s.ravel() for s in scores.values()]), keep) > 0
+        ends = np.cumsum([s.size for s in scores.values()])[:-1]
+        parts = zip(scores.items(), np.split(together, ends), strict=True)
+        masks = {name: part.reshape(s.shape) for (name, s), part in parts}
     jax.tree.map(np.testing.assert_array_equal, result.masks, masks)
     assert_trees_close(result.scores, scores, rtol=1e-4)
 
 
+@pytest.mark.parametrize("allocation", [dpai.global_threshold, dpai.erk])
 @pytest.mark.parametrize("strength", ["magnitude", "square"])
-def test_paths_alone_weighed_by_magnitude_are_synflow_within_the_layers_counts(strength):
+def test_paths_alone_weighed_by_magnitude_are_synflow(strength, allocation):
     params = draw(WIDE)
     squared = jax.tree.map(jnp.square, params) if strength == "square" else params
-    result = default(0.9, params, alpha=0.0, strength=strength, counting="exact", steps=10)
-    synflow = dpai.SynFlow(steps=10, allocation=dpai.erk)
+    paths_alone = {"alpha": 0.0, "counting": "exact", "steps": 10, "allocation": allocation}
+    result = default(0.9, params, strength=strength, **paths_alone)
+    synflow = dpai.SynFlow(steps=10, allocation=allocation)
     other = dpai.prune(mlp, squared, jnp.ones((1, 5)), 0.9, method=synflow, progress=False)
     # Of weights that no path passes, which have no flow, others may be kept.
     one, two = (dpai.effective_weights(result.net, r.masks) for r in (result, other))
@@ -679,8 +721,7 @@ def test_strengths_keep_their_scale_beside_a_shortcut():
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    own = dpai.DPaI(alpha=0.0, counting="exact", steps=10)
-    synflow = dpai.SynFlow(steps=10, allocation=dpai.erk)
+    own, synflow = dpai.DPaI(alpha=0.0, counting="exact", steps=10), dpai.SynFlow(steps=10)
     x = jnp.ones((1, 5))
 
     def effective(method, params):
@@ -706,7 +747,7 @@ def test_weights_of_any_size_have_strengths(scale):
 
 def test_the_balance_keeps_more_nodes_than_paths_alone():
     params = draw(WIDE)
-    nodes = [default(0.95, params, alpha=alpha).topology.nodes for alpha in (0.0, 0.1, 0.5)]
+    nodes = [default(0.9, params, alpha=alpha).topology.nodes for alpha in (0.0, 0.1, 0.5)]
     assert nodes[0] < nodes[1] < nodes[2]
 
 

@@ -23,7 +23,7 @@ METHODS = (
     "dpai[balance=indicator]",
     "dpai[steps=5]",
     "dpai[steps=100]",
-    "dpai[allocation=global]",
+    "dpai[allocation=erk]",
 )
 
 

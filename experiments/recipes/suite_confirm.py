@@ -1,6 +1,6 @@
 """Whether DPaI is better with one threshold over all layers, on networks that it was not chosen on.
 
-    python -m experiments sweep suite_confirm --seeds 3
+    python -m experiments sweep suite_confirm --scale full
     python -m experiments sweep suite_confirm --scale small
 
 A perceptron of four layers of width 256 on Fashion-MNIST at 99.68 %; ResNet-32 of width 8 on 8x8
@@ -8,7 +8,7 @@ digits; and a vision transformer of width 48 (12 blocks) on 10,000 images of Fas
 pixels, six epochs. The training is that of the suites' networks of the same kind. What is asked of
 the methods was written down before the first job: see docs/choosing.md.
 
-Three seeds: 63 jobs for two cores. Small: 21 jobs, with a single seed.
+Full: 105 jobs for two cores, of half a minute to two minutes. Small: 21 jobs, with a single seed.
 """
 
 import dataclasses
