@@ -328,7 +328,7 @@ def test_scores_of_a_group_move_together_along_its_mean_gradient(granularity):
     net = dpai.trace(fn, PARAMS, X)
     method = dpai.DPaI(
         alpha=0.0, balance="indicator", strength="one", schedule="constant", counting="exact",
-        steps=1, optimizer=optax.sgd(1.0), scores=PARAMS,
+        steps=1, optimizer=optax.sgd(1.0), scores=PARAMS, allocation=dpai.erk,
     )  # fmt: skip
     result = prune(granularity, method)
     start = {}

@@ -88,7 +88,8 @@ def test_another_setting_that_a_step_does_not_use_compiles_nothing(optimizer):
     scores = jax.tree.map(jnp.ones_like, PARAMS)
 
     def method(**settings):
-        return dpai.DPaI(**{"steps": 2, "optimizer": optimizer()} | settings)
+        usual = {"steps": 2, "optimizer": optimizer(), "allocation": dpai.erk}
+        return dpai.DPaI(**usual | settings)
 
     first = dpai.prune(fn, PARAMS, X, 0.5, method=method(), progress=False)
     compiled = set(first.net.programs)

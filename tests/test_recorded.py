@@ -17,7 +17,7 @@ CASES = [
 
 # On eight devices every method prunes the MLP. Those whose programs follow the network itself, not
 # its gradients alone, prune the others too.
-ON_EIGHT = ("dpai", "dpai exact", "dpai repaired", "npb", "synflow")
+ON_EIGHT = ("dpai", "dpai erk", "dpai exact", "dpai repaired", "npb", "synflow")
 
 FILE = Path(__file__).parent / "support" / "recorded_masks.npz"
 

@@ -2,8 +2,11 @@
 
 `recorded_masks.npz` holds one row of packed bits for each case, made by commit 753ecab. One device
 and a mesh of eight gave the same bits. What was the default of DPaI then is "dpai plain" now; the
-rows of "dpai" are today's default. NPB on the transformer was recorded anew since its paths are
-counted in one evaluation, and rounding does not decide between equal numbers of them.
+rows of "dpai" are today's default. Those of "dpai erk" are the default before it, bit by bit on the
+MLP and the transformer; on the network with grouped features they were recorded anew, since its
+balance takes a layer's share of all paths in place of a feature's. NPB on the transformer was
+recorded anew since its paths are counted in one evaluation, and rounding does not decide between
+equal numbers of them.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ def methods(loss_fn: Callable[..., Any], batch: Any) -> dict[str, tuple[Any, dic
     """Each method and the further arguments of its call of `prune`."""
     return {
         "dpai": (dpai.DPaI(), {}),
+        "dpai erk": (dpai.DPaI(allocation=dpai.erk), {}),
         "dpai plain": (plain(steps=30), {}),
         "dpai exact": (plain(steps=12, counting="exact", alpha=0.5, gamma=3.0), {}),
         "dpai repaired": (plain(steps=12), {"repair": True}),
