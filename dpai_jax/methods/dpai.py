@@ -59,8 +59,8 @@ class DPaI:
     Each of T steps keeps the weights of the highest scores, measures what each weight contributes
     to the balance of effective paths, nodes and kernels (see `ascent`), and moves the scores that
     way. By default paths are weighed by the magnitudes of their weights, the density falls from one
-    to the one asked for, and a score is the last contribution. `DPaI.published()` is the paper's
-    Algorithm 1.
+    to the one asked for, a score is the last contribution, and one threshold over all layers shares
+    out the weights. `DPaI.published()` is the paper's Algorithm 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, dpai_jax as dpai
