@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 import pytest
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 import dpai_jax as dpai
 from tests.support.networks import by_name
@@ -35,10 +36,12 @@ def mlp(params, x):
     return x @ params["3"]
 
 
+convolve = functools.partial(
+    lax.conv_general_dilated, padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+)
+
+
 def convnet(params, x):
-    convolve = functools.partial(
-        lax.conv_general_dilated, padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
     x = jax.nn.relu(convolve(x, params["conv1"], (1, 1)))
     x = jax.nn.relu(convolve(x, params["conv2"], (2, 2)))
     return x.reshape(1, -1) @ params["head"]
@@ -620,16 +623,9 @@ def test_the_even_balance_is_its_formula_by_hand(name, alpha, beta):
 
 
 def residual(params, x):
-    """A layer of one tap, a depthwise block and one of two stacked blocks, and a head."""
-
-    def convolve(x, kernel, groups=1):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
-        )
-
-    x = convolve(x, params["first"])
-    x = x + jax.nn.relu(convolve(x, params["depthwise"], groups=6))
+    """A layer of one tap, a depthwise block, two stacked blocks and a head."""
+    x = convolve(x, params["first"], (1, 1))
+    x = x + jax.nn.relu(convolve(x, params["depthwise"], (1, 1), feature_group_count=6))
     x = x.mean((1, 2))
     x, _ = lax.scan(lambda x, kernel: (x + jax.nn.relu(x @ kernel), None), x, params["stacked"])
     return x @ params["head"]
@@ -681,10 +677,9 @@ def test_the_default_scores_by_the_even_balance_as_the_density_falls():
         )  # fmt: skip
         scores = jax.tree.map(lambda s, m: np.where(m, s, 0), scores, masks)
         keep = dpai.weights_to_keep(net, 1 - 0.1 ** (t / 4) if t < 4 else 0.9)
-        together = top(np.concatenate([s.ravel() for s in scores.values()]), keep) > 0
-        ends = np.cumsum([s.size for s in scores.values()])[:-1]
-        parts = zip(scores.items(), np.split(together, ends), strict=True)
-        masks = {name: part.reshape(s.shape) for (name, s), part in parts}
+        flat, in_layers = ravel_pytree(scores)
+        kept = in_layers(top(flat, keep).astype(np.float32))
+        masks = jax.tree.map(lambda m: np.asarray(m) > 0, kept)
     jax.tree.map(np.testing.assert_array_equal, result.masks, masks)
     assert_trees_close(result.scores, scores, rtol=1e-4)
 
