@@ -296,7 +296,7 @@ def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "
 @meshes.program(layers=lambda arrays: arrays)
 def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
     """The number of NaN entries in each array."""
-    return counts_of([jnp.isnan(x) for x in arrays], are_small(arrays))
+    return counts_of([x.astype(jnp.float32) for x in arrays], are_small(arrays), jnp.isnan)
 
 
 def _at_terminal() -> bool:

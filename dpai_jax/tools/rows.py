@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -30,6 +30,7 @@ class Row:
       length: of a block.
       array: for each block the number of its array.
       first: for each block the index of its first entry in the array.
+      is_padding: which entries of the blocks are no array's, (block, length).
     """
 
     def __init__(self, sizes: Sequence[int]):
@@ -40,6 +41,8 @@ class Row:
         n_blocks = [-(-size // self.length) for size in sizes]
         self.array = np.repeat(np.arange(len(sizes)), n_blocks)
         self.first = np.concatenate([np.arange(n) * self.length for n in n_blocks])
+        ends = np.asarray(sizes)[self.array] - self.first
+        self.is_padding = np.arange(self.length) >= ends[:, None]
         # Which blocks belong to which array. With very many arrays this table would be too large.
         self._members = None
         if len(self.array) * len(sizes) <= _MOST_MEMBERS:
@@ -47,12 +50,12 @@ class Row:
 
     def blocks(self, arrays: Sequence[Array], padding: float | int) -> Array:
         """The arrays' entries, in C order, (block, length)."""
-        rows = []
+        # Flat until all are joined: XLA on CPUs writes each operand that was reshaped by a kernel.
+        flat = []
         for array in arrays:
             rest = -array.size % self.length
-            flat = lax.pad(array.ravel(), jnp.asarray(padding, array.dtype), [(0, rest, 0)])
-            rows.append(flat.reshape(-1, self.length))
-        return jnp.concatenate(rows)
+            flat.append(lax.pad(array.ravel(), jnp.asarray(padding, array.dtype), [(0, rest, 0)]))
+        return jnp.concatenate(flat).reshape(-1, self.length)
 
     def arrays(self, blocks: Array) -> list[Array]:
         """The inverse of `blocks`: the arrays, flat."""
@@ -158,17 +161,28 @@ def sums_of(
     ]
 
 
-def counts_of(flags: Sequence[Array], in_row: Sequence[bool]) -> Array:
-    """The number of true entries in each of several boolean arrays, uint32 (array,).
+def counts_of(
+    arrays: Sequence[Array],
+    in_row: Sequence[bool],
+    test: Callable[[Array], Array] = lambda flags: flags,
+) -> Array:
+    """The number of entries that pass a test in each of several arrays, uint32 (array,).
 
-    See `sums_of` for the arguments.
+    Args:
+      arrays: the arrays.
+      in_row: which of them may lie in one row.
+      test: from arrays to flags, entry by entry; zero does not pass. Then the arrays are floats.
+
+    Returns:
+      The numbers.
     """
-    pairs = list(zip(flags, in_row, strict=True))
+    pairs = list(zip(arrays, in_row, strict=True))
     small = [x for x, is_in in pairs if is_in]
-    counts = [_count(x)[None] for x, is_in in pairs if not is_in]
+    counts = [_count(test(x))[None] for x, is_in in pairs if not is_in]
     if small:
         row = Row([x.size for x in small])
-        counts += row.sums([row.blocks(small, False)])
+        # Tested in the row: before, each shape would have a kernel of its own.
+        counts += row.sums([test(row.blocks(small, 0))])
     order = np.argsort(np.argsort(in_row, kind="stable"), kind="stable")
     row_of_counts = jnp.concatenate(counts)
     return row_of_counts[order] if np.any(np.diff(order) != 1) else row_of_counts

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,28 @@ def written_out(array: Array) -> tuple[Array, Array]:
         (0,),
     )
     return high, low
+
+
+def written_together(arrays: Sequence[Array]) -> list[Array]:
+    """The same arrays, of floats or booleans; those of one shape are written by one kernel.
+
+    XLA on CPUs compiles a kernel for each array that is cut out of another, which takes as long as
+    compiling much more code. A variadic reduction is a single kernel.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        alike.setdefault((array.shape, array.dtype), []).append(i)
+    found = list(arrays)
+    for places in alike.values():
+        if len(places) > 1:
+            pairs = [jnp.broadcast_to(arrays[i], (2, *arrays[i].shape)) for i in places]
+            bottom = jnp.asarray(False if pairs[0].dtype == bool else -np.inf, pairs[0].dtype)
+            written = lax.reduce(
+                pairs, [bottom] * len(pairs), lambda xs, ys: list(map(lax.max, xs, ys)), (0,)
+            )
+            for i, array in zip(places, written, strict=True):
+                found[i] = array
+    return found
 
 
 written_out.defvjp(
