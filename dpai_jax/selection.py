@@ -5,8 +5,8 @@ reach each probe, and the search goes on between two of them. It takes a few pas
 starts at the threshold of the step before. It runs over the *ranks* of the floats, integers in the
 same order: the bits of a float, inverted if it is negative. Of equal scores those of lower index
 are kept; where more equal the threshold than are wanted, the search goes on among these, by index.
-All layers are searched at once: the small ones lie in one row and those of one shape in one stack,
-and need no code of their own. If the scores are sharded, only counts leave a device.
+All layers are searched at once: the small ones lie in one row, and need no code of their own. If
+the scores are sharded, only counts leave a device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.meshes import layer_shardings
 from dpai_jax.tools.rows import Row, are_small
 from dpai_jax.tools.sums import totals, written_out, written_together
 
@@ -235,9 +234,51 @@ class _Layer:
         return [i for i, copies in enumerate(self.shape) if copies == 1]
 
     @property
+    def ranks(self) -> Array:
+        """The ranks of its scores, signed."""
+        return _rank(self.scores, self.magnitude)
+
+    @property
+    def index(self) -> Array:
+        """The index of each score among those of the same number."""
+        return _index(self.scores.shape, self.shape) + np.uint32(self.before)
+
+    def own(self, numbers: Array) -> Array:
+        """Of numbers (row, number) its own, to broadcast to its scores row by row."""
+        return numbers[:, self.place].reshape(-1, *self.shape)
+
+    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
+        """See `_Part`."""
+
+        def total(flags: list[Array]) -> Array:
+            # Along the last axis a sum runs through memory; the others are shared out among cores.
+            rows = totals(flags, self.axes[-1:])
+            return jnp.stack([count.ravel() for count in totals(rows, self.axes[:-1])])
+
+        def unwanted(own: Array) -> Array:
+            return jnp.full((len(own), math.prod(self.shape)), _LAST)
+
+        def run(own: Array) -> Array:
+            mixed = self.own(threshold), self.own(tied)
+            return total(_reaching(self.ranks, self.index, *mixed, own))
+
+        # Within a branch, for a loop would write out all ranks before it starts.
+        return lax.cond(jnp.any(wanted[:, self.place]), run, unwanted, self.own(probes))
+
+    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
+        """See `_Part`."""
+        threshold, end = self.own(cut.thresholds)[0], self.own(cut.ends)[0]
+        return [(self, _is_kept(self.ranks, self.index, threshold, end))]
+
+    @property
     def places(self) -> np.ndarray:
-        """For each of its copies, which number to keep it is about."""
+        """See `_Part`."""
         return np.arange(self.place.start, self.place.stop)
+
+    @property
+    def worths(self) -> np.ndarray:
+        """See `_Part`."""
+        return np.full(len(self.places), self.worth, np.uint32)
 
 
 class _Part(Protocol):
@@ -273,72 +314,19 @@ class _Part(Protocol):
         ...
 
 
-class _Stack:
-    """Layers of one shape, stacked, so that they are compiled once."""
-
-    def __init__(self, layers: Sequence[_Layer]):
-        self.layers = layers
-        first = layers[0]
-        self.shape = (len(layers), *first.shape)
-        self.axes = [i for i, copies in enumerate(self.shape) if i and copies == 1]
-        self.places = np.concatenate([layer.places for layer in layers])
-        self.worths = np.full(len(self.places), first.worth, np.uint32)
-        self.scores = jnp.stack([layer.scores for layer in layers])
-
-    @property
-    def ranks(self) -> Array:
-        """The ranks of its scores, signed."""
-        return _rank(self.scores, self.layers[0].magnitude)
-
-    @property
-    def index(self) -> Array:
-        """The index of each score among those of the same number."""
-        first = self.layers[0]
-        before = np.asarray([layer.before for layer in self.layers], np.uint32)
-        index = _index(first.scores.shape, first.shape)[None]
-        return index + before.reshape(-1, *[1] * first.scores.ndim)
-
-    def own(self, numbers: Array) -> Array:
-        """Of numbers (row, number) its own, to broadcast to its scores row by row."""
-        return numbers[:, self.places].reshape(-1, *self.shape)
-
-    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
-        """See `_Part`."""
-
-        def total(flags: list[Array]) -> Array:
-            # Along the last axis a sum runs through memory; the others are shared out among cores.
-            rows = totals(flags, self.axes[-1:])
-            return jnp.stack([count.ravel() for count in totals(rows, self.axes[:-1])])
-
-        def unwanted(own: Array) -> Array:
-            return jnp.full((len(own), len(self.places)), _LAST)
-
-        def run(own: Array) -> Array:
-            mixed = self.own(threshold), self.own(tied)
-            return total(_reaching(self.ranks, self.index, *mixed, own))
-
-        # Within a branch, for a loop would write out all ranks before it starts.
-        return lax.cond(jnp.any(wanted[:, self.places]), run, unwanted, self.own(probes))
-
-    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
-        """See `_Part`."""
-        threshold, end = self.own(cut.thresholds)[0], self.own(cut.ends)[0]
-        kept = _is_kept(self.ranks, self.index, threshold, end)
-        return list(zip(self.layers, kept, strict=True))
-
-
 class _Row:
     """Small layers in one row, each copy of a layer an array of its own."""
 
     def __init__(self, layers: Sequence[_Layer]):
         self.layers = layers
         copies = [(layer, copy) for layer in layers for copy in range(math.prod(layer.shape))]
-        self.places = np.concatenate([layer.places for layer in layers])
+        self.places = np.asarray([layer.place.start + copy for layer, copy in copies])
         self.worths = np.asarray([layer.worth for layer, _ in copies], np.uint32)
         self.row = Row([layer.size for layer, _ in copies])
         before = np.asarray([layer.before for layer, _ in copies])[self.row.array]
         first = jnp.asarray((before + self.row.first).astype(np.uint32)[:, None])
         self.index = first + np.arange(self.row.length, dtype=np.uint32)[None]
+        # Ranked in the row: before, each shape would have a kernel of its own.
         scores = self.row.blocks([s for layer in layers for s in _copies(layer)], 0.0)
         # What pads a row ranks below all numbers.
         self.ranks = jnp.where(self.row.is_padding, _LOWEST, _rank(scores, layers[0].magnitude))
@@ -402,16 +390,11 @@ def _counts(
 
 
 def _parts(layers: Sequence[_Layer]) -> list[_Part]:
-    """The layers as they are counted: on one device, small ones in one row, others by shape."""
-    scores = [layer.scores for layer in layers]
-    small: list[_Layer] = []
-    stacks: dict[Any, list[_Layer]] = {}
-    triples = zip(layers, are_small(scores), layer_shardings(scores), strict=True)
-    for layer, is_small, sharding in triples:
-        alike = layer.scores.shape, layer.shape, layer.worth
-        own = layer if sharding is not None else alike
-        (small if is_small else stacks.setdefault(own, [])).append(layer)
-    return [*([_Row(small)] if small else []), *map(_Stack, stacks.values())]
+    """The layers as they are counted: small ones that are on one device in one row."""
+    flags = are_small([layer.scores for layer in layers])
+    pairs = list(zip(layers, flags, strict=True))
+    small, others = ([layer for layer, flag in pairs if flag == which] for which in (True, False))
+    return [*([_Row(small)] if small else []), *others]
 
 
 def _layers(
