@@ -6,7 +6,7 @@
 LeNet-300-100 on Fashion-MNIST, as Debian's package `dataset-fashion-mnist` installs it (843 steps
 of AdamW an epoch, two epochs), and ResNet-20 of width 8 on 8x8 digits (380 steps of SGD).
 
-Full: 460 jobs for two cores, about ten seconds each. Small: 92 jobs, with a single seed.
+Full: 1053 jobs for two cores, about ten seconds each. Small: 162 jobs, with a single seed.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ RESNET = Config(dataset="digits", model="resnet20", width=8, epochs=20)
 
 METHODS = (
     "dpai",
+    "dpai[allocation=erk]",
     "dpai+repair",
     "dpai+shuffled",
     "dpai[alpha=0]",
@@ -44,17 +45,24 @@ METHODS = (
 )
 """All that prune before training, and as controls repaired random masks and shuffled ones."""
 
-SPARSITIES = (0.9, 0.99, 0.9968)
+SPARSITIES = (0.6838, 0.9, 0.9684, 0.99, 0.9968)
+"""Those of the paper."""
 
 
 def sweep(scale: str = "full") -> list[Sweep]:
-    """Returns the two sweeps."""
-    return sweeps([(LENET, SPARSITIES), (RESNET, SPARSITIES)], METHODS, scale)
+    """Returns the two sweeps: of eight seeds on the first network, of five on the second."""
+    return [
+        *sweeps([(LENET, SPARSITIES)], METHODS, scale, seeds=8),
+        *sweeps([(RESNET, SPARSITIES)], METHODS, scale),
+    ]
 
 
 def sweeps(
-    networks: Sequence[tuple[Config, Sequence[float]]], methods: Sequence[str], scale: str
+    networks: Sequence[tuple[Config, Sequence[float]]],
+    methods: Sequence[str],
+    scale: str,
+    seeds: int = 5,
 ) -> list[Sweep]:
-    """Returns a sweep for each network, at its sparsities: of five seeds, or one if "small"."""
-    seeds = 1 if scale == "small" else 5
+    """Returns a sweep for each network, at its sparsities; of one seed if the scale is "small"."""
+    seeds = 1 if scale == "small" else seeds
     return [Sweep(base, methods, sparsities, seeds) for base, sparsities in networks]
