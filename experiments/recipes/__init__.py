@@ -26,6 +26,7 @@ RECIPES = (
     "suite_confirm",
     "suite_unseen",
     "suite_gates",
+    "suite_ceiling",
     "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""
