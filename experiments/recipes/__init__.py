@@ -27,6 +27,7 @@ RECIPES = (
     "suite_unseen",
     "suite_gates",
     "suite_ceiling",
+    "suite_longer",
     "small_dense",
 )
 """The names of the recipes; each is a module in this folder."""
