@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import sys
 import time
 import warnings
@@ -206,8 +207,7 @@ def results_of(
     ):
         _check_kept(name, problem, own, topo.weights)
         if topo.collapsed:
-            collapsed = ", ".join(topo.collapsed)
-            warnings.warn(f"no path passes {collapsed} any more (layer collapse)", stacklevel=4)
+            warnings.warn(_collapse(topo), stacklevel=4)
         scores = meshes.device_put_like(pruned.scores, leaves)
         results.append(
             Result(
@@ -221,6 +221,15 @@ def results_of(
             )
         )
     return results
+
+
+def _collapse(topo: Topology) -> str:
+    """Says which layers no path passes any more, and whether any path is left."""
+    names = list(topo.collapsed)
+    if len(names) > 4:
+        names[3:] = [f"{len(names) - 3} more"]
+    what = "paths past them remain" if math.isfinite(topo.log_paths) else "no path remains"
+    return f"no path passes {', '.join(names)} any more (layer collapse); {what}"
 
 
 def _check_kept(name: str, problem: Problem, masks: list[Array], kept: int) -> None:

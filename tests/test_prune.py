@@ -126,13 +126,27 @@ def test_layer_collapse_is_a_warning_that_names_the_layers():
     method = given(
         first=[[1, 0, 0], [1, 0, 0]], second=[[0, 0], [1, 1], [1, 0]], third=[[1, 0], [0, 1]]
     )
-    with pytest.warns(UserWarning, match=r"no path passes first, second any more .*collapse"):
+    message = r"no path passes first, second any more \(layer collapse\); paths past them remain"
+    with pytest.warns(UserWarning, match=message):
         result = dpai.prune(
             branches, params, jnp.ones((1, 2)), 9 / 16, method=method, progress=False
         )
     assert result.topology.collapsed == ("first", "second")
     assert result.topology.effective == 2
     assert result.topology.log_paths == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_collapse_of_all_layers_is_said_and_few_are_named():
+    def chain(params, x):
+        for name in "abcdef":
+            x = x @ params[name]
+        return x
+
+    params = draw(dict.fromkeys("abcdef", (2, 2)))
+    method = given(a=np.zeros((2, 2)), **dict.fromkeys("bcdef", np.ones((2, 2))))
+    message = r"no path passes a, b, c, 3 more any more \(layer collapse\); no path remains"
+    with pytest.warns(UserWarning, match=message):
+        dpai.prune(chain, params, jnp.ones((1, 2)), 4 / 24, method=method, progress=False)
 
 
 def test_a_network_without_collapse_gives_no_warning():
