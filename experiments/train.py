@@ -258,7 +258,8 @@ def train_variables(job: Job, variables: Any, masks: Any) -> Any:
     state = devices.on_each(job.mesh, steps.start(job.optimizer, variables, masks["params"]))
     for epoch in range(job.config.epochs):
         state, _ = train_epoch(job, state, epoch)
-    return variables | {"params": state.params, "batch_stats": state.batch_stats}
+    trained = {"params": state.params, "batch_stats": state.batch_stats}
+    return {name: trained.get(name, value) for name, value in variables.items()}
 
 
 def train_epoch(job: Job, state: TrainState, epoch: int) -> tuple[TrainState, Metrics]:

@@ -331,6 +331,18 @@ def test_every_method_prunes_a_network_of_the_experiments(name, monkeypatch):
     assert jax.tree.structure(result.masks) == jax.tree.structure(variables)
 
 
+def test_a_lottery_ticket_needs_no_batch_normalization():
+    job = train.resolve(
+        dataclasses.replace(TINY, model="mlp", method="imp", sparsity=0.3, epochs=1)
+    )
+    variables = steps.initialize(job.model, 0, job.data.image_shape)
+    assert set(variables) == {"params"}
+    result = train.prune(job, variables, lambda *_: None)
+    assert result.topology.density == pytest.approx(0.7, abs=0.01)
+    trained = train.train_variables(job, variables, result.masks)
+    assert jax.tree.structure(trained) == jax.tree.structure(variables)
+
+
 def test_shuffled_masks_have_the_densities_of_those_they_were_made_of():
     def layers(name):
         config = dataclasses.replace(TINY, method=name, sparsity=0.7)
