@@ -104,7 +104,7 @@ def counted(
     return _log_count(net, masks, **settings)
 
 
-@meshes.program(layers=lambda masks: masks)
+@meshes.program(layers=lambda masks: masks, once=True)
 def _log_count(net: Network, masks: list[Array], *, counting: str, below: float | None) -> Array:
     return log_count(net, [m.astype(jnp.float32) for m in masks], counting, below)
 
@@ -160,7 +160,7 @@ def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Arra
     return [slots[i] for i in range(len(masks))]
 
 
-@meshes.program()
+@meshes.program(once=True)
 def _reached_behind(
     _: Network,
     arrays: list[Array],
@@ -177,7 +177,7 @@ def _reached_behind(
     ]
 
 
-@meshes.program(like=lambda masks: masks, layers=lambda masks: masks)
+@meshes.program(like=lambda masks: masks, layers=lambda masks: masks, once=True)
 def _reached(net: Network, masks: list[Array]) -> list[Array]:
     shardings = _count_shardings(net, masks)
     floats = _resharded(net, [m.astype(jnp.float32) for m in masks], shardings)

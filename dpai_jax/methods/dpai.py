@@ -305,7 +305,7 @@ class DPaI:
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
 
-@meshes.program(like=lambda weights: weights, layers=lambda weights: weights)
+@meshes.program(like=lambda weights: weights, layers=lambda weights: weights, once=True)
 def _strengths_of(
     _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
 ) -> list[Array]:

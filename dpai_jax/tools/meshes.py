@@ -38,6 +38,7 @@ def program(
     like: Callable[..., PyTree] = lambda *_: None,
     layers: Callable[..., Sequence[Any]] | None = None,
     donate: tuple[int, ...] = (),
+    once: bool = False,
 ) -> Callable[[Callable[..., Any]], Program]:
     """Compiles a function of an owner (a network) and arrays, on one device or many.
 
@@ -51,11 +52,13 @@ def program(
       layers: takes `args` and returns those with one array for each layer (see `layer_shardings`).
         If not given, the compiler chooses all shardings.
       donate: which of `args` give their memory to the results.
+      once: whether it runs about once where others run at every step. Then XLA on CPUs spends less
+        time on it.
 
     Returns:
       A decorator.
     """
-    return functools.partial(Program, like=like, layers=layers, donate=donate)
+    return functools.partial(Program, like=like, layers=layers, donate=donate, once=once)
 
 
 class Program:
@@ -68,8 +71,10 @@ class Program:
         like: Callable[..., PyTree],
         layers: Callable[..., Sequence[Any]] | None,
         donate: tuple[int, ...],
+        once: bool,
     ):
-        self.fn, self.like, self.layers, self.donate = fn, like, layers, donate
+        self.fn, self.like, self.layers = fn, like, layers
+        self.donate, self.once = donate, once
         functools.update_wrapper(self, fn)
 
     def __call__(self, owner: Any, *args: Any, **settings: Any) -> Any:
@@ -112,15 +117,21 @@ class Program:
             if self.layers is not None:
                 traced = functools.partial(_traced, traced, self.like, shardings, results, mesh)
             traced.__name__ = self.fn.__name__  # for profiles
-            programs[key] = _Compiled(traced, self.donate)
+            programs[key] = _Compiled(traced, self.donate, self.once)
         return programs[key], args
 
 
 class _Compiled:
     """A compiled function; threads may still be compiling it."""
 
-    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
-        self.jitted = jax.jit(fn, donate_argnums=donate, keep_unused=True)
+    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...], once: bool):
+        jit = functools.partial(jax.jit, fn, donate_argnums=donate, keep_unused=True)
+        # At this level some programs compile in half the time.
+        level = {"xla_backend_optimization_level": 1}
+        options = level if once and jax.default_backend() == "cpu" else None
+        self.jitted = jit(compiler_options=options)
+        # Within another program options are refused.
+        self.within = jit() if options else self.jitted
         self.is_called = False
         self._ahead: dict[Any, Future[jax.stages.Compiled]] = {}
 
@@ -138,12 +149,18 @@ class _Compiled:
 
     def __call__(self, *args: Any) -> Any:
         self.is_called = True
+        if self.within is not self.jitted and _are_traced(args):
+            return self.within(*args)
         if _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
             return self.start(*args).result()(*args)
         if not all(compiling.done() for compiling in self._ahead.values()):
             wait(self._ahead.values())  # an error is raised again by the call below
         return self.jitted(*args)
+
+
+def _are_traced(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
 
 
 def _are_committed(args: tuple[Any, ...]) -> bool:

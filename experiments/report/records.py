@@ -180,7 +180,9 @@ def failed(records: Sequence[Record]) -> list[Record]:
 
 
 def group(records: Sequence[Record]) -> list[Group]:
-    """Groups records by sparsity and method; sparsities rise, methods keep their order.
+    """Groups records by sparsity and method, and gates where they were given.
+
+    Sparsities rise, methods keep their order.
 
     If a job has several records, the newest counts.
     """
@@ -188,7 +190,9 @@ def group(records: Sequence[Record]) -> list[Group]:
     seeds = set()
     for record in newest(records):
         config = record["config"]
-        groups.setdefault((config["sparsity"], config["method"]), []).append(record)
+        gates = config.get("gates")
+        method = config["method"] + (f" with gates {gates}" if gates else "")
+        groups.setdefault((config["sparsity"], method), []).append(record)
         seeds.add(config["seed"])
     # Sorting is stable, so within a sparsity the methods stay in the order of the records.
     return [

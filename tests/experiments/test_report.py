@@ -109,6 +109,13 @@ def test_rows_are_sorted_by_sparsity_and_keep_the_order_of_methods():
     assert rows == [(0.9, "dpai"), (0.9, "random"), (0.99, "random")]
 
 
+def test_choices_of_gates_are_rows_of_their_own():
+    records = [_record("dpai", 0.9, seed) for seed in (0, 1, 2)]
+    records[1]["config"]["gates"], records[2]["config"]["gates"] = "signal", "jacobian"
+    names = [row.method for row in group(records)]
+    assert names == ["dpai", "dpai with gates signal", "dpai with gates jacobian"]
+
+
 def test_a_network_without_a_path_says_so():
     assert "no path" in _show(report.table([_record("random", 0.99, log_paths=None)], ""), 80)
 
