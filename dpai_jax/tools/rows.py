@@ -50,7 +50,6 @@ class Row:
 
     def blocks(self, arrays: Sequence[Array], padding: float | int) -> Array:
         """The arrays' entries, in C order, (block, length)."""
-        # Flat until all are joined: XLA on CPUs writes each operand that was reshaped by a kernel.
         flat = []
         for array in arrays:
             rest = -array.size % self.length

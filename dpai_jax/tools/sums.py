@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,23 +202,21 @@ def written_out(array: Array) -> tuple[Array, Array]:
     return high, low
 
 
-def written_together(arrays: Sequence[Array]) -> list[Array]:
-    """The same arrays, of floats or booleans; those of one shape are written by one kernel.
+def written_together(flags: Sequence[Array]) -> list[Array]:
+    """The same boolean arrays; those of one shape are written by one kernel.
 
     XLA on CPUs compiles a kernel for each array that is cut out of another, which takes as long as
     compiling much more code. A variadic reduction is a single kernel.
     """
-    alike: dict[Any, list[int]] = {}
-    for i, array in enumerate(arrays):
-        alike.setdefault((array.shape, array.dtype), []).append(i)
-    found = list(arrays)
-    for places in alike.values():
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, array in enumerate(flags):
+        alike.setdefault(array.shape, []).append(i)
+    found = list(flags)
+    for shape, places in alike.items():
         if len(places) > 1:
-            pairs = [jnp.broadcast_to(arrays[i], (2, *arrays[i].shape)) for i in places]
-            bottom = jnp.asarray(False if pairs[0].dtype == bool else -np.inf, pairs[0].dtype)
-            written = lax.reduce(
-                pairs, [bottom] * len(pairs), lambda xs, ys: list(map(lax.max, xs, ys)), (0,)
-            )
+            pairs = [jnp.broadcast_to(flags[i], (2, *shape)) for i in places]
+            none = [jnp.zeros((), bool)] * len(pairs)
+            written = lax.reduce(pairs, none, lambda xs, ys: list(map(lax.max, xs, ys)), (0,))
             for i, array in zip(places, written, strict=True):
                 found[i] = array
     return found
