@@ -37,6 +37,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "lenet5": LeNet5,
     **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 56)},
+    "se_resnet20": functools.partial(ResNet, depth=20, reduction=4),
     **{f"resnet{depth}": _resnet(depth, "small") for depth in (18, 34, 50)},
     **{f"resnet{depth}_imagenet": _resnet(depth, "imagenet") for depth in (18, 34, 50)},
     **{f"vgg{depth}": functools.partial(VGG, depth=depth) for depth in (11, 13, 16, 19)},

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from experiments.models.layers import Conv, he_fan_out
+from experiments.models.layers import Conv, excited, he_fan_out
 
 _STEM, _TOP = 32, 1280
 
@@ -70,11 +70,8 @@ class MBConv(nn.Module):
             name="depthwise",
         )(y)
         y = nn.silu(self.norm(name="depthwise_norm")(y))
-        gate = y.mean((1, 2), keepdims=True)
-        squeezed = max(1, inputs // 4)
-        gate = nn.silu(self.conv(squeezed, (1, 1), use_bias=True, name="squeeze")(gate))
-        gate = self.conv(channels, (1, 1), use_bias=True, name="excite")(gate)
-        y = self.conv(self.width, (1, 1), name="project")(y * nn.sigmoid(gate))
+        y = excited(y, max(1, inputs // 4), self.conv, nn.silu)
+        y = self.conv(self.width, (1, 1), name="project")(y)
         y = self.norm(name="project_norm")(y)
         return x + y if x.shape == y.shape else y
 

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from experiments.models.layers import BatchNorm, Conv, he_fan_out
+from experiments.models.layers import BatchNorm, Conv, excited, he_fan_out
 
 STEMS = ("small", "imagenet")
 """What can stand before the first stage of an `ImageNetResNet`."""
@@ -21,12 +21,15 @@ class BasicBlock(nn.Module):
         norm: Makes the norms.
         width: Output channels.
         stride: Step of the first convolution along both image axes.
+        reduction: Output channels for each hidden feature of the squeeze-and-excitation that gates
+            them, before the shortcut; without one if None.
     """
 
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     width: int
     stride: int = 1
+    reduction: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,6 +37,8 @@ class BasicBlock(nn.Module):
         y = self.conv(self.width, (3, 3), strides=self.stride)(x)
         y = nn.relu(self.norm()(y))
         y = self.norm()(self.conv(self.width, (3, 3))(y))
+        if self.reduction is not None:
+            y = excited(y, max(1, self.width // self.reduction), self.conv, nn.relu)
         if x.shape != y.shape:
             x = self.conv(self.width, (1, 1), strides=self.stride, name="shortcut")(x)
             x = self.norm(name="shortcut_norm")(x)
@@ -79,17 +84,21 @@ class ResNet(nn.Module):
     Attributes:
         num_classes: Size of the output.
         width: Channels of the stem and the first stage.
-        depth: Layers with weights on the longest path: 6n + 2 for n blocks a stage.
+        depth: Layers with weights on the longest path, those of gates aside: 6n + 2 for n blocks a
+            stage.
+        reduction: Of the blocks' squeeze-and-excitation, as in `BasicBlock`.
         dtype: Of the computation and the logits; by default that of images and parameters.
             Parameters are float32.
 
     References:
-        He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2.
+        He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2; Hu et al.,
+        Squeeze-and-Excitation Networks, CVPR 2018, for the gates.
     """
 
     num_classes: int
     width: int = 16
     depth: int = 20
+    reduction: int | None = None
     dtype: Any = None
 
     @nn.compact
@@ -105,7 +114,8 @@ class ResNet(nn.Module):
         conv = functools.partial(Conv, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
         norm = functools.partial(BatchNorm, use_running_average=not train, dtype=self.dtype)
         x = nn.relu(norm(name="stem_norm")(conv(self.width, (3, 3), name="stem")(x)))
-        x = _stages(x, functools.partial(BasicBlock, conv, norm), (blocks,) * 3, self.width)
+        block = functools.partial(BasicBlock, conv, norm, reduction=self.reduction)
+        x = _stages(x, block, (blocks,) * 3, self.width)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean((1, 2)))
 
 

@@ -14,6 +14,7 @@ NETWORKS = {
     "lenet": (models.LeNet(7, width=6), abstract.images(2, 4, 4, 1)),
     "lenet5": (models.LeNet5(7, width=3), abstract.images(2, 12, 12, 1)),
     "resnet": (models.ResNet(7, width=2, depth=8), abstract.images(2, 8, 8, 3)),
+    "se_resnet": (models.ResNet(7, width=2, depth=8, reduction=1), abstract.images(2, 8, 8, 3)),
     "resnet_basic": (models.ImageNetResNet(7, width=2), abstract.images(2, 8, 8, 3)),
     "resnet_bottleneck": (
         models.ImageNetResNet(7, width=2, depth=50, stem="imagenet"),

@@ -1,8 +1,14 @@
+import functools
 import math
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import models
+from experiments.models.resnet import BasicBlock
 from tests.support import abstract
 
 IMAGENET = abstract.images(1, 224, 224, 3)
@@ -102,6 +108,27 @@ def test_imagenets_networks_start_as_torchvisions():
     abstract.assert_normal(last, math.sqrt(2 / 256))
     abstract.assert_normal(shortcut, math.sqrt(2 / 256))
     abstract.assert_uniform(head, 1 / math.sqrt(256))
+
+
+def test_squeeze_and_excitation_adds_two_layers_to_each_block():
+    plain, gated = (models.create(name, 10) for name in ("resnet20", "se_resnet20"))
+    added = set(abstract.kernels(gated, CIFAR)) - set(abstract.kernels(plain, CIFAR))
+    assert len(added) == 2 * 9
+    # A quarter of the channels between them.
+    weights = sum(3 * 2 * width * width // 4 for width in (16, 32, 64))
+    assert abstract.size(abstract.kernels(gated, CIFAR)) == 270_896 + weights
+
+
+def test_a_closed_gate_leaves_the_shortcut_alone():
+    norm = functools.partial(nn.BatchNorm, use_running_average=True)
+    conv = functools.partial(nn.Conv, use_bias=False)
+    block = BasicBlock(conv, norm, 8, reduction=4)
+    x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 8))
+    variables = jax.jit(block.init)(jax.random.key(1, impl="rbg"), x)
+    apply = jax.jit(block.apply)
+    assert not np.allclose(apply(variables, x), x)
+    variables["params"]["excite"]["bias"] = jnp.full(8, -200.0)
+    np.testing.assert_array_equal(apply(variables, x), x)
 
 
 def test_a_depth_that_fits_no_stages_is_refused():
