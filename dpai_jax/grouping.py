@@ -133,7 +133,7 @@ Parts = tuple[Span, ...] | tuple[Blocks, ...]
 def select(
     scores: Sequence[Array],
     keep: list[Any] | Any,
-    near: Array | None = None,
+    last: Array | None = None,
     *,
     magnitude: bool = False,
     parts: Parts = (),
@@ -145,7 +145,7 @@ def select(
       keep: a list over the layers: of spans the number of groups, of blocks that of weights in
         each. Or one number of weights for all spans together, of which each layer keeps at least
         one: then as many of the highest mean scores are kept as come nearest to it.
-      near: as there.
+      last: as there.
       magnitude: as there.
       parts: the layers' parts.
 
@@ -153,7 +153,7 @@ def select(
       A boolean mask for each layer, and the thresholds.
     """
     if not parts:
-        return selection.select(scores, keep, near, magnitude=magnitude)
+        return selection.select(scores, keep, last, magnitude=magnitude)
     if magnitude:
         scores = [jnp.abs(s) for s in scores]
     if isinstance(parts[0], Blocks):
@@ -161,14 +161,14 @@ def select(
         return masks, jnp.zeros((1, len(masks)), jnp.uint32)
     groups = [part.scores(s) for part, s in zip(parts, scores, strict=True)]
     if isinstance(keep, list):
-        masks, found = selection.select(groups, keep, near, magnitude=magnitude)
+        masks, found = selection.select(groups, keep, last, magnitude=magnitude)
     else:
         ones = [jnp.ones(part.copies, jnp.uint32) for part in parts]
         firsts, _ = selection.select(groups, ones, magnitude=magnitude)
         triples = zip(parts, groups, firsts, strict=True)
         groups = [jnp.where(first | part.is_whole, jnp.inf, g) for part, g, first in triples]
         sizes = [part.size for part in parts]
-        masks, found = selection.select(groups, keep, near, magnitude=magnitude, sizes=sizes)
+        masks, found = selection.select(groups, keep, last, magnitude=magnitude, sizes=sizes)
     pairs = zip(masks, scores, strict=True)
     return [jnp.broadcast_to(mask, s.shape) for mask, s in pairs], found
 

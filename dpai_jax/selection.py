@@ -2,11 +2,11 @@
 
 The threshold is found by a search with several probes at a time: each pass counts how many scores
 reach each probe, and the search goes on between two of them. It takes a few passes, and fewer if it
-starts at the threshold of the step before. It runs over the *ranks* of the floats, integers in the
-same order: the bits of a float, inverted if it is negative. Of equal scores those of lower index
-are kept; where more equal the threshold than are wanted, the search goes on among these, by index.
-All layers are searched at once: the small ones lie in one row, and need no code of their own. If
-the scores are sharded, only counts leave a device.
+starts where the thresholds of the last two steps point to. It runs over the *ranks* of the floats,
+integers in the same order: the bits of a float, inverted if it is negative. Of equal scores those
+of lower index are kept; where more equal the threshold than are wanted, the search goes on among
+these, by index. All layers are searched at once: the small ones lie in one row, and need no code of
+their own. If the scores are sharded, only counts leave a device.
 """
 
 from __future__ import annotations
@@ -30,8 +30,14 @@ from dpai_jax.tools.sums import totals, written_out, written_together
 _PARTS = 4
 _DEVIATIONS = (-1.5, -0.4, 0.4, 1.5)
 
-# How far from the threshold before the first probes lie, on both sides, in units of the last place.
-_FAN = (2**9, 2**11, 2**15)
+# How far from where the threshold is expected the first probes lie, on both sides: as fractions of
+# how far it moved the last time, two to the power of minus these; and at least so far, in units of
+# the last place.
+_FAN = (4, 2, 0)
+_LEAST_FAN = (2**9, 2**11, 2**15)
+
+# Thresholds farther apart are not of similar scores.
+_FAR = np.uint32(2**26)
 
 # The ranks of −∞, of zero, and one above all numbers, which nothing reaches.
 _LEAST = np.uint32(0x007F_FFFF)
@@ -47,7 +53,7 @@ _MAGNITUDE = np.int32(0x7FFF_FFFF)
 def select(
     scores: Sequence[Array],
     keep: list[Any] | Any,
-    near: Array | None = None,
+    last: Array | None = None,
     *,
     magnitude: bool = False,
     sizes: Sequence[int] | None = None,
@@ -58,7 +64,8 @@ def select(
       scores: a float32 array for each layer, free of NaN.
       keep: a list of the numbers to keep in each layer, arrays of the layer's rank for as many
         layers stacked along its axes; or one number for all layers together.
-      near: the thresholds of a selection among similar scores, which shorten the search.
+      last: the thresholds of the last two selections among similar scores, (2, number to keep).
+        They shorten the search.
       magnitude: whether to go by the scores' magnitude.
       sizes: for each layer, what one of its scores counts under one number for all layers, one if
         not given. Then as many scores are kept as come nearest to the number.
@@ -81,7 +88,7 @@ def select(
         raise ValueError(f"one threshold can be for less than 2^32 weights, got {most.max()}")
     bottom = jnp.full_like(numbers, _ZERO if magnitude else _LEAST)
     parts = _parts(layers)
-    cut = _search(parts, numbers, bottom, jnp.asarray(most.astype(np.uint32)), near)
+    cut = _search(parts, numbers, bottom, jnp.asarray(most.astype(np.uint32)), last)
     if sizes is not None:
         cut = _nearest(parts, numbers, cut)
     masks = {layer: mask for part in parts for layer, mask in part.masks(cut)}
@@ -107,7 +114,8 @@ class _State(NamedTuple):
 
     It goes on between two ranks, `low` and `high`; `reached` scores reach the low one, and `above`
     what is above the high one. Where ranks are tied it goes on among the scores of rank
-    `threshold`, and what it counts is by place: the lower a score's index, the higher its place.
+    `threshold`, and what it counts is by place: the lower a score's index, the higher its place. It
+    `begins` by ranks around where the threshold is expected.
     """
 
     low: Array
@@ -121,7 +129,7 @@ class _State(NamedTuple):
 
 
 def _search(
-    parts: Sequence[_Part], numbers: Array, bottom: Array, sizes: Array, near: Array | None
+    parts: Sequence[_Part], numbers: Array, bottom: Array, sizes: Array, last: Array | None
 ) -> _Cut:
     """Where the `numbers` highest scores end.
 
@@ -130,7 +138,7 @@ def _search(
       numbers: how many are asked for, uint32 (1, number).
       bottom: ranks that all reach.
       sizes: how many there are.
-      near: ranks to look at first.
+      last: see `select`.
 
     Returns:
       The cut.
@@ -154,10 +162,8 @@ def _search(
     def narrow(state: _State) -> _State:
         low, high, above, reached, numbers, threshold, tied, begins = state
         tried = probes(low, high, above, reached, numbers)
-        if near is not None:
-            below = near - jnp.minimum(near, _column(reversed(_FAN)))
-            after = near + jnp.minimum(_BEYOND - near, _column((0, *_FAN)))
-            tried = jnp.where(begins, jnp.concatenate([below, after]), tried)
+        if last is not None:
+            tried = jnp.where(begins, _expected(last), tried)
         # Both ends stay within what was known before; a search that is over has no room.
         tried = jnp.clip(tried, low, high)
         counts = _counts(parts, tried, low < high, threshold, tied)
@@ -178,15 +184,29 @@ def _search(
             numbers=jnp.where(ties, numbers - above, numbers),
             threshold=jnp.where(tied, threshold, low),
             tied=tied | ties,
-            begins=jnp.zeros((), bool),
+            begins=jnp.zeros_like(begins),
         )
 
     # Where all are kept, the lowest rank will do.
     top = jnp.where(sizes == numbers, bottom, jnp.full_like(bottom, _BEYOND))
-    none, yes = jnp.zeros_like(sizes), jnp.ones((), bool)
-    start = _State(bottom, top, none, sizes, numbers, bottom, none.astype(bool), yes)
+    none = jnp.zeros_like(sizes)
+    no = none.astype(bool)
+    begins = no if last is None else _moved(last) < _FAR
+    start = _State(bottom, top, none, sizes, numbers, bottom, no, begins)
     end = lax.while_loop(lambda s: jnp.any(s.low < s.high), narrow, start)
     return _Cut(end.threshold, jnp.where(end.tied, _LAST - end.low + 1, _LAST))
+
+
+def _expected(last: Array) -> Array:
+    """Ranks around where a threshold is if it goes on as between the last two."""
+    near = last[1:] + (last[1:] - last[:1])
+    fan = jnp.maximum(_moved(last) >> _column(_FAN), _column(_LEAST_FAN))
+    return jnp.concatenate([near - fan, near, near + fan])
+
+
+def _moved(last: Array) -> Array:
+    """How far apart the last two thresholds are."""
+    return jnp.max(last, 0, keepdims=True) - jnp.min(last, 0, keepdims=True)
 
 
 def _nearest(parts: Sequence[_Part], number: Array, cut: _Cut) -> _Cut:

@@ -151,18 +151,23 @@ def test_stacked_layers_have_thresholds_of_their_own(
     assert_masks([mask, other], [expected, by_sorting(single, 7, magnitude)])
 
 
-NEAR = {
-    "right": lambda right: right,
-    "a little off": lambda right: right + np.uint32(900),
-    "below": lambda right: right - np.uint32(2**22),
-    "above": lambda right: right + np.uint32(2**22),
-    "zero": np.zeros_like,
-    "the last": lambda right: np.full_like(right, 2**32 - 1),
-    "of another layer": lambda right: right[:, ::-1],
+# The last two thresholds, from the right one.
+LAST = {
+    "right": lambda right: (right, right),
+    "a little off": lambda right: (right, right + np.uint32(900)),
+    "on the way there": lambda right: (right - np.uint32(2**22), right - np.uint32(2**21)),
+    "on the way back": lambda right: (right + np.uint32(2**22), right + np.uint32(2**21)),
+    "below": lambda right: (right - np.uint32(2**22),) * 2,
+    "above": lambda right: (right, right + np.uint32(2**25)),
+    "far apart": lambda right: (right, right ^ np.uint32(2**31)),
+    "zero": lambda right: (np.zeros_like(right),) * 2,
+    "the last": lambda right: (np.full_like(right, 2**32 - 1),) * 2,
+    "beyond the last": lambda right: (right, np.full_like(right, 2**32 - 1)),
+    "of another layer": lambda right: (right[:, ::-1],) * 2,
 }
 
 
-@pytest.mark.parametrize("hint", NEAR.values(), ids=NEAR.keys())
+@pytest.mark.parametrize("hint", LAST.values(), ids=LAST.keys())
 @by_magnitude
 @settings(max_examples=12)
 @given(st.data())
@@ -173,8 +178,8 @@ def test_thresholds_from_before_never_change_the_masks(
     keep = [data.draw(st.integers(0, s.size)) for s in scores]
     for number in ([jnp.uint32(k) for k in keep], jnp.uint32(sum(keep))):
         masks, thresholds = compiled(scores, number, magnitude=magnitude)
-        near = jnp.asarray(hint(np.asarray(thresholds)))
-        again, _ = compiled(scores, number, near, magnitude=magnitude)
+        last = jnp.concatenate([jnp.asarray(t) for t in hint(np.asarray(thresholds))])
+        again, _ = compiled(scores, number, last, magnitude=magnitude)
         assert_masks(again, [np.asarray(m) for m in masks])
 
 
@@ -266,21 +271,21 @@ def test_more_than_two_to_the_31_weights_are_counted_without_a_sign(
     scores = [abstract(2**16, 2**15 + 2**14), abstract(2**10, 2**10)]
     numbers = [3_000_000_000, 1000]
     keep = sum(numbers) if shared else numbers
-    near = jax.ShapeDtypeStruct((1, 1 if shared else 2), jnp.uint32)
+    last = jax.ShapeDtypeStruct((2, 1 if shared else 2), jnp.uint32)
 
-    def run(scores: list[jax.Array], near: jax.Array) -> Any:
-        return select(scores, keep, near, magnitude=magnitude)
+    def run(scores: list[jax.Array], last: jax.Array) -> Any:
+        return select(scores, keep, last, magnitude=magnitude)
 
-    masks, thresholds = jax.eval_shape(run, scores, near)
+    masks, thresholds = jax.eval_shape(run, scores, last)
     assert [m.shape for m in masks] == [s.shape for s in scores]
     assert thresholds.dtype == jnp.uint32
-    found = list(equations(jax.make_jaxpr(run)(scores, near).jaxpr))
+    found = list(equations(jax.make_jaxpr(run)(scores, last).jaxpr))
     # Signed are only bits, and which branch of a `cond` to take; all that counts is unsigned.
     signed = [e for e in found if any(v.aval.dtype == jnp.int32 for v in e.outvars)]
     names = {e.primitive.name for e in signed}
     assert not names & {"sub", "mul", "div", "reduce", "reduce_sum", "iota", "while"}
     assert {e.primitive.name for e in found} >= {"while", "reduce", "cond"}
-    assert jax.jit(run).lower(scores, near).as_text()
+    assert jax.jit(run).lower(scores, last).as_text()
 
 
 @by_magnitude
@@ -310,7 +315,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     ("shared", "magnitude"), [(False, True), (True, False)], ids=["each", "shared"]
 )
-def test_few_passes_find_a_threshold_and_fewer_one_that_moved_a_little(
+def test_few_passes_find_a_threshold_and_fewer_one_that_moved_as_expected(
     passes: list[int], shared: bool, magnitude: bool
 ) -> None:
     rng = np.random.default_rng(0)
@@ -318,15 +323,24 @@ def test_few_passes_find_a_threshold_and_fewer_one_that_moved_a_little(
     moved = [s + jnp.asarray(rng.choice([-0.005, 0.005], s.size), jnp.float32) for s in scores]
     keep = 5000 if shared else [3000, 2000]
 
-    def search(scores: list[jax.Array], near: jax.Array | None = None) -> tuple[Any, int]:
+    def search(
+        scores: list[jax.Array], share: float = 1.0, last: Any = None
+    ) -> tuple[jax.Array, int]:
         before = len(passes)
-        masks, thresholds = select(scores, keep, near, magnitude=magnitude)
+        numbers = jax.tree.map(lambda n: round(n * share), keep)
+        if last is not None:
+            last = jnp.concatenate(last)
+        masks, thresholds = select(scores, numbers, last, magnitude=magnitude)
         jax.block_until_ready(masks)
         jax.effects_barrier()
-        assert sum(int(m.sum()) for m in masks) == 5000
+        assert sum(int(m.sum()) for m in masks) == sum(jax.tree.leaves(numbers))
         return thresholds, len(passes) - before
 
     thresholds, cold = search(scores)
-    _, warm = search(moved, thresholds)
+    _, warm = search(moved, last=[thresholds] * 2)
     assert 0 < cold <= 10
     assert 0 < warm <= 5
+    # The density falls by as much from step to step, so the threshold goes on as it did.
+    ranks = [search(scores, share)[0] for share in (0.9, 0.81)]
+    _, on_the_way = search(scores, 0.729, ranks)
+    assert 0 < on_the_way <= 5

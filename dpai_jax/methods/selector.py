@@ -80,11 +80,8 @@ def _select(
     parts: grouping.Parts = (),
 ) -> tuple[list[Array], Array]:
     """The masks of the scores, and the last two thresholds."""
-    # Extrapolate linearly from the last two thresholds.
-    before, near = thresholds[:1], thresholds[1:]
-    nearby = near + (near - before)
-    masks, found = grouping.select(scores, keep, nearby, magnitude=True, parts=parts)
-    return masks, jnp.concatenate([near, found])
+    masks, found = grouping.select(scores, keep, thresholds, magnitude=True, parts=parts)
+    return masks, jnp.concatenate([thresholds[1:], found])
 
 
 @meshes.program()
@@ -96,4 +93,5 @@ def _select_many(
     *,
     parts: grouping.Parts = (),
 ) -> Any:
-    return jax.vmap(functools.partial(_select.fn, net, parts=parts))(scores, keep, thresholds)
+    select = functools.partial(_select.fn, net, parts=parts)
+    return meshes.in_turn(select, scores, keep, thresholds)

@@ -372,12 +372,37 @@ def device_put_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def shared_out(tree: PyTree, number: int) -> PyTree:
     """Splits the leading axis of arrays, of size `number`, over as many devices as divide it."""
+    mesh = _shares(number)
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, _BY_PROBLEM))
+
+
+def in_turn(fn: Callable[..., T], *args: PyTree) -> T:
+    """`jax.vmap` of a function over arrays that are `shared_out`, one after another on each device.
+
+    So a loop runs only as long as its own problem needs, on what fits into a core's cache.
+    """
+
+    def run(*own: PyTree) -> T:
+        return lax.map(lambda each: fn(*each), own)
+
+    mesh = _shares(len(jax.tree.leaves(args)[0]))
+    if mesh is not None:
+        run = jax.shard_map(
+            run, mesh=mesh, in_specs=_BY_PROBLEM, out_specs=_BY_PROBLEM, check_vma=False
+        )
+    return run(*args)
+
+
+_BY_PROBLEM = PartitionSpec("problem")
+
+
+def _shares(number: int) -> Mesh | None:
+    """The devices that share a number of problems; None for a single one."""
     devices = jax.local_devices()
     n = max(n for n in range(1, len(devices) + 1) if number % n == 0)
     if n == 1:
-        return tree
-    mesh = Mesh(np.asarray(devices[:n]), ("problem",), axis_types=(AxisType.Auto,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("problem")))
+        return None
+    return Mesh(np.asarray(devices[:n]), ("problem",), axis_types=(AxisType.Auto,))
 
 
 def on_one_device(tree: PyTree) -> PyTree:
