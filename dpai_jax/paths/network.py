@@ -313,8 +313,7 @@ def trace(
         true, where `leaf` is a `jax.ShapeDtypeStruct`. The others count as all ones.
       gates: how a factor of a product that is alive everywhere (a sigmoid, a softmax), and so only
         modulates the other, takes part: "jacobian", as a term of the network's Jacobian;
-        "balanced", the same with its counts scaled to a quarter of the other factor's largest, as
-        no slope of a sigmoid or a softmax is steeper than 1/4; "signal", not.
+        "balanced", the same with its counts scaled to the other factor's largest; "signal", not.
 
     Returns:
       The traced network.

@@ -4,25 +4,31 @@
     python -m experiments sweep suite_gates --scale small
 
 SE-ResNet-20, the ResNet-20 of `suite` whose blocks gate their channels by squeeze-and-excitation;
-and the vision transformer of `suite_unseen`, whose attention is a softmax. Both on 8x8 digits.
+and the vision transformers of `suite_unseen`, `suite_confirm` and `suite_longer`, whose attention
+is a softmax.
 
-Full: 40 jobs for two cores, of half a minute. Small: 8 jobs, with a single seed.
+Full: 64 jobs for two cores, of half a minute to two minutes. Small: 16 jobs, with a single seed.
 """
 
 import dataclasses
 
-from experiments.config import GATES
-from experiments.recipes import suite, suite_unseen
+from experiments.config import GATES, Config
+from experiments.recipes import suite, suite_confirm, suite_longer, suite_unseen
 from experiments.sweep import Sweep
 
 SE_RESNET = dataclasses.replace(suite.RESNET, model="se_resnet20")
 
 
 def sweep(scale: str = "full") -> list[Sweep]:
-    """Returns the sweeps, one for each network and choice."""
-    networks = [
-        (dataclasses.replace(base, gates=gates), (0.99,))
-        for base in (SE_RESNET, suite_unseen.VIT)
-        for gates in GATES
+    """Returns the sweeps, one for each network and choice: of five seeds or of three."""
+    five = [*_with(SE_RESNET), *_with(suite_unseen.VIT)]
+    three = [*_with(suite_confirm.VIT), *_with(suite_longer.VIT)]
+    return [
+        *suite.sweeps(five, ("dpai",), scale),
+        *suite.sweeps(three, ("dpai",), scale, seeds=3),
     ]
-    return suite.sweeps(networks, ("dpai",), scale)
+
+
+def _with(base: Config) -> list[tuple[Config, tuple[float, ...]]]:
+    """The network with each choice, and its sparsity."""
+    return [(dataclasses.replace(base, gates=gates), (0.99,)) for gates in GATES]

@@ -104,7 +104,7 @@ def factors(a: Flow, b: Flow, gates: str) -> tuple[np.ndarray, np.ndarray]:
     gate, signal = (x, y) if a.always_alive else (y, x)
     scaled = gate * 0.0
     if gates == "balanced" and gate.any():
-        scaled = gate * (signal.max() / gate.max() / 4)
+        scaled = gate * (signal.max() / gate.max())
     return (scaled, y) if a.always_alive else (x, scaled)
 
 

@@ -185,15 +185,10 @@ def multiply(interpreter: Interpreter, a: Flow, b: Flow, *, divides: bool = Fals
     return interpreter.flow(spread, exponent, ancestors=a.lineage & b.lineage)
 
 
-# The steepest slope of a sigmoid, and of an entry of a softmax by its own logit: p·(1 − p).
-_STEEPEST = 0.25
-
-
 def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flow]:
     """The two factors of a product, changed as `gates` asks.
 
     If only one factor is alive everywhere, it is a *gate*, which modulates the other, the signal.
-    Balanced, the largest of its counts is that of the signal times the steepest slope of a sigmoid.
     """
     if (
         a.always_alive == b.always_alive
@@ -208,7 +203,6 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
         return a, v.replace(b, mantissa=jnp.zeros_like(b.mantissa), filled=np.False_)
     peaks = [lax.stop_gradient(jnp.max(flow.mantissa, initial=0.0)) for flow in (a, b)]
     ratio = jnp.where(peaks[1] > 0, peaks[0] / jnp.where(peaks[1] > 0, peaks[1], 1.0), 1.0)
-    ratio *= _STEEPEST
     return a, v.replace(b, mantissa=b.mantissa * ratio, exponent=a.exponent, below=None)
 
 
