@@ -1,5 +1,6 @@
 """Selection by counting, held against a stable sort, and its cost in passes over the scores."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -323,17 +324,19 @@ def test_few_passes_find_a_threshold_and_fewer_one_that_moved_as_expected(
     moved = [s + jnp.asarray(rng.choice([-0.005, 0.005], s.size), jnp.float32) for s in scores]
     keep = 5000 if shared else [3000, 2000]
 
+    find = jax.jit(functools.partial(select, magnitude=magnitude))
+
     def search(
         scores: list[jax.Array], share: float = 1.0, last: Any = None
     ) -> tuple[jax.Array, int]:
         before = len(passes)
-        numbers = jax.tree.map(lambda n: round(n * share), keep)
+        numbers = jax.tree.map(lambda n: jnp.uint32(round(n * share)), keep)
         if last is not None:
             last = jnp.concatenate(last)
-        masks, thresholds = select(scores, numbers, last, magnitude=magnitude)
+        masks, thresholds = find(scores, numbers, last)
         jax.block_until_ready(masks)
         jax.effects_barrier()
-        assert sum(int(m.sum()) for m in masks) == sum(jax.tree.leaves(numbers))
+        assert sum(int(m.sum()) for m in masks) == sum(map(int, jax.tree.leaves(numbers)))
         return thresholds, len(passes) - before
 
     thresholds, cold = search(scores)
