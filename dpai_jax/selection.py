@@ -159,11 +159,13 @@ def _search(
         expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
         return low + jnp.concatenate([even, jnp.minimum(expected, span)])
 
+    first = None if last is None else _expected(last)
+
     def narrow(state: _State) -> _State:
         low, high, above, reached, numbers, threshold, tied, begins = state
         tried = probes(low, high, above, reached, numbers)
-        if last is not None:
-            tried = jnp.where(begins, _expected(last), tried)
+        if first is not None:
+            tried = jnp.where(begins, first, tried)
         # Both ends stay within what was known before; a search that is over has no room.
         tried = jnp.clip(tried, low, high)
         counts = _counts(parts, tried, low < high, threshold, tied)
