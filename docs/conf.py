@@ -75,7 +75,7 @@ NAVIGATION = {
     "Start": ["tutorial", "idea", "choosing", "coming_from"],
     "Use": "methods paths structure compact errors devices performance extending api".split(),
     "Notebooks": [f"/notebooks/{path.stem}" for path in sorted(ROOT.glob("notebooks/*.ipynb"))],
-    "Research": ["experiments", "data", "tests"],
+    "Research": ["experiments", "evidence", "data", "tests"],
     "Project": ["/CHANGELOG", "/CONTRIBUTING"],
 }
 

@@ -9,9 +9,10 @@ heading. A plot follows a comment that names its table and records:
     <!-- plot growth of results/bench.jsonl -->
     ![What it shows](growth.png)
 
-The tables "jobs", "sizes", "accuracies" and "against", of which the last two are of one recipe, and
-the plot "accuracy" are of finished jobs; the others are of benchmarks. The heading of "against"
-names the method that is compared with all others.
+The tables "jobs", "sizes", "accuracies", "against", "standing" and "distances" and the plot
+"accuracy" are of finished jobs; the others are of benchmarks. "accuracies" and "against" are of one
+recipe. The heading of "against" and "standing" names the method that is compared with all others.
+The records may lie in several files, with commas between their names.
 """
 
 import pathlib
@@ -30,7 +31,7 @@ _TABLE = re.compile(
     re.DOTALL,
 )
 
-JOBS = ("jobs", "sizes", "accuracies", "against", "accuracy")
+JOBS = ("jobs", "sizes", "accuracies", "against", "standing", "distances", "accuracy")
 """The tables and the plot that are made of the records of jobs."""
 
 _PLOT = re.compile(
@@ -68,16 +69,16 @@ def updated(path: pathlib.Path) -> str:
     return _TABLE.sub(table, path.read_text())
 
 
-def _records(path: pathlib.Path, file: str, name: str) -> list[Record]:
+def _records(path: pathlib.Path, files: str, name: str) -> list[Record]:
     """The records of a table that a document names."""
-    store = Store(path.parent / file)
-    records = store.read()
+    stores = [Store(path.parent / file) for file in files.split(",")]
+    records = [record for store in stores for record in store.read()]
     if name not in JOBS:
         own = [record for record in records if record.get("table") == name]
         # If a row was measured again, the last one counts.
         records = list({record["title"]: record for record in own}.values())
     if not records:
-        raise ConfigError(f"{path}: no records for the table {name} in {store.path}.")
+        raise ConfigError(f"{path}: no records for the table {name} in {files}.")
     return records
 
 
@@ -86,6 +87,10 @@ def _grid(name: str, records: list[Record], title: str) -> Grid:
         return report.accuracies(_only_panel(records))
     if name == "against":
         return report.against(_only_panel(records), title)
+    if name == "standing":
+        return report.standing(report.panels(records), title)
+    if name == "distances":
+        return report.distances(report.panels(records))
     if name in JOBS:
         return (report.sizes if name == "sizes" else report.table)(records, title)
     return show.grid(name, records)

@@ -6,7 +6,7 @@
 A perceptron of four layers of width 256 on Fashion-MNIST at 99.68 %; ResNet-32 of width 8 on 8x8
 digits; and a vision transformer of width 48 (12 blocks) on 10,000 images of Fashion-MNIST at 12x12
 pixels, six epochs. The training is that of the suites' networks of the same kind. What is asked of
-the methods was written down before the first job: see docs/choosing.md.
+the methods was written down before the first job: see docs/evidence.md.
 
 Full: 105 jobs for two cores, of half a minute to two minutes. Small: 21 jobs, with a single seed.
 """

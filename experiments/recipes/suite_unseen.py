@@ -6,7 +6,7 @@
 LeNet-5 on Fashion-MNIST for one epoch; ResNet-20 of twice the width of that in `suite`; and a
 vision transformer of width 48 (12 blocks). The last two are on 8x8 digits. The training was set by
 dense networks alone. What is asked of the methods was written down before the first job: see
-docs/choosing.md.
+docs/evidence.md.
 
 Full: 1098 jobs for two cores, of ten to forty seconds. Small: 183 jobs, with a single seed.
 """

@@ -230,11 +230,16 @@ def _given(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _title(own: dict[str, Any], settings: Sequence[dict[str, Any]]) -> str:
-    names = ("model", "dataset")
-    alike = [other for other in settings if all(other[name] == own[name] for name in names)]
+    title = _network(own)
+    alike = [other for other in settings if _network(other) == title]
     differing = [
         f"{name} {own.get(name, 'by default')}"
         for name in dict.fromkeys(name for other in alike for name in other)
         if any(other.get(name) != own.get(name) for other in alike)
     ]
-    return ", ".join([f"{own['model']} on {own['dataset']}", *differing])
+    return ", ".join([title, *differing])
+
+
+def _network(settings: dict[str, Any]) -> str:
+    """A network and its data, which is called by its file or folder if it has one."""
+    return f"{settings['model']} on {pathlib.PurePath(settings['dataset']).stem}"

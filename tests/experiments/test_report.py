@@ -220,3 +220,76 @@ def test_what_a_method_is_ahead_of_others_is_the_mean_difference_by_seed():
 def _found(deviation):
     """From tables of power: the mean of three values that a t-test finds with a chance of 80 %."""
     return 3.26 * deviation
+
+
+def _network(model, accuracies, sparsity=0.9):
+    """Records of one network: the accuracies of each method, seed by seed."""
+    records = []
+    for method, values in accuracies.items():
+        for seed, value in enumerate(values):
+            record = _record(method, sparsity, seed, value)
+            config = Config(model=model, method=method, sparsity=sparsity, seed=seed)
+            records.append(record | {"config": config.as_dict()})
+    return records
+
+
+def test_where_a_method_stands_is_told_network_by_network():
+    first = {
+        "snip": (0.70, 0.719, 0.711),  # 10 points less at each seed, about
+        "dpai": (0.80, 0.82, 0.81),
+        "synflow": (0.90, 0.921, 0.909),  # 10 points more
+        "random": (0.75, 0.87, 0.95),  # 4.7 points more, with a large spread
+    }
+    second = {"dpai": (0.5, 0.6, 0.7), "snip": (0.3, 0.4, 0.51)}
+    without = {"snip": (0.3, 0.4, 0.5)}
+    records = _network("lenet", first) + _network("resnet20", second) + _network("mlp", without)
+    grid = report.standing(report.panels(records), "dpai")
+    assert grid.rows == (
+        ("lenet on digits", "90%", "81.0 ± 1.0", "synflow", "-10.0", "1", "1", "1"),
+        None,
+        ("resnet20 on digits", "90%", "60.0 ± 10.0", "snip", "+19.7", "1", "0", "0"),
+    )
+
+
+def test_distances_are_those_to_the_best_of_each_network():
+    records = _network("lenet", {"dpai": (0.8, 0.6), "snip": (0.9, 0.7), "npb": (0.9, 0.9)})
+    records += _network("resnet20", {"snip": (0.5, 0.4), "dpai": (0.5, 0.5)})
+    records += _network("resnet20", {"snip": (0.4, 0.4), "dpai": (0.1, 0.5)}, 0.99)
+    grid = report.distances(report.panels(records))
+    assert grid.headings == ("method", "90%, 2 networks", "99%, 1 network", "all")
+    assert grid.rows == (  # npb was not trained on both networks, but is the first one's best
+        ("snip", "7.5 (10.0)", "0.0 (0.0)", "5.0 (10.0)"),
+        ("dpai", "10.0 (20.0)", "10.0 (10.0)", "10.0 (20.0)"),
+    )
+
+
+def test_a_title_calls_data_by_its_file():
+    settings = {"model": "lenet", "method": "dpai", "sparsity": 0.9}
+    records = []
+    for dataset in ("idx:/some/fashion-mnist", "npz:data/cifar10.npz", "cifar10"):
+        config = Config(dataset=dataset, **settings)
+        records.append(_record("dpai", 0.9) | {"config": config.as_dict()})
+    assert [panel.title for panel in report.panels(records)] == [
+        "lenet on fashion-mnist",
+        "lenet on cifar10, dataset npz:data/cifar10.npz",
+        "lenet on cifar10, dataset cifar10",
+    ]
+
+
+def test_a_table_of_a_document_takes_several_files(tmp_path):
+    origin = {"commit": "0123456789", "versions": {"jax": "1", "python": "3"}}
+    origin["hardware"] = {"cpu": "a chip", "cpu_count": 2}
+    for name, model in (("one", "lenet"), ("two", "resnet20")):
+        for record in _network(model, {"dpai": (0.8,), "snip": (0.7,)}):
+            Store(tmp_path / f"{name}.jsonl").append(record | origin)
+    document = tmp_path / "page.md"
+    end = "<!-- end of table -->\n"
+    document.write_text(
+        f"<!-- table standing of one.jsonl,two.jsonl dpai -->\n{end}"
+        f"<!-- table distances of one.jsonl,two.jsonl -->\n{end}"
+    )
+    documents.update(document)
+    text = document.read_text()
+    assert "| lenet on digits | 90% | 80.0 | snip | +10.0 | 0 | 1 | 0 |" in text
+    assert "| resnet20 on digits | 90% | 80.0 | snip | +10.0 | 0 | 1 | 0 |" in text
+    assert "| snip | 10.0 (10.0) | 10.0 (10.0) |" in text
