@@ -98,11 +98,16 @@ class Look:
 
 
 def look(method: str) -> Look:
-    """Returns how a method is drawn; an unknown method gets a look that depends on its name."""
+    """Returns how a method is drawn; an unknown method gets a look that depends on its name.
+
+    With other settings, as in "dpai[beta=0]", it keeps the colour of its family.
+    """
     base, _, afterwards = method.partition("+")
-    if base not in LOOKS:
-        known = list(LOOKS.values())[1:]
-        color, marker = known[zlib.crc32(base.encode()) % len(known)]
-    else:
+    family = base.partition("[")[0]
+    if base in LOOKS:
         color, marker = LOOKS[base]
+    else:
+        known = [look for look in LOOKS.values() if look[1] and look != LOOKS.get(family)]
+        color, marker = known[zlib.crc32(base.encode()) % len(known)]
+        color = LOOKS[family][0] if family in LOOKS else color
     return Look(color, marker, _LINES.get(afterwards, "-"), bool(afterwards))

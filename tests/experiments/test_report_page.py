@@ -267,6 +267,9 @@ def test_every_method_has_a_look_of_its_own_on_light_and_on_dark():
     assert style.LOOKS.keys() == METHODS.keys()
     assert len(set(style.LOOKS.values())) == len(style.LOOKS)
     assert style.look("unheard-of") == style.look("unheard-of")
+    variant, family = style.look("dpai[allocation=erk]"), style.look("dpai")
+    assert variant.color == family.color
+    assert variant.marker != family.marker
     for color, _ in style.LOOKS.values():
         assert _contrast(color, style.PAPER) >= 3
         assert _contrast(style.DARK[color], style.DARK[style.PAPER]) >= 3
