@@ -6,7 +6,7 @@
 LeNet-300-100 on Fashion-MNIST, as Debian's package `dataset-fashion-mnist` installs it (843 steps
 of AdamW an epoch, two epochs), and ResNet-20 of width 8 on 8x8 digits (380 steps of SGD).
 
-Full: 1053 jobs for two cores, about ten seconds each. Small: 162 jobs, with a single seed.
+Full: 1248 jobs for two cores, about ten seconds each. Small: 192 jobs, with a single seed.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ METHODS = (
     "dpai[allocation=erk]",
     "dpai+repair",
     "dpai+shuffled",
+    "dpai+fresh",
     "dpai[alpha=0]",
     "dpai-published",
     "random",
@@ -39,11 +40,14 @@ METHODS = (
     "iterative-snip",
     "grasp",
     "synflow",
+    "synflow+shuffled",
     "synflow-erk+repair",
     "phew",
     "npb",
+    "npb+shuffled",
 )
-"""All that prune before training, and as controls repaired random masks and shuffled ones."""
+"""All that prune before training, and as controls repaired random masks, masks that are shuffled
+within their layers, and DPaI's with weights drawn anew."""
 
 SPARSITIES = (0.6838, 0.9, 0.9684, 0.99, 0.9968)
 """Those of the paper."""

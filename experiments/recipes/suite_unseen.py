@@ -32,9 +32,10 @@ VIT = Config(
 METHODS = tuple(
     name
     for name in suite.METHODS
-    if name not in ("dpai+repair", "dpai+shuffled", "dpai[alpha=0]", "grasp")
+    if name not in ("dpai+repair", "dpai[alpha=0]", "grasp")
+    and not name.endswith(("+shuffled", "+fresh"))
 )
-"""The methods of `suite`, without GraSP and variants of DPaI's default."""
+"""The methods of `suite`, without GraSP, variants of DPaI's default, and changed masks."""
 
 
 def sweep(scale: str = "full") -> list[Sweep]:
