@@ -15,6 +15,8 @@ from experiments.report.records import Panel
 def standing(panels: Sequence[Panel], method: str) -> Grid:
     """Makes the table of how many others a method is ahead of, level with and behind.
 
+    Its own masks, changed afterwards, are no others.
+
     Args:
         panels: The networks. Those that lack the method are left out.
         method: Name of the method.
@@ -23,7 +25,9 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
     for panel in panels:
         of_panel = [_standing(panel, sparsity, method) for sparsity in panel.sparsities]
         found = [cells for cells in of_panel if cells is not None]
-        rows += [None] * bool(rows and found) + found
+        titles = [panel.title] + [""] * len(found)
+        rows += [None] * bool(rows and found)
+        rows += [(title, *cells) for title, cells in zip(titles, found, strict=False)]
     return Grid(
         f"{method} among all that were trained: test accuracy",
         ("network", "sparsity", method, "best other", "less it", "ahead of", "level", "behind"),
@@ -37,7 +41,11 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
 
 def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
     mine = next((group for group in panel.at(sparsity) if group.method == method), None)
-    pairs = statistics.differences(panel, sparsity, method)
+    pairs = [
+        pair
+        for pair in statistics.differences(panel, sparsity, method)
+        if {pair.better.partition("+")[0], pair.other.partition("+")[0]} != {method}
+    ]
     if mine is None or not pairs:
         return None
     leads = [
@@ -48,7 +56,6 @@ def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
     ahead = sum(pair.apart and pair.better == method for pair in pairs)
     behind = sum(pair.apart and pair.other == method for pair in pairs)
     return (
-        panel.title,
         percent(sparsity),
         tables.mean_and_deviation(np.array(list(mine.accuracies.values())), 100.0, 1),
         other,

@@ -239,15 +239,19 @@ def test_where_a_method_stands_is_told_network_by_network():
         "dpai": (0.80, 0.82, 0.81),
         "synflow": (0.90, 0.921, 0.909),  # 10 points more
         "random": (0.75, 0.87, 0.95),  # 4.7 points more, with a large spread
+        "dpai+repair": (0.95, 0.96, 0.97),  # its own masks
     }
     second = {"dpai": (0.5, 0.6, 0.7), "snip": (0.3, 0.4, 0.51)}
+    sparser = {"dpai": (0.5, 0.6), "snip": (0.6, 0.7)}  # no spread of the difference: no test
     without = {"snip": (0.3, 0.4, 0.5)}
     records = _network("lenet", first) + _network("resnet20", second) + _network("mlp", without)
+    records += _network("resnet20", sparser, 0.99)
     grid = report.standing(report.panels(records), "dpai")
     assert grid.rows == (
         ("lenet on digits", "90%", "81.0 ± 1.0", "synflow", "-10.0", "1", "1", "1"),
         None,
         ("resnet20 on digits", "90%", "60.0 ± 10.0", "snip", "+19.7", "1", "0", "0"),
+        ("", "99%", "55.0 ± 7.1", "snip", "-10.0", "0", "1", "0"),
     )
 
 
