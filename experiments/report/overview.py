@@ -25,9 +25,8 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
     for panel in panels:
         of_panel = [_standing(panel, sparsity, method) for sparsity in panel.sparsities]
         found = [cells for cells in of_panel if cells is not None]
-        titles = [panel.title] + [""] * len(found)
         rows += [None] * bool(rows and found)
-        rows += [(title, *cells) for title, cells in zip(titles, found, strict=False)]
+        rows += [("" if i else panel.title, *cells) for i, cells in enumerate(found)]
     return Grid(
         f"{method} among all that were trained: test accuracy",
         ("network", "sparsity", method, "best other", "less it", "ahead of", "level", "behind"),
@@ -40,24 +39,20 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
 
 
 def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
-    mine = next((group for group in panel.at(sparsity) if group.method == method), None)
     pairs = [
         pair
         for pair in statistics.differences(panel, sparsity, method)
         if {pair.better.partition("+")[0], pair.other.partition("+")[0]} != {method}
     ]
-    if mine is None or not pairs:
+    if not pairs:
         return None
-    leads = [
-        (pair.mean, pair.other) if pair.better == method else (-pair.mean, pair.better)
-        for pair in pairs
-    ]
-    lead, other = min(leads)
+    (mine,) = (group for group in panel.at(sparsity) if group.method == method)
+    lead, other = min(pair.lead(method) for pair in pairs)
     ahead = sum(pair.apart and pair.better == method for pair in pairs)
     behind = sum(pair.apart and pair.other == method for pair in pairs)
     return (
         percent(sparsity),
-        tables.mean_and_deviation(np.array(list(mine.accuracies.values())), 100.0, 1),
+        tables.mean_of(mine, own.last),
         other,
         f"{100 * lead:+.1f}",
         *map(str, (ahead, len(pairs) - ahead - behind, behind)),
@@ -107,10 +102,9 @@ def _heading(sparsity: float, networks: int) -> str:
 
 def _distances(panel: Panel, sparsity: float) -> dict[str, float]:
     """How far the methods' mean accuracies are below the highest one."""
-    values = {group.method: group.values(own.last) for group in panel.at(sparsity)}
     means = {
-        method: float(np.nanmean(found))
-        for method, found in values.items()
-        if np.isfinite(found).any()
+        group.method: float(np.mean(list(group.accuracies.values())))
+        for group in panel.at(sparsity)
+        if group.accuracies
     }
     return {method: max(means.values()) - mean for method, mean in means.items()}

@@ -63,6 +63,12 @@ class Difference:
         """Whether the two methods can be told apart."""
         return self.p_holm is not None and self.p_holm < LEVEL
 
+    def lead(self, method: str) -> tuple[float, str]:
+        """Returns by how much one of the two is ahead, in the mean, and the name of the other."""
+        if self.better == method:
+            return self.mean, self.other
+        return -self.mean, self.better
+
 
 def differences(panel: Panel, sparsity: float, method: str | None = None) -> list[Difference]:
     """Compares pairs of methods at one sparsity, the largest difference first.

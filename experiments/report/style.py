@@ -103,11 +103,11 @@ def look(method: str) -> Look:
     With other settings, as in "dpai[beta=0]", it keeps the colour of its family.
     """
     base, _, afterwards = method.partition("+")
-    family = base.partition("[")[0]
     if base in LOOKS:
         color, marker = LOOKS[base]
     else:
-        known = [look for look in LOOKS.values() if look[1] and look != LOOKS.get(family)]
-        color, marker = known[zlib.crc32(base.encode()) % len(known)]
-        color = LOOKS[family][0] if family in LOOKS else color
+        family = LOOKS.get(base.partition("[")[0])
+        others = [other for other in LOOKS.values() if other[1] and other != family]
+        color, marker = others[zlib.crc32(base.encode()) % len(others)]
+        color = family[0] if family else color
     return Look(color, marker, _LINES.get(afterwards, "-"), bool(afterwards))

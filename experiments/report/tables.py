@@ -57,7 +57,7 @@ def sizes(records: Sequence[Record], title: str) -> Grid:
             _whole(group, "weights"),
             _whole(group, "effective"),
             _accuracy(group, own.last),
-            _finite(group, own.best),
+            mean_of(group, own.best),
             f"{len(group.records)}",
         )
         for settings, group in found
@@ -107,7 +107,7 @@ def _results(groups: Sequence[Group], title: str, detailed: bool) -> Grid:
             "sparsity": percent(row.sparsity),
             "method": row.method + f" {FEWER}" * bool(row.missing),
             "test %": _accuracy(row, own.last),
-            "best %": _finite(row, own.best),
+            "best %": mean_of(row, own.best),
             "nodes": _whole(row, "nodes"),
             "kernels": _whole(row, "kernels"),
             "log-paths": _log_paths(row),
@@ -199,11 +199,9 @@ def against(panel: Panel, method: str) -> Grid:
         tested = [pair.found for pair in pairs if pair.found is not None]
         smallest.append(f"{100 * np.median(tested):.2f}" if tested else "–")
         for pair in pairs:
-            ahead = pair.better == method
-            points = f"{100 * (pair.mean if ahead else -pair.mean):+.2f}"
-            other = pair.other if ahead else pair.better
-            verdict = "" if not pair.apart else " ahead" if ahead else " behind"
-            found[other, sparsity] = points + verdict
+            lead, other = pair.lead(method)
+            verdict = "" if not pair.apart else " ahead" if pair.better == method else " behind"
+            found[other, sparsity] = f"{100 * lead:+.2f}" + verdict
     rows = [
         (other, *(found.get((other, sparsity), "–") for sparsity in panel.sparsities))
         for other in panel.methods
@@ -273,10 +271,11 @@ def _one(accuracy: float | None) -> str:
 def _accuracy(row: Group, pick: Pick) -> str:
     """The mean and the deviation over runs that did not diverge, and how many did."""
     lost = f" ({row.diverged} of {len(row.records)} diverged)" if row.diverged else ""
-    return f"{_finite(row, pick)}{lost}"
+    return f"{mean_of(row, pick)}{lost}"
 
 
-def _finite(row: Group, pick: Pick) -> str:
+def mean_of(row: Group, pick: Pick) -> str:
+    """Formats an accuracy's mean and deviation over the runs that did not diverge, in percent."""
     values = row.values(pick)
     values = values[np.isfinite(values)]
     return mean_and_deviation(values, 100.0, 1) if len(values) else "–"

@@ -11,15 +11,30 @@ from experiments.config import Config, ConfigError
 from experiments.report.records import group
 from experiments.store import Store
 
+ORIGIN = {
+    "commit": "0123456789",
+    "versions": {"jax": "1", "python": "3"},
+    "hardware": {"cpu": "a chip", "cpu_count": 2},
+}
 
-def _record(method, sparsity, seed=0, accuracy=0.9, log_paths=30.5, nodes=1234, kernels=56789):
+
+def _record(
+    method,
+    sparsity,
+    seed=0,
+    accuracy=0.9,
+    log_paths=30.5,
+    nodes=1234,
+    kernels=56789,
+    **settings,
+):
     layers = [
         {"name": f"stage{index}", "nodes": 10 + index, "outputs": 16, "effective": 9, "weights": 9}
         for index in range(1, 5)
     ]
     topology = {"log_paths": log_paths, "nodes": nodes, "kernels": kernels, "weights": 270608}
     return {
-        "config": Config(method=method, sparsity=sparsity, seed=seed).as_dict(),
+        "config": Config(method=method, sparsity=sparsity, seed=seed, **settings).as_dict(),
         "metrics": {
             "test_accuracy": accuracy,
             "best_test_accuracy": accuracy,
@@ -81,12 +96,10 @@ def test_networks_of_several_widths_are_told_apart_and_ordered_by_their_effectiv
         (16, "dense", None, 270_000),
     ):
         for seed in range(2):
-            record = _record(method, 0.9, seed, 0.5 + 0.1 * seed)
-            config = Config(
-                width=width, method=method, sparsity=0.9, granularity=granularity, seed=seed
-            )
+            recipe = {"width": width, "granularity": granularity}
+            record = _record(method, 0.9, seed, 0.5 + 0.1 * seed, **recipe)
             record["metrics"]["topology"]["effective"] = effective
-            records.append(record | {"config": config.as_dict()})
+            records.append(record)
     rows = report.sizes(records, "").rows
     assert [row[:4] for row in rows] == [
         ("16", "dense", "–", "–"),
@@ -137,10 +150,8 @@ def test_the_table_of_a_document_is_that_of_the_terminal():
 
 
 def test_the_tables_of_a_document_are_written_from_its_records(tmp_path):
-    origin = {"commit": "0123456789", "versions": {"jax": "1", "python": "3"}}
-    origin["hardware"] = {"cpu": "a chip", "cpu_count": 2}
     store = Store(tmp_path / "results" / "jobs.jsonl")
-    store.append(_record("dpai", 0.9) | origin)
+    store.append(_record("dpai", 0.9) | ORIGIN)
     document = tmp_path / "page.md"
     before, after = "# Page\n\nText.\n\n", "\n\nMore text.\n"
     begin = "<!-- table jobs of results/jobs.jsonl ResNet-20, one seed -->\n"
@@ -224,13 +235,11 @@ def _found(deviation):
 
 def _network(model, accuracies, sparsity=0.9):
     """Records of one network: the accuracies of each method, seed by seed."""
-    records = []
-    for method, values in accuracies.items():
-        for seed, value in enumerate(values):
-            record = _record(method, sparsity, seed, value)
-            config = Config(model=model, method=method, sparsity=sparsity, seed=seed)
-            records.append(record | {"config": config.as_dict()})
-    return records
+    return [
+        _record(method, sparsity, seed, value, model=model)
+        for method, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
 
 
 def test_where_a_method_stands_is_told_network_by_network():
@@ -268,11 +277,8 @@ def test_distances_are_those_to_the_best_of_each_network():
 
 
 def test_a_title_calls_data_by_its_file():
-    settings = {"model": "lenet", "method": "dpai", "sparsity": 0.9}
-    records = []
-    for dataset in ("idx:/some/fashion-mnist", "npz:data/cifar10.npz", "cifar10"):
-        config = Config(dataset=dataset, **settings)
-        records.append(_record("dpai", 0.9) | {"config": config.as_dict()})
+    datasets = ("idx:/some/fashion-mnist", "npz:data/cifar10.npz", "cifar10")
+    records = [_record("dpai", 0.9, model="lenet", dataset=dataset) for dataset in datasets]
     assert [panel.title for panel in report.panels(records)] == [
         "lenet on fashion-mnist",
         "lenet on cifar10, dataset npz:data/cifar10.npz",
@@ -281,11 +287,9 @@ def test_a_title_calls_data_by_its_file():
 
 
 def test_a_table_of_a_document_takes_several_files(tmp_path):
-    origin = {"commit": "0123456789", "versions": {"jax": "1", "python": "3"}}
-    origin["hardware"] = {"cpu": "a chip", "cpu_count": 2}
     for name, model in (("one", "lenet"), ("two", "resnet20")):
         for record in _network(model, {"dpai": (0.8,), "snip": (0.7,)}):
-            Store(tmp_path / f"{name}.jsonl").append(record | origin)
+            Store(tmp_path / f"{name}.jsonl").append(record | ORIGIN)
     document = tmp_path / "page.md"
     end = "<!-- end of table -->\n"
     document.write_text(
