@@ -25,6 +25,7 @@ RECIPES = (
     "suite_cifar",
     "suite_confirm",
     "suite_unseen",
+    "suite_beyond",
     "suite_gates",
     "suite_ceiling",
     "suite_longer",
