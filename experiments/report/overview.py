@@ -15,7 +15,7 @@ from experiments.report.records import Panel
 def standing(panels: Sequence[Panel], method: str) -> Grid:
     """Makes the table of how many others a method is ahead of, level with and behind.
 
-    Its own masks, changed afterwards, are no others.
+    Its own masks, repaired, are no others, and controls such as shuffled masks are none.
 
     Args:
         panels: The networks. Those that lack the method are left out.
@@ -28,7 +28,7 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
         rows += [None] * bool(rows and found)
         rows += [("" if i else panel.title, *cells) for i, cells in enumerate(found)]
     return Grid(
-        f"{method} among all that were trained: test accuracy",
+        f"{method} among all methods that were trained: test accuracy",
         ("network", "sparsity", method, "best other", "less it", "ahead of", "level", "behind"),
         tuple(rows),
         left=("network", "best other"),
@@ -39,10 +39,13 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
 
 
 def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
+    found = [
+        (pair.lead(method)[1], pair) for pair in statistics.differences(panel, sparsity, method)
+    ]
     pairs = [
         pair
-        for pair in statistics.differences(panel, sparsity, method)
-        if {pair.better.partition("+")[0], pair.other.partition("+")[0]} != {method}
+        for other, pair in found
+        if not _is_control(other) and other.partition("+")[0] != method
     ]
     if not pairs:
         return None
@@ -59,10 +62,16 @@ def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
     )
 
 
+def _is_control(name: str) -> bool:
+    """Whether masks or weights were changed after pruning, to learn what a method owes to what."""
+    return name.partition("+")[2] not in ("", "repair")
+
+
 def distances(panels: Sequence[Panel]) -> Grid:
     """Makes the table of each method's mean distance to the best of each network.
 
     Only methods that were trained on each of the networks at each of their sparsities are shown.
+    Controls such as shuffled masks are left out.
 
     Args:
         panels: The networks.
@@ -92,7 +101,7 @@ def distances(panels: Sequence[Panel]) -> Grid:
         ("method", *headings, "all"),
         tuple(rows),
         left=("method",),
-        caption="the best: the highest mean over seeds among all that were trained; last epoch",
+        caption="the best: the highest mean over seeds, of all methods trained; last epoch",
     )
 
 
@@ -105,6 +114,6 @@ def _distances(panel: Panel, sparsity: float) -> dict[str, float]:
     means = {
         group.method: float(np.mean(list(group.accuracies.values())))
         for group in panel.at(sparsity)
-        if group.accuracies
+        if group.accuracies and not _is_control(group.method)
     }
     return {method: max(means.values()) - mean for method, mean in means.items()}

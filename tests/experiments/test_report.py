@@ -249,6 +249,7 @@ def test_where_a_method_stands_is_told_network_by_network():
         "synflow": (0.90, 0.921, 0.909),  # 10 points more
         "random": (0.75, 0.87, 0.95),  # 4.7 points more, with a large spread
         "dpai+repair": (0.95, 0.96, 0.97),  # its own masks
+        "random+shuffled": (0.99, 0.98, 0.97),  # a control
     }
     second = {"dpai": (0.5, 0.6, 0.7), "snip": (0.3, 0.4, 0.51)}
     sparser = {"dpai": (0.5, 0.6), "snip": (0.6, 0.7)}  # no spread of the difference: no test
@@ -266,11 +267,12 @@ def test_where_a_method_stands_is_told_network_by_network():
 
 def test_distances_are_those_to_the_best_of_each_network():
     records = _network("lenet", {"dpai": (0.8, 0.6), "snip": (0.9, 0.7), "npb": (0.9, 0.9)})
-    records += _network("resnet20", {"snip": (0.5, 0.4), "dpai": (0.5, 0.5)})
+    second = {"snip": (0.5, 0.4), "dpai": (0.5, 0.5), "snip+shuffled": (0.9, 0.9)}
+    records += _network("resnet20", second)
     records += _network("resnet20", {"snip": (0.4, 0.4), "dpai": (0.1, 0.5)}, 0.99)
     grid = report.distances(report.panels(records))
     assert grid.headings == ("method", "90%, 2 networks", "99%, 1 network", "all")
-    assert grid.rows == (  # npb was not trained on both networks, but is the first one's best
+    assert grid.rows == (  # npb is on one network alone, but its best; shuffled masks are a control
         ("snip", "7.5 (10.0)", "0.0 (0.0)", "5.0 (10.0)"),
         ("dpai", "10.0 (20.0)", "10.0 (10.0)", "10.0 (20.0)"),
     )
