@@ -106,9 +106,13 @@ def _origin(records: list[Record]) -> str:
     commits = ", ".join(dict.fromkeys(f"`{record['commit'][:7]}`" for record in records))
     machines = ", ".join(
         dict.fromkeys(
-            f"{record['hardware']['cpu']}, {record['hardware']['cpu_count']} cores, "
+            f"{record['hardware']['cpu']}, {_cores(record['hardware']['cpu_count'])}, "
             f"jax {record['versions']['jax']}, Python {record['versions']['python']}"
             for record in records
         )
     )
     return f"Measured at {commits} on {machines}."
+
+
+def _cores(number: int) -> str:
+    return f"{number} core{'s' * (number > 1)}"

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import os
 import pathlib
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 import dpai_jax as dpai
+from experiments import cpu
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "dpai_jax")
 
@@ -103,7 +103,8 @@ def hardware() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
+        # XLA rounds otherwise on one core than on several (see `cpu.compiler_options`).
+        "cpu_count": cpu.cores(),
         "device": device.device_kind,
         "platform": device.platform,
         "device_count": jax.device_count(),

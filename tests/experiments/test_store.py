@@ -227,9 +227,14 @@ def test_a_record_tells_commit_versions_and_hardware():
     assert {"python", "jax", "flax", "numpy"} <= set(origin["versions"])
     assert origin["versions"]["jax"] != "not installed"
     assert origin["hardware"]["cpu"]
-    assert origin["hardware"]["cpu_count"] >= 1
     assert origin["hardware"]["platform"] == "cpu"
     assert origin["commit"] == "unknown" or len(origin["commit"].rstrip("+")) == 40
+
+
+def test_a_record_tells_how_many_cores_the_process_may_use(monkeypatch):
+    for allowed in ({0}, {0, 1, 5}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, own=allowed: own, raising=False)
+        assert provenance.hardware()["cpu_count"] == len(allowed)
 
 
 @pytest.mark.parametrize(
