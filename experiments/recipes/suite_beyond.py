@@ -6,7 +6,7 @@
 LeNet-300-100 of `suite`, which keeps 266 weights, and the wider ResNet-20 of `suite_unseen`, which
 keeps 273. What is asked of the methods was written down before the first job: see docs/evidence.md.
 
-Full: 169 jobs for two cores, of ten to twenty seconds. Small: 26 jobs, with a single seed.
+Full: 169 jobs for two cores, of five to thirty seconds. Small: 26 jobs, with a single seed.
 """
 
 from experiments.recipes import suite, suite_unseen

@@ -39,14 +39,8 @@ def standing(panels: Sequence[Panel], method: str) -> Grid:
 
 
 def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
-    found = [
-        (pair.lead(method)[1], pair) for pair in statistics.differences(panel, sparsity, method)
-    ]
-    pairs = [
-        pair
-        for other, pair in found
-        if not _is_control(other) and other.partition("+")[0] != method
-    ]
+    found = statistics.differences(panel, sparsity, method)
+    pairs = [pair for pair in found if _is_rival(pair.lead(method)[1], method)]
     if not pairs:
         return None
     (mine,) = (group for group in panel.at(sparsity) if group.method == method)
@@ -60,6 +54,11 @@ def _standing(panel: Panel, sparsity: float, method: str) -> Cells | None:
         f"{100 * lead:+.1f}",
         *map(str, (ahead, len(pairs) - ahead - behind, behind)),
     )
+
+
+def _is_rival(name: str, method: str) -> bool:
+    """Whether a method is another one, and no control."""
+    return name.partition("+")[0] != method and not _is_control(name)
 
 
 def _is_control(name: str) -> bool:

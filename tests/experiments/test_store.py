@@ -227,6 +227,7 @@ def test_a_record_tells_commit_versions_and_hardware():
     assert {"python", "jax", "flax", "numpy"} <= set(origin["versions"])
     assert origin["versions"]["jax"] != "not installed"
     assert origin["hardware"]["cpu"]
+    assert origin["hardware"]["cpu_count"] >= 1
     assert origin["hardware"]["platform"] == "cpu"
     assert origin["commit"] == "unknown" or len(origin["commit"].rstrip("+")) == 40
 
