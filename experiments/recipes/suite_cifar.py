@@ -8,7 +8,7 @@ far from converged, a dense network gets to 45 %. At 99 % some 30 weights are le
 And LeNet-5 on 10,000 images for five epochs (780 steps of AdamW), where a dense one gets to 54 %;
 its learning rate was set by the dense network alone.
 
-Full: 138 jobs for two cores, of half a minute to three minutes. Small: 46 jobs, with a single seed.
+Full: 306 jobs for two cores, of half a minute to three minutes. Small: 102 jobs, with a single seed.
 """
 
 import dataclasses
@@ -36,6 +36,6 @@ METHODS = (
 def sweep(scale: str = "full") -> list[Sweep]:
     """Returns the two sweeps; that of LeNet-5 is of all methods of `suite_unseen`."""
     return [
-        *suite.sweeps([(RESNET, (0.99,))], METHODS, scale, seeds=3),
-        *suite.sweeps([(LENET5, (0.9, 0.99, 0.9968))], suite_unseen.METHODS, scale, seeds=3),
+        *suite.sweeps([(RESNET, suite.SPARSITIES)], METHODS, scale, seeds=3),
+        *suite.sweeps([(LENET5, suite.SPARSITIES)], suite_unseen.METHODS, scale, seeds=3),
     ]
