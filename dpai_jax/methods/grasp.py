@@ -53,22 +53,19 @@ class GraSP:
         loss_fn, batches = problem.data()
         net, params, weights = problem.net, problem.params, problem.weights()
         g = mean(_gradient(net, params, weights, batch, loss_fn=loss_fn) for batch in batches)
-        hg = mean(_product(net, params, weights, g, batch, loss_fn=loss_fn) for batch in batches)
-        saliencies = [
-            w.astype(jnp.float32) * h.astype(jnp.float32) for w, h in zip(weights, hg, strict=True)
-        ]
-        return one_shot(problem, saliencies, self.allocation)
+        each = (_saliencies(net, params, weights, g, batch, loss_fn=loss_fn) for batch in batches)
+        return one_shot(problem, mean(each), self.allocation)
 
 
-@meshes.program()
+@meshes.program(once=True)
 def _gradient(
     net: Network, params: PyTree, weights: list[Array], batch: PyTree, *, loss_fn: Alike
 ) -> list[Array]:
     return jax.grad(lambda w: loss_fn(put(net, params, w), batch))(weights)
 
 
-@meshes.program()
-def _product(
+@meshes.program(once=True)
+def _saliencies(
     net: Network,
     params: PyTree,
     weights: list[Array],
@@ -77,10 +74,12 @@ def _product(
     *,
     loss_fn: Alike,
 ) -> list[Array]:
-    """The Hessian of one batch's loss times a direction."""
+    """The weights times the product of the Hessian of one batch's loss and a direction."""
 
     def gradient(weights: list[Array]) -> list[Array]:
         gradients: list[Array] = _gradient(net, params, weights, batch, loss_fn=loss_fn)
         return gradients
 
-    return jax.jvp(gradient, (weights,), (direction,))[1]
+    products = jax.jvp(gradient, (weights,), (direction,))[1]
+    pairs = zip(weights, products, strict=True)
+    return [w.astype(jnp.float32) * h.astype(jnp.float32) for w, h in pairs]

@@ -13,7 +13,7 @@ from dpai_jax import checks
 from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.masks import apply_masks
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import PyTree, gradual
+from dpai_jax.methods.saliency import PyTree, gradual, magnitudes
 from dpai_jax.tools.trees import check_structure
 
 
@@ -66,11 +66,12 @@ class IMP:
         problem.weights()
         net = problem.net
 
-        def saliency(present: list[Array], _: int) -> list[Array]:
-            masks = net.tree([m.astype(bool) for m in present], lambda: jnp.ones((), bool))
+        def saliency(left: list[Array], _: int) -> list[Array]:
+            masks = net.tree(left, lambda: jnp.ones((), bool))
             trained = self.train(apply_masks(problem.params, masks), masks)
             check_structure(trained, net.treedef, "what train returns", "params")
-            return [jnp.abs(w).astype(jnp.float32) for w in net.leaves(trained)]
+            found: list[Array] = magnitudes(net, net.leaves(trained))
+            return found
 
         # A hair less than the quotient, so that rounding makes no round of nothing.
         quotient = math.log1p(-problem.sparsity) / math.log1p(-self.fraction)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import one_shot
+from dpai_jax.methods.saliency import magnitudes, one_shot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,5 +36,5 @@ class Magnitude:
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`); the scores are |θ|."""
-        saliencies = [jnp.abs(w).astype(jnp.float32) for w in problem.weights()]
+        saliencies = magnitudes(problem.net, problem.weights())
         return one_shot(problem, saliencies, self.allocation)

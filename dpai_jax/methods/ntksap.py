@@ -13,6 +13,7 @@ from jax import Array
 from dpai_jax import checks
 from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
+from dpai_jax.methods.noise import normal_scores
 from dpai_jax.methods.saliency import (
     PyTree,
     exponential,
@@ -86,12 +87,12 @@ class NTKSAP:
         def saliency(masks: list[Array], t: int) -> list[Array]:
             drawn, noise, inputs = jax.random.split(jax.random.fold_in(problem.key, t), 3)
             if self.init is None:
-                weights = _redraw(drawn, problem.weights())
-                params = put(net, problem.params, weights)
+                own = normal_scores(net, drawn, problem.params)
+                params = put(net, problem.params, _redraw(net, problem.weights(), own))
             else:
                 params = self.init(drawn)
             x = _normal_like(inputs, shapes)
-            z = _normal_like(noise, net.leaves(params))
+            z = normal_scores(net, noise, params)
             return _response(net, params, z, self.epsilon, x, masks, fn=Alike(problem.fn))
 
         return gradual(
@@ -111,20 +112,21 @@ def _response(
     fn: Alike,
 ) -> list[Array]:
     weights = net.leaves(params)
-    moved = [w + jnp.asarray(epsilon, w.dtype) * d for w, d in zip(weights, z, strict=True)]
+    moved = [w + (epsilon * d).astype(w.dtype) for w, d in zip(weights, z, strict=True)]
 
     def distance(masks: list[Array]) -> Array:
         outputs = [fn(scaled(net, p, masks), x) for p in (params, put(net, params, moved))]
         squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), *outputs)
         return functools.reduce(jnp.add, jax.tree.leaves(squares)).astype(jnp.float32)
 
-    return [jnp.abs(g) for g in jax.grad(distance)(masks)]
+    floats = [m.astype(jnp.float32) for m in masks]
+    return [jnp.abs(g) for g in jax.grad(distance)(floats)]
 
 
-@jax.jit
-def _redraw(key: Array, weights: list[Array]) -> list[Array]:
-    noise = _normal_like(key, weights)
-    return [jnp.mean(w) + jnp.std(w) * n for w, n in zip(weights, noise, strict=True)]
+@meshes.program(like=lambda weights, _: weights, layers=lambda weights, _: weights)
+def _redraw(_: Network, weights: list[Array], noise: list[Array]) -> list[Array]:
+    pairs = zip(weights, noise, strict=True)
+    return [jnp.mean(w) + jnp.std(w) * n.astype(w.dtype) for w, n in pairs]
 
 
 def _normal_like(key: Array, tree: PyTree) -> PyTree:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
-from dpai_jax.tools.signatures import Alike
+from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
 
 PyTree = Any
 
-# Takes the layers' masks, as float32, and the step's number; returns the layers' saliencies.
+# Takes the layers' boolean masks and the step's number; returns the layers' saliencies.
 Saliency = Callable[[list[Array], int], list[Array]]
 
 
@@ -51,13 +51,14 @@ def gradual(
     Returns:
       The masks, and the scores of the last step; the history holds the weights kept by each step.
     """
-    masks, kept = [m > 0 for m in ones(problem)], []
+    masks, kept = ones(problem), []
     for t, sparsity in enumerate(sparsities):
-        present = [m.astype(jnp.float32) for m in masks]
-        scores = saliency(present, t)
+        scores = saliency(masks, t)
         check(problem, scores, warn=t == 0)
         if not revive:
-            scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
+            groups = groups_of(problem.net, scores)
+            left = [_left(g.owner, g.of(scores), g.of(masks)) for g in groups]
+            scores = in_order(groups, left)
         keep = problem.keep(allocation, sparsity)
         masks = problem.select(scores, keep)
         kept.append(problem.weights_of(keep, masks))
@@ -66,9 +67,9 @@ def gradual(
 
 
 def ones(problem: Problem) -> list[Array]:
-    """The layers' masks before pruning, all ones in float32, sharded like the weights."""
+    """The layers' masks before pruning, all true, sharded like the weights."""
     net = problem.net
-    arrays = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
+    arrays = [np.ones(layer.shape, bool) for layer in net.layers]
     placed: list[Array] = meshes.device_put_like(arrays, net.leaves(problem.params))
     return placed
 
@@ -92,15 +93,16 @@ def exponential(sparsity: float, steps: int) -> list[float]:
 
 def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> None:
     """Raises a ValueError if a saliency is NaN; warns of layers whose saliencies are all zero."""
-    flags = jax.device_get(_flags(saliencies))
-    layers = problem.net.layers
-    for layer, (is_nan, _) in zip(layers, flags, strict=True):
-        if is_nan:
+    layers, groups = problem.net.layers, groups_of(problem.net, saliencies)
+    found = jax.device_get([_counts(group.owner, group.of(saliencies)) for group in groups])
+    numbers = in_order(groups, [list(zip(*pair, strict=True)) for pair in found])
+    for layer, (n_nan, _) in zip(layers, numbers, strict=True):
+        if n_nan:
             culprit = "loss_fn" if problem.given.is_used else "params"
             raise ValueError(
                 f"{culprit} must be finite, but the saliency of a weight of {layer.name} is NaN"
             )
-    silent = [layer.name for layer, (_, zero) in zip(layers, flags, strict=True) if zero]
+    silent = [layer.name for layer, (_, n) in zip(layers, numbers, strict=True) if n == 0]
     if warn and silent:
         warnings.warn(
             f"all saliencies are 0 in {', '.join(silent)}, as next to kernels that are zero at "
@@ -109,9 +111,23 @@ def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> No
         )
 
 
-@jax.jit
-def _flags(saliencies: list[Array]) -> list[tuple[Array, Array]]:
-    return [(jnp.any(jnp.isnan(s)), jnp.all(s == 0)) for s in saliencies]
+@meshes.program(layers=lambda saliencies: saliencies)
+def _counts(_: Network | None, saliencies: list[Array]) -> tuple[Array, Array]:
+    """How many saliencies of each layer are NaN, and how many are not zero."""
+    small = are_small(saliencies)
+    return counts_of(saliencies, small, jnp.isnan), counts_of(saliencies, small, lambda s: s != 0)
+
+
+@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
+def _left(_: Network | None, scores: list[Array], masks: list[Array]) -> list[Array]:
+    """The scores of the weights that are left; −∞ for the others."""
+    return [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
+
+
+@meshes.program(like=lambda arrays: arrays, layers=lambda arrays: arrays, once=True)
+def magnitudes(_: Network, arrays: list[Array]) -> list[Array]:
+    """The magnitudes of each layer's entries, in float32."""
+    return [jnp.abs(x).astype(jnp.float32) for x in arrays]
 
 
 def put(net: Network, params: PyTree, weights: list[Array]) -> PyTree:
@@ -128,27 +144,19 @@ def scaled(net: Network, params: PyTree, factors: list[Array]) -> PyTree:
     return put(net, params, [w * f.astype(w.dtype) for w, f in pairs])
 
 
-def mask_gradient(problem: Problem, masks: list[Array]) -> list[Array]:
-    """∂L/∂m at these masks, the mean over all batches."""
-    loss_fn, batches = problem.data()
-    problem.weights()
-    return mean(
-        _mask_gradient(problem.net, problem.params, masks, batch, loss_fn=loss_fn)
-        for batch in batches
-    )
-
-
-@meshes.program()
-def _mask_gradient(
-    net: Network, params: PyTree, masks: list[Array], batch: PyTree, *, loss_fn: Alike
-) -> list[Array]:
-    gradients = jax.grad(lambda m: loss_fn(scaled(net, params, m), batch))(masks)
-    return [g.astype(jnp.float32) for g in gradients]
-
-
-def mean(trees: Any) -> Any:
+def mean(trees: Iterable[PyTree]) -> PyTree:
     """The mean of trees of arrays, which are added up one at a time."""
     total, n = None, 0
     for n, tree in enumerate(trees, 1):  # noqa: B007  (n is used after the loop)
-        total = tree if total is None else jax.tree.map(jnp.add, total, tree)
+        total = tree if total is None else _sum(total, tree)
+    return total if n == 1 else _quotient(total, n)
+
+
+@jax.jit
+def _sum(one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, one, other)
+
+
+@jax.jit
+def _quotient(total: PyTree, n: Array) -> PyTree:
     return jax.tree.map(lambda x: x / n, total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -11,12 +12,18 @@ from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.methods.saliency import (
     InSteps,
+    PyTree,
     exponential,
     gradual,
-    mask_gradient,
+    magnitudes,
+    mean,
     one_shot,
     ones,
+    scaled,
 )
+from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.signatures import Alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,22 @@ class SNIP:
 
 def sensitivity(problem: Problem, masks: list[Array]) -> list[Array]:
     """|∂L/∂m| at these masks, which is |g(m⊙θ)·θ|."""
-    return [jnp.abs(g) for g in mask_gradient(problem, masks)]
+    loss_fn, batches = problem.data()
+    problem.weights()
+    net, params = problem.net, problem.params
+    found: list[Array] = magnitudes(
+        net, mean(_gradient(net, params, masks, batch, loss_fn=loss_fn) for batch in batches)
+    )
+    return found
+
+
+@meshes.program()
+def _gradient(
+    net: Network, params: PyTree, masks: list[Array], batch: PyTree, *, loss_fn: Alike
+) -> list[Array]:
+    """∂L/∂m of one batch."""
+    floats = [m.astype(jnp.float32) for m in masks]
+    return jax.grad(lambda m: loss_fn(scaled(net, params, m), batch))(floats)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Program:
             args = _replicated_beside(args, mesh)
             results = jax.tree.map(_sharding, self.like(*args), is_leaf=_is_none)
         flat, treedef = jax.tree.flatten(results, is_leaf=_is_none)
-        key = (self.fn, shardings, tuple(flat), treedef, tuple(sorted(settings.items())))
+        key = (self, shardings, tuple(flat), treedef, tuple(sorted(settings.items())))
         programs = _SHARED if owner is None else owner.programs
         if key not in programs:
             traced: Any = functools.partial(self.fn, owner, **settings)
