@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,11 @@ from jax import Array
 
 from dpai_jax import counts
 from dpai_jax.methods.base import Problem, Pruned
-from dpai_jax.methods.saliency import InSteps, exponential, gradual
+from dpai_jax.methods.saliency import InSteps, exponential, gradual, magnitudes
 from dpai_jax.paths import Network
+from dpai_jax.paths.counting import EXACT
+from dpai_jax.paths.folding import Call, Stage, pulled_back
+from dpai_jax.stages import backward, chain_for, forward, multiplied
 from dpai_jax.tools import meshes
 
 
@@ -48,17 +53,80 @@ class SynFlow(InSteps):
 
     def run(self, problem: Problem) -> Pruned:
         """Prunes a network (see `dpai_jax.prune`)."""
-        weights = problem.weights()
+        strengths = magnitudes(problem.net, problem.weights())
         return gradual(
             problem,
-            lambda masks, _: _flow(problem.net, weights, masks),
+            lambda masks, _: _flow(problem.net, strengths, masks),
             exponential(problem.sparsity, self.steps),
             self.allocation,
         )
 
+    def compile_ahead(self, problem: Problem) -> None:
+        """Starts to compile what `run` needs."""
+        weights = problem.net.leaves(problem.params)
+        strengths, masks = (meshes.shapes_like(weights, dtype) for dtype in (jnp.float32, bool))
+        _flow(problem.net, strengths, masks, ahead=True)
+
+
+def _flow(
+    net: Network, strengths: list[Any], masks: list[Any], *, ahead: bool = False
+) -> list[Array]:
+    """Each weight's share of the flow that passes the masks.
+
+    Args:
+      net: the traced network.
+      strengths: |θ| of each layer, or its shape.
+      masks: for each layer a boolean array, or its shape.
+      ahead: whether only to start to compile this.
+
+    Returns:
+      For each layer a float32 array; nothing of use ahead.
+    """
+    calls = chain_for(net, masks, EXACT)
+    if not calls:
+        if ahead:
+            _flow_at_once.ahead(net, strengths, masks)
+            return masks
+        found: list[Array] = _flow_at_once(net, strengths, masks)
+        return found
+    by_slot = dict(enumerate(strengths))
+
+    def pull(call: Call, *pulled: list[Any]) -> Sequence[Any]:
+        factors = [by_slot.get(slot) for slot in call.inputs]
+        pairs = zip(call.inputs, call.is_first, strict=True)
+        ends = tuple(slot < len(masks) and is_first for slot, is_first in pairs)
+        if ahead:
+            _flow_behind.ahead(net, *pulled, factors, stage=call.stage, ends=ends)
+            return call.stage.arguments
+        found: Sequence[Any] = _flow_behind(net, *pulled, factors, stage=call.stage, ends=ends)
+        return found
+
+    slots = backward(calls, forward(net, calls, masks, strengths, ahead=ahead), pull)
+    return [slots[i] for i in range(len(masks))]
+
 
 @meshes.program(like=lambda _, masks: masks, layers=lambda _, masks: masks)
-def _flow(net: Network, weights: list[Array], masks: list[Array]) -> list[Array]:
-    strengths = [jnp.abs(w).astype(jnp.float32) * m for w, m in zip(weights, masks, strict=True)]
-    gradients = jax.grad(functools.partial(counts.log_count, net))(strengths, "exact")
-    return [s * g for s, g in zip(strengths, gradients, strict=True)]
+def _flow_at_once(net: Network, strengths: list[Array], masks: list[Array]) -> list[Array]:
+    left = multiplied(masks, strengths)
+    gradients = jax.grad(functools.partial(counts.log_count, net))(left, "exact")
+    return [s * g for s, g in zip(left, gradients, strict=True)]
+
+
+@meshes.program()
+def _flow_behind(
+    _: Network,
+    arrays: list[Array],
+    cotangents: list[Array],
+    so_far: list[Array | None],
+    factors: list[Array | None],
+    *,
+    stage: Stage,
+    ends: tuple[bool, ...],
+) -> list[Array | None]:
+    """What is pulled back through one stage; of masks that end here, the flow."""
+    left = multiplied(arrays, factors)
+    found = pulled_back(stage, left, cotangents, so_far)
+    return [
+        x * s if is_end and x is not None else x
+        for x, s, is_end in zip(found, left, ends, strict=True)
+    ]

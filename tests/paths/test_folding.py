@@ -156,6 +156,37 @@ def test_pruning_block_by_block_gives_the_masks_of_one_program(optimizer, monkey
     assert found.topology == expected.topology
 
 
+def tied(fn, params, x):
+    """The network of blocks with one kernel at the end of all blocks."""
+
+    def shared(params, x):
+        out = params["block0"]["out"]
+        blocks = {f"block{i}": params[f"block{i}"] | {"out": out} for i in range(4)}
+        return fn(params | blocks, x)
+
+    return shared, params, x
+
+
+@pytest.mark.parametrize("case", [*CASES, "tied"])
+@pytest.mark.filterwarnings("ignore:all saliencies are 0 in block2", "ignore:no path passes block2")
+def test_synflow_block_by_block_gives_the_flow_of_one_program(case, monkeypatch):
+    def problem():
+        return tied(*blocks_of(residual, 4)) if case == "tied" else blocks_of(*CASES[case])
+
+    method = dpai.SynFlow(steps=3)
+    found = dpai.prune(*problem(), 0.6, method=method)
+    programs = {key[0].__name__ for key in found.net.programs if type(key) is tuple}
+    assert "_flow_behind" in programs
+    assert "_flow_at_once" not in programs
+    monkeypatch.setattr(network, "_SHARE", 0)
+    dpai.paths.network._network.cache_clear()
+    expected = dpai.prune(*problem(), 0.6, method=method)
+    assert not expected.net.chain(EXACT)
+    jax.tree.map(np.testing.assert_array_equal, found.masks, expected.masks)
+    for mine, other in zip(*map(jax.tree.leaves, (found.scores, expected.scores)), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5)
+
+
 def test_pruning_on_two_devices_gives_the_masks_of_one():
     fn, params, x = blocks_of(*CASES["residual"])
     method = dpai.DPaI(steps=2)
