@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding
 from dpai_jax import checks
 from dpai_jax.paths import Network
 from dpai_jax.paths.counting import COUNTINGS, REACH
-from dpai_jax.paths.folding import Call, Stage, pulled_back
+from dpai_jax.paths.folding import Stage, pulled_back
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import AtKernel
 from dpai_jax.paths.values import Spread
-from dpai_jax.stages import backward, chain_for, forward
+from dpai_jax.stages import chain_for, forward, multiplied, pulled_to_masks
 from dpai_jax.tools import meshes
 from dpai_jax.tools.switches import usual_switches
 
@@ -146,18 +146,7 @@ def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Arra
             return masks
         found: list[Array] = _reached(net, masks)
         return found
-
-    def pull(call: Call, *args: list[Any]) -> Sequence[Any]:
-        pairs = zip(call.inputs, call.is_first, strict=True)
-        ends = tuple(i < len(masks) and is_first for i, is_first in pairs)
-        if ahead:
-            _reached_behind.ahead(net, *args, stage=call.stage, ends=ends)
-            return call.stage.arguments
-        found: Sequence[Any] = _reached_behind(net, *args, stage=call.stage, ends=ends)
-        return found
-
-    slots = backward(calls, forward(net, calls, masks, ahead=ahead), pull)
-    return [slots[i] for i in range(len(masks))]
+    return pulled_to_masks(net, calls, _reached_behind, masks, ahead=ahead)
 
 
 @meshes.program(once=True)
@@ -166,12 +155,13 @@ def _reached_behind(
     arrays: list[Array],
     cotangents: list[Array],
     so_far: list[Array | None],
+    factors: list[Array | None],
     *,
     stage: Stage,
     ends: tuple[bool, ...],
 ) -> list[Array | None]:
     """What is reached, pulled back through one stage; of masks that end here, whether it is."""
-    found = pulled_back(stage, arrays, cotangents, so_far)
+    found = pulled_back(stage, multiplied(arrays, factors), cotangents, so_far)
     return [
         x > 0.5 if is_end and x is not None else x for x, is_end in zip(found, ends, strict=True)
     ]

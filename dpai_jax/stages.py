@@ -85,6 +85,46 @@ def backward(calls: Sequence[Call], slots: dict[int, Any], pull: Pull) -> dict[i
     return found
 
 
+def pulled_to_masks(
+    net: Network,
+    calls: Sequence[Call],
+    behind: meshes.Program,
+    masks: Sequence[Any],
+    strengths: Sequence[Any] = (),
+    *,
+    ahead: bool = False,
+) -> list[Any]:
+    """What is pulled back through a chain to the masks.
+
+    Args:
+      net: the traced network.
+      calls: the chain.
+      behind: pulls back through one stage. Called with its arguments, the cotangents, what later
+        stages gave, by what to multiply each argument, and as settings the `stage` and which of its
+        arguments are masks that no stage before reads (`ends`).
+      masks: as for `forward`.
+      strengths: as for `forward`.
+      ahead: whether only to start to compile.
+
+    Returns:
+      For each layer what the first stage that reads its mask gave; nothing of use ahead.
+    """
+    by_slot = dict(enumerate(strengths))
+
+    def pull(call: Call, *pulled: list[Any]) -> Sequence[Any]:
+        factors = [by_slot.get(i) for i in call.inputs]
+        pairs = zip(call.inputs, call.is_first, strict=True)
+        ends = tuple(i < len(masks) and is_first for i, is_first in pairs)
+        if ahead:
+            behind.ahead(net, *pulled, factors, stage=call.stage, ends=ends)
+            return call.stage.arguments
+        found: Sequence[Any] = behind(net, *pulled, factors, stage=call.stage, ends=ends)
+        return found
+
+    slots = backward(calls, forward(net, calls, masks, strengths, ahead=ahead), pull)
+    return [slots[i] for i in range(len(masks))]
+
+
 def multiplied(arrays: Sequence[Array], factors: Sequence[Array | None]) -> list[Array]:
     """Arrays times factors, where there are any."""
     return [x if f is None else x.astype(f.dtype) * f for x, f in zip(arrays, factors, strict=True)]

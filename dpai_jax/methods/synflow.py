@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.methods.saliency import InSteps, exponential, gradual, magnitudes
 from dpai_jax.paths import Network
 from dpai_jax.paths.counting import EXACT
-from dpai_jax.paths.folding import Call, Stage, pulled_back
-from dpai_jax.stages import backward, chain_for, forward, multiplied
+from dpai_jax.paths.folding import Stage, pulled_back
+from dpai_jax.stages import chain_for, multiplied, pulled_to_masks
 from dpai_jax.tools import meshes
 
 
@@ -89,20 +88,7 @@ def _flow(
             return masks
         found: list[Array] = _flow_at_once(net, strengths, masks)
         return found
-    by_slot = dict(enumerate(strengths))
-
-    def pull(call: Call, *pulled: list[Any]) -> Sequence[Any]:
-        factors = [by_slot.get(slot) for slot in call.inputs]
-        pairs = zip(call.inputs, call.is_first, strict=True)
-        ends = tuple(slot < len(masks) and is_first for slot, is_first in pairs)
-        if ahead:
-            _flow_behind.ahead(net, *pulled, factors, stage=call.stage, ends=ends)
-            return call.stage.arguments
-        found: Sequence[Any] = _flow_behind(net, *pulled, factors, stage=call.stage, ends=ends)
-        return found
-
-    slots = backward(calls, forward(net, calls, masks, strengths, ahead=ahead), pull)
-    return [slots[i] for i in range(len(masks))]
+    return pulled_to_masks(net, calls, _flow_behind, masks, strengths, ahead=ahead)
 
 
 @meshes.program(like=lambda _, masks: masks, layers=lambda _, masks: masks)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +37,7 @@ class Stream:
         self._boxes = augmentation.resize
         self._augmentation = dataclasses.replace(augmentation, resize=False)
         self._normalization = normalization
-        self._workers = (os.cpu_count() or 1) if workers is None else workers
+        self._workers = cpu.cores() if workers is None else workers
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yields the shuffled, augmented batches of an epoch."""

@@ -8,7 +8,7 @@ far from converged, a dense network gets to 45 %. At 99 % some 30 weights are le
 And LeNet-5 on 10,000 images for five epochs (780 steps of AdamW), where a dense one gets to 54 %;
 its learning rate was set by the dense network alone.
 
-Full: 306 jobs for two cores, of half a minute to three minutes. Small: 102 jobs, with a single seed.
+Full: 306 jobs for two cores, of half a minute to three minutes. Small: 102 jobs of one seed.
 """
 
 import dataclasses
