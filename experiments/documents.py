@@ -104,7 +104,7 @@ def _only_panel(records: list[Record]) -> Panel:
 def _origin(records: list[Record]) -> str:
     """A sentence with the commits and the machines that the records come from."""
     commits = ", ".join(dict.fromkeys(f"`{record['commit'][:7]}`" for record in records))
-    machines = ", ".join(
+    machines = "; ".join(
         dict.fromkeys(
             f"{record['hardware']['cpu']}, {_cores(record['hardware']['cpu_count'])}, "
             f"jax {record['versions']['jax']}, Python {record['versions']['python']}"
