@@ -88,6 +88,5 @@ def test_a_first_call_lowers_each_program_once(caplog, name, committed):
     with jax.log_compiles():
         dpai.prune(fn, params, jnp.ones((1, 5)), 0.5, method=method, key=key, progress=False)
     lowered = re.findall(r"Finished jaxpr to MLIR module conversion jit\((_\w+)\)", caplog.text)
-    own = [name for name in lowered if name != "_where"]  # JAX's own, of one array
-    assert {"_step", "_flow"} & set(own)
-    assert len(own) == len(set(own))
+    assert {"_step", "_flow_at_once"} & set(lowered)
+    assert len(lowered) == len(set(lowered))
