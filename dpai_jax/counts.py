@@ -18,11 +18,10 @@ from jax.sharding import NamedSharding
 from dpai_jax import checks
 from dpai_jax.paths import Network
 from dpai_jax.paths.counting import COUNTINGS, REACH
-from dpai_jax.paths.folding import Stage, pulled_back
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import AtKernel
 from dpai_jax.paths.values import Spread
-from dpai_jax.stages import chain_for, forward, multiplied, pulled_to_masks
+from dpai_jax.stages import chain_for, forward, pulled_behind, pulled_to_masks
 from dpai_jax.tools import meshes
 from dpai_jax.tools.switches import usual_switches
 
@@ -150,21 +149,9 @@ def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Arra
 
 
 @meshes.program(once=True)
-def _reached_behind(
-    _: Network,
-    arrays: list[Array],
-    cotangents: list[Array],
-    so_far: list[Array | None],
-    factors: list[Array | None],
-    *,
-    stage: Stage,
-    ends: tuple[bool, ...],
-) -> list[Array | None]:
+def _reached_behind(_: Network, *pulled: Any, **of_stage: Any) -> list[Array | None]:
     """What is reached, pulled back through one stage; of masks that end here, whether it is."""
-    found = pulled_back(stage, multiplied(arrays, factors), cotangents, so_far)
-    return [
-        x > 0.5 if is_end and x is not None else x for x, is_end in zip(found, ends, strict=True)
-    ]
+    return pulled_behind(lambda gradient, _: gradient > 0.5, *pulled, **of_stage)
 
 
 @meshes.program(like=lambda masks: masks, layers=lambda masks: masks, once=True)

@@ -15,7 +15,7 @@ from jax import Array
 
 from dpai_jax.paths import Network
 from dpai_jax.paths.counting import Counting
-from dpai_jax.paths.folding import Call, Stage, in_dtypes, is_real
+from dpai_jax.paths.folding import Call, Stage, in_dtypes, is_real, pulled_back
 from dpai_jax.tools import meshes
 
 # From a call, its arguments, the cotangents of its results, and for each argument the cotangent
@@ -99,9 +99,7 @@ def pulled_to_masks(
     Args:
       net: the traced network.
       calls: the chain.
-      behind: pulls back through one stage. Called with its arguments, the cotangents, what later
-        stages gave, by what to multiply each argument, and as settings the `stage` and which of its
-        arguments are masks that no stage before reads (`ends`).
+      behind: a program that calls `pulled_behind`.
       masks: as for `forward`.
       strengths: as for `forward`.
       ahead: whether only to start to compile.
@@ -123,6 +121,39 @@ def pulled_to_masks(
 
     slots = backward(calls, forward(net, calls, masks, strengths, ahead=ahead), pull)
     return [slots[i] for i in range(len(masks))]
+
+
+def pulled_behind(
+    finish: Callable[[Array, Array], Array],
+    arrays: list[Array],
+    cotangents: list[Array],
+    so_far: list[Array | None],
+    factors: list[Array | None],
+    *,
+    stage: Stage,
+    ends: tuple[bool, ...],
+) -> list[Array | None]:
+    """What is pulled back through one stage, for use within a program (see `pulled_to_masks`).
+
+    Args:
+      finish: from a mask's cotangent, when that is done, and the mask times its factor, to what is
+        found for the mask.
+      arrays: the stage's arguments.
+      cotangents: those of its results.
+      so_far: for each argument the cotangent that later stages gave.
+      factors: by what to multiply each argument; by one where there is none.
+      stage: the stage.
+      ends: which of its arguments are masks that no stage before reads.
+
+    Returns:
+      For each argument its cotangent, or what is found for the mask.
+    """
+    values = multiplied(arrays, factors)
+    found = pulled_back(stage, values, cotangents, so_far)
+    return [
+        finish(x, value) if is_end and x is not None else x
+        for x, value, is_end in zip(found, values, ends, strict=True)
+    ]
 
 
 def multiplied(arrays: Sequence[Array], factors: Sequence[Array | None]) -> list[Array]:

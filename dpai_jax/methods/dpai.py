@@ -25,7 +25,7 @@ from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import groups_of, in_order
+from dpai_jax.tools.rows import by_groups
 from dpai_jax.tools.signatures import Alike
 
 PyTree = Any
@@ -283,9 +283,7 @@ class DPaI:
         if strength is None:
             return []
         weights = problem.weights()
-        groups = groups_of(problem.net, weights)
-        found = [_strengths_of(g.owner, g.of(weights), strength=strength) for g in groups]
-        return in_order(groups, found)
+        return by_groups(_strengths_of, problem.net, weights, strength=strength)
 
     def _start(self, problem: Problem, strengths: list[Array]) -> list[Array]:
         """The scores to start from; zero, the lowest magnitude, where no mask is effective.

@@ -17,7 +17,7 @@ from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
+from dpai_jax.tools.rows import are_small, by_groups, counts_of, groups_of, in_order
 
 PyTree = Any
 
@@ -56,9 +56,7 @@ def gradual(
         scores = saliency(masks, t)
         check(problem, scores, warn=t == 0)
         if not revive:
-            groups = groups_of(problem.net, scores)
-            left = [_left(g.owner, g.of(scores), g.of(masks)) for g in groups]
-            scores = in_order(groups, left)
+            scores = by_groups(_left, problem.net, scores, masks)
         keep = problem.keep(allocation, sparsity)
         masks = problem.select(scores, keep)
         kept.append(problem.weights_of(keep, masks))
@@ -95,7 +93,7 @@ def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> No
     """Raises a ValueError if a saliency is NaN; warns of layers whose saliencies are all zero."""
     layers, groups = problem.net.layers, groups_of(problem.net, saliencies)
     found = jax.device_get([_counts(group.owner, group.of(saliencies)) for group in groups])
-    numbers = in_order(groups, [list(zip(*pair, strict=True)) for pair in found])
+    numbers = in_order(groups, found)
     for layer, (n_nan, _) in zip(layers, numbers, strict=True):
         if n_nan:
             culprit = "loss_fn" if problem.given.is_used else "params"
@@ -112,10 +110,11 @@ def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> No
 
 
 @meshes.program(layers=lambda saliencies: saliencies)
-def _counts(_: Network | None, saliencies: list[Array]) -> tuple[Array, Array]:
-    """How many saliencies of each layer are NaN, and how many are not zero."""
+def _counts(_: Network | None, saliencies: list[Array]) -> Array:
+    """How many saliencies of each layer are NaN, and how many are not zero: (layer, 2)."""
     small = are_small(saliencies)
-    return counts_of(saliencies, small, jnp.isnan), counts_of(saliencies, small, lambda s: s != 0)
+    tests = jnp.isnan, lambda s: s != 0
+    return jnp.stack([counts_of(saliencies, small, test) for test in tests], 1)
 
 
 @meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)

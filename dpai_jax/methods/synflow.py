@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -15,8 +16,7 @@ from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.methods.saliency import InSteps, exponential, gradual, magnitudes
 from dpai_jax.paths import Network
 from dpai_jax.paths.counting import EXACT
-from dpai_jax.paths.folding import Stage, pulled_back
-from dpai_jax.stages import chain_for, multiplied, pulled_to_masks
+from dpai_jax.stages import chain_for, multiplied, pulled_behind, pulled_to_masks
 from dpai_jax.tools import meshes
 
 
@@ -99,20 +99,6 @@ def _flow_at_once(net: Network, strengths: list[Array], masks: list[Array]) -> l
 
 
 @meshes.program()
-def _flow_behind(
-    _: Network,
-    arrays: list[Array],
-    cotangents: list[Array],
-    so_far: list[Array | None],
-    factors: list[Array | None],
-    *,
-    stage: Stage,
-    ends: tuple[bool, ...],
-) -> list[Array | None]:
+def _flow_behind(_: Network, *pulled: Any, **of_stage: Any) -> list[Array | None]:
     """What is pulled back through one stage; of masks that end here, the flow."""
-    left = multiplied(arrays, factors)
-    found = pulled_back(stage, left, cotangents, so_far)
-    return [
-        x * s if is_end and x is not None else x
-        for x, s, is_end in zip(found, left, ends, strict=True)
-    ]
+    return pulled_behind(operator.mul, *pulled, **of_stage)

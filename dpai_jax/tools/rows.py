@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.meshes import layer_shardings
+from dpai_jax.tools.meshes import Program, layer_shardings
 from dpai_jax.tools.powers import SMALL, scaling
 from dpai_jax.tools.sums import digits_of, from_digits, sum_over, totals
 
@@ -136,6 +136,23 @@ def in_order(groups: Sequence[Group], found: Sequence[Sequence[T]]) -> list[T]:
     pairs = zip(groups, found, strict=True)
     by_place = {i: x for group, own in pairs for i, x in zip(group.places, own, strict=True)}
     return [by_place[i] for i in range(len(by_place))]
+
+
+def by_groups(program: Program, owner: Any, *values: Sequence[Any], **settings: Any) -> list[Any]:
+    """Runs a program on each group of layers.
+
+    Args:
+      program: takes the values of a group's layers, and returns one result for each layer.
+      owner: see `groups_of`.
+      values: lists with one array for each layer.
+      settings: the program's settings.
+
+    Returns:
+      The results, in the order of the layers.
+    """
+    groups = groups_of(owner, values[0])
+    found = [program(group.owner, *map(group.of, values), **settings) for group in groups]
+    return in_order(groups, found)
 
 
 def sums_of(
