@@ -19,7 +19,15 @@ from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import are_small, sums_of
 from dpai_jax.tools.signatures import Alike
-from dpai_jax.tools.sums import sum_over, sum_taps, sums_over, written_out
+from dpai_jax.tools.sums import (
+    below_one,
+    held_by,
+    sum_below_one,
+    sum_over,
+    sum_taps,
+    totals,
+    written_out,
+)
 from dpai_jax.tools.switches import usual_switches
 
 PyTree = Any
@@ -310,26 +318,29 @@ def _even_slopes(
     kernel = sum_taps(jnp.where(mask, gradient, 0.0), axes.taps)
     # Read by the sums, and by all taps.
     kernel, again = written_out(kernel) if axes.taps else (kernel, kernel)
-    sides = [axes.inputs, axes.outputs] if axes.outputs else [axes.inputs]
-    *nodes, total = sums_over(kernel, *sides, axes.all)
-    open_kernels = jnp.sum((again > 0).astype(jnp.float32), axes.inputs, keepdims=True)
-    of_nodes = sum(_evenness(node, axes.all) for node in nodes) / len(nodes)
-    of_kernels = _evenness(again, axes.all)
+    scaled, scale = below_one(kernel)
+    # Counting in the passes that sum spares passes, each of which takes long to compile.
+    node, open_kernels, large = sum_below_one(scaled, axes.inputs, kernel > 0, kernel >= _LEAST)
+    held = held_by(kernel.shape, axes.inputs)
+    others = tuple(i for i in axes.all if i not in axes.inputs)
+    large_node = node * scale >= _LEAST
+    total, n_nodes, n_kernels = sum_below_one(node / held, others, large_node, large)
+    of_nodes = _evenness(node * scale, n_nodes)
+    if axes.outputs:
+        node = sum_below_one(scaled, axes.outputs)[0] * scale
+        n_nodes, _ = totals([node >= _LEAST, node < _LEAST], axes.all)
+        of_nodes = (of_nodes + _evenness(node, n_nodes)) / 2
+    of_kernels = _evenness(again, n_kernels)
+    total = total * (held * scale)
     slope = (1 - alpha) + alpha * total * ((1 - beta) * of_nodes + beta * of_kernels)
     return slope, slope * sum_taps(gradient, axes.taps), open_kernels
 
 
-def _evenness(shares: Array, axes: tuple[int, ...]) -> Array:
-    """The slope of the mean logarithm of shares that are not zero."""
-    number = jnp.sum((shares >= _LEAST).astype(jnp.float32), axes, keepdims=True)
-    # XLA would round a quotient by a scalar otherwise for one problem than for many.
-    return _inverse(shares) * (1 / jnp.maximum(number, 1.0))
-
-
-def _inverse(shares: Array) -> Array:
-    """One over shares; zero where there is none."""
+def _evenness(shares: Array, number: Array) -> Array:
+    """The slope of the mean logarithm of the shares that are not zero, whose number is given."""
     is_any = shares >= _LEAST
-    return jnp.where(is_any, 1 / jnp.where(is_any, shares, 1.0), 0.0)
+    products = shares * number.astype(jnp.float32)
+    return jnp.where(is_any, 1 / jnp.where(is_any, products, 1.0), 0.0)
 
 
 def _means(

@@ -25,6 +25,9 @@ Bound = float | None
 # How many bits of a term, counted from those of the largest term, a sum keeps at least.
 _BITS = 36
 
+# Numbers of terms, as powers of two, to which those of small sums are rounded up.
+_FEW = (6, 12)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def product_sum(
@@ -50,8 +53,8 @@ def product_sum(
     del write  # without derivatives there is only one reader
     if math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes) == 1:
         return a * b
-    (a, scale_a), (b, scale_b) = _below_one(a, below[0]), _below_one(b, below[1])
-    return _sum_below_one(a * b, axes) * scale_a * scale_b
+    (a, scale_a), (b, scale_b) = below_one(a, below[0]), below_one(b, below[1])
+    return sum_below_one(a * b, axes)[0] * scale_a * scale_b
 
 
 def _forward(
@@ -96,10 +99,10 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
 
     The last axis is summed first, as it is contiguous in memory.
     """
-    total, scale = _below_one(array, None)
+    total, scale = below_one(array)
     for stage in stages(array.shape, axes):
-        held = _held(math.prod(array.shape[i] for i in stage))
-        total, scale = _sum_below_one(total, stage) / held, scale * held
+        (total, *_), held = sum_below_one(total, stage), held_by(array.shape, stage)
+        total, scale = total / held, scale * held
     return total * scale
 
 
@@ -109,13 +112,7 @@ sum_over.defvjp(
 )
 
 
-def sums_over(array: Array, *several: tuple[int, ...]) -> list[Array]:
-    """Sums of one float32 array over several sets of axes, which keep size one."""
-    scaled, scale = _below_one(array, None)
-    return [_sum_below_one(scaled, axes) * scale for axes in several]
-
-
-def _below_one(array: Array, below: Bound) -> tuple[Array, Array | float]:
+def below_one(array: Array, below: Bound = None) -> tuple[Array, Array | float]:
     """An array divided by a power of two above all magnitudes, and that power."""
     if below is not None:
         power = 2.0 ** (math.frexp(below)[1])
@@ -125,19 +122,35 @@ def _below_one(array: Array, below: Bound) -> tuple[Array, Array | float]:
     return array * inverse, power
 
 
+def held_by(shape: Sequence[int], axes: Sequence[int]) -> float:
+    """A power of two that the sum over some axes of terms below one cannot exceed."""
+    return _held(math.prod(shape[i] for i in axes))
+
+
 def _held(n_terms: int) -> float:
-    """A power of two that a sum of this many terms below one cannot exceed."""
-    return float(2 ** math.ceil(math.log2(max(n_terms, 1))))
+    exponent = math.ceil(math.log2(max(n_terms, 1)))
+    # Rounded up to one of a few, so that sums of different lengths share what is compiled.
+    return 2.0 ** next((few for few in _FEW if exponent <= few), exponent)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _sum_below_one(terms: Array, axes: tuple[int, ...]) -> Array:
-    """The sum over some axes, which keep size one, of terms of magnitude below one."""
+def sum_below_one(terms: Array, axes: tuple[int, ...], *others: Array) -> list[Array]:
+    """Sums over some axes, which keep size one, in one pass.
+
+    Args:
+      terms: float32 array, of magnitude below one.
+      axes: the axes to sum over.
+      *others: integers to add up, or booleans to count, of the same shape.
+
+    Returns:
+      The sum of the terms, float32, and those of the others (see `totals`).
+    """
     n_terms = math.prod(terms.shape[i] for i in axes)
     if n_terms == 1:
-        return terms
+        return [terms, *(x.astype(jnp.uint32) if x.dtype == bool else x for x in others)]
     digits, digit = digits_of(terms, n_terms)
-    return from_digits(totals(digits, axes), digit)
+    found = totals([*digits, *others], axes)
+    return [from_digits(found[: len(digits)], digit), *found[len(digits) :]]
 
 
 def digits_of(terms: Array, n_terms: int) -> tuple[list[Array], float]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpai_jax.tools.sums import product_sum, sum_over, sum_taps
+from dpai_jax.tools.sums import product_sum, sum_below_one, sum_over, sum_taps
 
 # Sums must keep their bits however XLA orders and fuses them.
 pytestmark = pytest.mark.optimized
@@ -38,16 +38,15 @@ def draw(shape: Shape, seed: int, spread: float = 1.0) -> np.ndarray:
 
 
 def lost(a: np.ndarray, b: np.ndarray, axes: Shape) -> float:
-    """How much a sum may miss: of each term what is below the lower of its two digits."""
+    """How much a sum may miss: of each term what is below 36 bits of the largest."""
     n_terms = math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes)
-    bits = 2 * (30 - math.ceil(math.log2(n_terms)))
     largest = [2.0 ** (math.floor(math.log2(x.max())) + 1) if x.max() else 0.0 for x in (a, b)]
-    return n_terms * 2.0**-bits * math.prod(largest)
+    return n_terms * 2.0**-36 * math.prod(largest)
 
 
 def assert_sums(actual: Any, a: np.ndarray, b: np.ndarray, axes: Shape) -> None:
     expected = np.sum(a.astype(np.float64) * b, axes, keepdims=True)
-    # Each product is rounded once, and so is each step from the two digits to one float.
+    # Each product is rounded once, and so is each step from the digits to one float.
     np.testing.assert_allclose(actual, expected, 2.0**-22, lost(a, b, axes))
 
 
@@ -99,6 +98,16 @@ def test_a_sum_over_some_axes_is_that_of_float64() -> None:
     x = draw((6, 7, 8), 0)
     for axes in ((0,), (1, 2), (0, 1, 2), ()):
         assert_sums(sum_over(jnp.asarray(x), axes), x, np.ones((1, 1, 1), np.float32), axes)
+
+
+def test_flags_and_whole_numbers_are_added_up_with_the_terms() -> None:
+    x, numbers = draw((6, 7, 8), 0), np.arange(6 * 7 * 8, dtype=np.int32).reshape(6, 7, 8)
+    x /= 2 * x.max()
+    for axes in ((0,), (1, 2), (0, 1, 2), ()):
+        total, count, added = sum_below_one(x, axes, x > 0, numbers)
+        assert_sums(total, x, np.ones((1, 1, 1), np.float32), axes)
+        np.testing.assert_array_equal(count, np.sum(x > 0, axes, keepdims=True))
+        np.testing.assert_array_equal(added, np.sum(numbers, axes, keepdims=True))
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 12.0))
