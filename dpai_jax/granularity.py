@@ -295,12 +295,12 @@ def _check_all(granularity: Granularity, net: Network, flags: list[Array]) -> No
             raise RuntimeError(f"made masks of {layer.name} that are not by {granularity.name}")
 
 
-@meshes.program(layers=lambda masks: masks, once=True)
+@meshes.program(layers=lambda masks: masks)
 def _are_spans(_: None, masks: list[Array], *, parts: tuple[Span, ...]) -> list[Array]:
     return [part.holds(mask) for part, mask in zip(parts, masks, strict=True)]
 
 
-@meshes.program(layers=lambda masks, _: masks, once=True)
+@meshes.program(layers=lambda masks, _: masks)
 def _are_blocks(
     _: None, masks: list[Array], numbers: list[Array], *, parts: tuple[Blocks, ...]
 ) -> list[Array]:

@@ -77,7 +77,7 @@ def select_layers(scores: Sequence[Array], keep: Keep, parts: grouping.Parts = (
     return masks
 
 
-@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores, once=True)
+@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
 def _select(
     _: None, scores: list[Array], keep: list[Array] | Array, *, parts: grouping.Parts
 ) -> list[Array]:

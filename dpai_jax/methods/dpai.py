@@ -25,6 +25,7 @@ from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
+from dpai_jax.tools.powers import largest_entry
 from dpai_jax.tools.rows import by_groups
 from dpai_jax.tools.signatures import Alike
 
@@ -303,7 +304,7 @@ class DPaI:
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
 
-@meshes.program(like=lambda weights: weights, layers=lambda weights: weights, once=True)
+@meshes.program(like=lambda weights: weights, layers=lambda weights: weights)
 def _strengths_of(
     _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
 ) -> list[Array]:
@@ -312,7 +313,7 @@ def _strengths_of(
     @jax.jit
     def strengths(weight: Array) -> Array:
         found = jnp.minimum(strength(weight.astype(jnp.float32)), np.finfo(np.float32).max)
-        largest = jnp.max(found)
+        largest = largest_entry(found)
         scale = jnp.clip(largest, *_RANGE) / jnp.where(largest > 0, largest, 1.0)
         return jnp.where(largest > 0, found * scale, 1.0)
 

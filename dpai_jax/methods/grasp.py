@@ -57,14 +57,14 @@ class GraSP:
         return one_shot(problem, mean(each), self.allocation)
 
 
-@meshes.program(once=True)
+@meshes.program()
 def _gradient(
     net: Network, params: PyTree, weights: list[Array], batch: PyTree, *, loss_fn: Alike
 ) -> list[Array]:
     return jax.grad(lambda w: loss_fn(put(net, params, w), batch))(weights)
 
 
-@meshes.program(once=True)
+@meshes.program()
 def _saliencies(
     net: Network,
     params: PyTree,

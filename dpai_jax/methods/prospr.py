@@ -68,7 +68,7 @@ class ProsPr:
         return one_shot(problem, saliencies, self.allocation)
 
 
-@meshes.program(once=True)
+@meshes.program()
 def _meta_gradient(
     net: Network, params: PyTree, batches: list[PyTree], learning_rate: float, *, loss_fn: Alike
 ) -> list[Array]:

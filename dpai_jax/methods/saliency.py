@@ -123,7 +123,7 @@ def _left(_: Network | None, scores: list[Array], masks: list[Array]) -> list[Ar
     return [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
 
 
-@meshes.program(like=lambda arrays: arrays, layers=lambda arrays: arrays, once=True)
+@meshes.program(like=lambda arrays: arrays, layers=lambda arrays: arrays)
 def magnitudes(_: Network, arrays: list[Array]) -> list[Array]:
     """The magnitudes of each layer's entries, in float32."""
     return [jnp.abs(x).astype(jnp.float32) for x in arrays]

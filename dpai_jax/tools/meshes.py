@@ -38,7 +38,6 @@ def program(
     like: Callable[..., PyTree] = lambda *_: None,
     layers: Callable[..., Sequence[Any]] | None = None,
     donate: tuple[int, ...] = (),
-    once: bool = False,
 ) -> Callable[[Callable[..., Any]], Program]:
     """Compiles a function of an owner (a network) and arrays, on one device or many.
 
@@ -52,13 +51,11 @@ def program(
       layers: takes `args` and returns those with one array for each layer (see `layer_shardings`).
         If not given, the compiler chooses all shardings.
       donate: which of `args` give their memory to the results.
-      once: whether it runs about once where others run at every step. Then XLA on CPUs spends less
-        time on it.
 
     Returns:
       A decorator.
     """
-    return functools.partial(Program, like=like, layers=layers, donate=donate, once=once)
+    return functools.partial(Program, like=like, layers=layers, donate=donate)
 
 
 class Program:
@@ -71,10 +68,8 @@ class Program:
         like: Callable[..., PyTree],
         layers: Callable[..., Sequence[Any]] | None,
         donate: tuple[int, ...],
-        once: bool,
     ):
-        self.fn, self.like, self.layers = fn, like, layers
-        self.donate, self.once = donate, once
+        self.fn, self.like, self.layers, self.donate = fn, like, layers, donate
         functools.update_wrapper(self, fn)
 
     def __call__(self, owner: Any, *args: Any, **settings: Any) -> Any:
@@ -117,18 +112,18 @@ class Program:
             if self.layers is not None:
                 traced = functools.partial(_traced, traced, self.like, shardings, results, mesh)
             traced.__name__ = self.fn.__name__  # for profiles
-            programs[key] = _Compiled(traced, self.donate, self.once)
+            programs[key] = _Compiled(traced, self.donate)
         return programs[key], args
 
 
 class _Compiled:
     """A compiled function; threads may still be compiling it."""
 
-    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...], once: bool):
+    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
         jit = functools.partial(jax.jit, fn, donate_argnums=donate, keep_unused=True)
-        # At this level some programs compile in half the time.
+        # At this level of optimization XLA on CPUs compiles faster what then runs as fast.
         level = {"xla_backend_optimization_level": 1}
-        options = level if once and jax.default_backend() == "cpu" else None
+        options = level if jax.default_backend() == "cpu" else None
         self.jitted = jit(compiler_options=options)
         # Within another program options are refused.
         self.within = jit() if options else self.jitted
