@@ -25,7 +25,6 @@ from dpai_jax.tools.sums import (
     sum_below_one,
     sum_over,
     sum_taps,
-    totals,
     written_out,
 )
 from dpai_jax.tools.switches import usual_switches
@@ -320,15 +319,14 @@ def _even_slopes(
     kernel, again = written_out(kernel) if axes.taps else (kernel, kernel)
     scaled, scale = below_one(kernel)
     # Counting in the passes that sum spares passes, each of which takes long to compile.
-    node, open_kernels, large = sum_below_one(scaled, axes.inputs, kernel > 0, kernel >= _LEAST)
-    held = held_by(kernel.shape, axes.inputs)
+    sums, open_kernels, large = sum_below_one(scaled, axes.inputs, kernel > 0, kernel >= _LEAST)
+    node, held = sums * scale, held_by(kernel.shape, axes.inputs)
     others = tuple(i for i in axes.all if i not in axes.inputs)
-    large_node = node * scale >= _LEAST
-    total, n_nodes, n_kernels = sum_below_one(node / held, others, large_node, large)
-    of_nodes = _evenness(node * scale, n_nodes)
+    total, n_nodes, n_kernels = sum_below_one(sums / held, others, node >= _LEAST, large)
+    of_nodes = _evenness(node, n_nodes)
     if axes.outputs:
         node = sum_below_one(scaled, axes.outputs)[0] * scale
-        n_nodes, _ = totals([node >= _LEAST, node < _LEAST], axes.all)
+        n_nodes = jnp.sum(node >= _LEAST, axes.all, dtype=jnp.uint32, keepdims=True)
         of_nodes = (of_nodes + _evenness(node, n_nodes)) / 2
     of_kernels = _evenness(again, n_kernels)
     total = total * (held * scale)

@@ -101,8 +101,8 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
     """
     total, scale = below_one(array)
     for stage in stages(array.shape, axes):
-        (total, *_), held = sum_below_one(total, stage), held_by(array.shape, stage)
-        total, scale = total / held, scale * held
+        held = held_by(array.shape, stage)
+        total, scale = sum_below_one(total, stage)[0] / held, scale * held
     return total * scale
 
 

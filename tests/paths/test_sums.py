@@ -38,15 +38,18 @@ def draw(shape: Shape, seed: int, spread: float = 1.0) -> np.ndarray:
 
 
 def lost(a: np.ndarray, b: np.ndarray, axes: Shape) -> float:
-    """How much a sum may miss: of each term what is below 36 bits of the largest."""
+    """How much a sum may miss: of each term what is below the lower of its two digits."""
     n_terms = math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes)
+    # Up to 64 terms are added as if they were 64, and up to 4096 as if they were 4096.
+    as_if = next((number for number in (64, 4096) if n_terms <= number), n_terms)
+    bits = 2 * (30 - math.ceil(math.log2(as_if)))
     largest = [2.0 ** (math.floor(math.log2(x.max())) + 1) if x.max() else 0.0 for x in (a, b)]
-    return n_terms * 2.0**-36 * math.prod(largest)
+    return n_terms * 2.0**-bits * math.prod(largest)
 
 
 def assert_sums(actual: Any, a: np.ndarray, b: np.ndarray, axes: Shape) -> None:
     expected = np.sum(a.astype(np.float64) * b, axes, keepdims=True)
-    # Each product is rounded once, and so is each step from the digits to one float.
+    # Each product is rounded once, and so is each step from the two digits to one float.
     np.testing.assert_allclose(actual, expected, 2.0**-22, lost(a, b, axes))
 
 
