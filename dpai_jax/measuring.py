@@ -302,7 +302,9 @@ def effective(net: Network, kept: list[Array]) -> list[Array]:
     return _effective(net, kept, reached(net, kept))
 
 
-@meshes.program(like=lambda kept, _: kept, layers=lambda kept, _: kept)
+@meshes.program(
+    like=lambda kept, _: kept, layers=lambda kept, _: kept, by_numpy="exactly"
+)
 def _effective(_: Network, kept: list[Array], reached: list[Array]) -> list[Array]:
     return [k & r for k, r in zip(kept, reached, strict=True)]
 
@@ -318,7 +320,7 @@ def _axes(net: Network) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(layer.inputs, layer.taps) for layer in net.layers]
 
 
-@meshes.program(layers=lambda kept, _: kept)
+@meshes.program(layers=lambda kept, _: kept, by_numpy="exactly")
 def _count_layers(
     _: Network | None, kept: list[Array], reached: list[Array], *, axes: tuple[Any, ...]
 ) -> Array:

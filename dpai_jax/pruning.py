@@ -302,7 +302,7 @@ def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "
             raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 
 
-@meshes.program(layers=lambda arrays: arrays)
+@meshes.program(layers=lambda arrays: arrays, by_numpy="exactly")
 def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
     """The number of NaN entries in each array."""
     return counts_of([x.astype(jnp.float32) for x in arrays], are_small(arrays), jnp.isnan)

@@ -161,7 +161,7 @@ def multiplied(arrays: Sequence[Array], factors: Sequence[Array | None]) -> list
     return [x if f is None else x.astype(f.dtype) * f for x, f in zip(arrays, factors, strict=True)]
 
 
-@meshes.program()
+@meshes.program(by_numpy="exactly")
 def _run(
     _: Network, arrays: list[Array], factors: list[Array | None], *, stage: Stage
 ) -> list[Array]:

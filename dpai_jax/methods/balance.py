@@ -22,6 +22,7 @@ from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import (
     below_one,
     held_by,
+    rounded,
     sum_below_one,
     sum_over,
     sum_taps,
@@ -330,7 +331,8 @@ def _even_slopes(
         of_nodes = (of_nodes + _evenness(node, n_nodes)) / 2
     of_kernels = _evenness(again, n_kernels)
     total = total * (held * scale)
-    slope = (1 - alpha) + alpha * total * ((1 - beta) * of_nodes + beta * of_kernels)
+    bracket = rounded((1 - beta) * of_nodes) + rounded(beta * of_kernels)
+    slope = (1 - alpha) + rounded(alpha * total * bracket)
     return slope, slope * sum_taps(gradient, axes.taps), open_kernels
 
 

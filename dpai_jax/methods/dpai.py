@@ -304,7 +304,9 @@ class DPaI:
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
 
-@meshes.program(like=lambda weights: weights, layers=lambda weights: weights)
+@meshes.program(
+    like=lambda weights: weights, layers=lambda weights: weights, by_numpy="exactly"
+)
 def _strengths_of(
     _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
 ) -> list[Array]:
@@ -363,7 +365,10 @@ def _pruned(scores: list[Array], masks: list[Array], history: dict[str, np.ndarr
 
 
 @meshes.program(
-    like=lambda state, *_: (state, None), layers=lambda state, *_: state.scores, donate=(0,)
+    like=lambda state, *_: (state, None),
+    layers=lambda state, *_: state.scores,
+    donate=(0,),
+    by_numpy="exactly",
 )
 def _step(
     net: Network,

@@ -145,7 +145,7 @@ def _largest_small(net: Network) -> int:
     return max((layer.size // layer.size_of(layer.taps) for layer in layers), default=1)
 
 
-@meshes.program(donate=(0,))
+@meshes.program(donate=(0,), by_numpy="exactly")
 def _step_behind(
     _: Network,
     state: tuple[list[Array], Any],

@@ -70,7 +70,11 @@ class Selector:
         return in_order(self._groups, found)
 
 
-@meshes.program(like=lambda scores, *_: (scores, None), layers=lambda scores, *_: scores)
+@meshes.program(
+    like=lambda scores, *_: (scores, None),
+    layers=lambda scores, *_: scores,
+    by_numpy="exactly",
+)
 def _select(
     _: Network | None,
     scores: list[Array],

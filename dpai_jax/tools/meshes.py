@@ -23,6 +23,9 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from dpai_jax.tools import host
+from dpai_jax.tools.host import ByNumpy
+
 PyTree = Any
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ def program(
     like: Callable[..., PyTree] = lambda *_: None,
     layers: Callable[..., Sequence[Any]] | None = None,
     donate: tuple[int, ...] = (),
+    by_numpy: ByNumpy = "never",
 ) -> Callable[[Callable[..., Any]], Program]:
     """Compiles a function of an owner (a network) and arrays, on one device or many.
 
@@ -51,11 +55,14 @@ def program(
       layers: takes `args` and returns those with one array for each layer (see `layer_shardings`).
         If not given, the compiler chooses all shardings.
       donate: which of `args` give their memory to the results.
+      by_numpy: when NumPy may run the first calls (see `tools.host`), as a small program is run many
+        times sooner than it is compiled: "exactly" if no sum of floats can round, so that the
+        results are the same bit by bit; or "roughly", also if one can.
 
     Returns:
       A decorator.
     """
-    return functools.partial(Program, like=like, layers=layers, donate=donate)
+    return functools.partial(Program, like=like, layers=layers, donate=donate, by_numpy=by_numpy)
 
 
 class Program:
@@ -68,8 +75,10 @@ class Program:
         like: Callable[..., PyTree],
         layers: Callable[..., Sequence[Any]] | None,
         donate: tuple[int, ...],
+        by_numpy: ByNumpy,
     ):
         self.fn, self.like, self.layers, self.donate = fn, like, layers, donate
+        self.by_numpy = by_numpy
         functools.update_wrapper(self, fn)
 
     def __call__(self, owner: Any, *args: Any, **settings: Any) -> Any:
@@ -84,15 +93,16 @@ class Program:
         compiled, args = self._prepared(owner, args, settings)
         return compiled.jitted.lower(*args)
 
-    def ahead(self, owner: Any, *args: Any, **settings: Any) -> None:
+    def ahead(self, owner: Any, *args: Any, times: int = 1, **settings: Any) -> None:
         """Starts to compile the program for these arguments in a thread; not on a mesh.
 
-        So several programs compile at the same time. A call waits for the thread.
+        So several programs compile at the same time. A call waits for the thread. Nothing is
+        compiled if NumPy is to run the next calls, of which `times` are expected.
         """
         if self.layers is None or not any(map(_sharding, self.layers(*args))):
             compiled, args = self._prepared(owner, args, settings)
             if owner is None or not compiled.is_called:
-                compiled.start(*args)
+                compiled.expect(*args, times=times)
 
     def _prepared(
         self, owner: Any, args: tuple[Any, ...], settings: Mapping[str, Any]
@@ -112,14 +122,14 @@ class Program:
             if self.layers is not None:
                 traced = functools.partial(_traced, traced, self.like, shardings, results, mesh)
             traced.__name__ = self.fn.__name__  # for profiles
-            programs[key] = _Compiled(traced, self.donate)
+            programs[key] = _Compiled(traced, self.donate, self.by_numpy)
         return programs[key], args
 
 
 class _Compiled:
     """A compiled function; threads may still be compiling it."""
 
-    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...]):
+    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...], by_numpy: ByNumpy):
         jit = functools.partial(jax.jit, fn, donate_argnums=donate, keep_unused=True)
         # At this level of optimization XLA on CPUs compiles faster what then runs as fast.
         level = {"xla_backend_optimization_level": 1}
@@ -129,6 +139,12 @@ class _Compiled:
         self.within = jit() if options else self.jitted
         self.is_called = False
         self._ahead: dict[Any, Future[jax.stages.Compiled]] = {}
+        self._by_numpy = None if by_numpy == "never" else host.Calls(self.jitted, by_numpy)
+
+    def expect(self, *args: Any, times: int) -> None:
+        """Starts to compile, unless NumPy is to run the next calls."""
+        if self._by_numpy is None or not self._by_numpy.expect(args, times):
+            self.start(*args)
 
     def start(self, *args: Any) -> Future[jax.stages.Compiled]:
         """Starts to compile for arguments of these shapes on the default device."""
@@ -146,6 +162,8 @@ class _Compiled:
         self.is_called = True
         if self.within is not self.jitted and _are_traced(args):
             return self.within(*args)
+        if self._by_numpy is not None and self._by_numpy.expect(args):
+            return self._by_numpy(args)
         if _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
             return self.start(*args).result()(*args)

@@ -122,6 +122,18 @@ def below_one(array: Array, below: Bound = None) -> tuple[Array, Array | float]:
     return array * inverse, power
 
 
+@jax.custom_vjp
+def rounded(product: Array) -> Array:
+    """A product that is not negative, rounded before it is added to another number.
+
+    Otherwise processors may round only their sum, and it depends on the compiler which do.
+    """
+    return lax.abs(product)
+
+
+rounded.defvjp(lambda product: (rounded(product), None), lambda _, cotangent: (cotangent,))
+
+
 def held_by(shape: Sequence[int], axes: Sequence[int]) -> float:
     """A power of two that the sum over some axes of terms below one cannot exceed."""
     return _held(math.prod(shape[i] for i in axes))
