@@ -133,6 +133,7 @@ class Plan:
         self._slots: list[Value] = []
         self._calls: list[tuple[Run, tuple[int, ...], Any]] = []
         self._constant: set[int] = set()
+        self._flags: dict[int, int] = {}  # of flags as integers, where the flags are
         self.rounds, self.cost = False, 0.0
         places = [self._new() for _ in closed.jaxpr.invars]
         self.n_args = len(places)
@@ -141,7 +142,6 @@ class Plan:
         with as_xla():
             self._outs = self._inlined(closed.jaxpr, closed.consts, places)
         self._frees = self._last_uses()
-        self.n_calls = len(self._calls)
 
     def __call__(self, *args: Value) -> list[Value]:
         """The results; the caller has to be within `as_xla`."""
@@ -204,23 +204,35 @@ class Plan:
             outs = [self._new(x) for x in found]
             self._constant.update(outs)
             return outs
+        if name in ("reduce", "reduce_sum"):
+            ins = tuple(self._flags.get(i, i) for i in ins)
         outs = [self._new() for _ in eqn.outvars]
+        if name == "convert_element_type" and eqn.invars[0].aval.dtype == bool:
+            self._flags[outs[0]] = ins[0]
         entries = sum(math.prod(var.aval.shape) for var in eqn.outvars)
         self.cost += 1 + entries / _ENTRIES_OF_A_CALL
         self._calls.append((run, ins, tuple(outs) if eqn.primitive.multiple_results else outs[0]))
         return outs
 
     def _last_uses(self) -> list[list[int]]:
-        """The places that no later call reads, for each call."""
-        kept = {*self._outs, *self._constant}
-        frees: list[list[int]] = [[] for _ in self._calls]
-        for k in reversed(range(len(self._calls))):
-            _, ins, out = self._calls[k]
-            for i in (*ins, *((out,) if isinstance(out, int) else out)):
-                if i not in kept:
-                    kept.add(i)
-                    frees[k].append(i)
-        return frees
+        """The places that no later call reads, for each call; drops calls that none reads."""
+        read, calls, frees = {*self._outs}, [], []
+        for call in reversed(self._calls):
+            _, ins, out = call
+            outs = (out,) if isinstance(out, int) else out
+            if read.isdisjoint(outs):
+                continue
+            last = {*ins, *outs} - read - self._constant
+            read |= last
+            calls.append(call)
+            frees.append(list(last))
+        self._calls = calls[::-1]
+        return frees[::-1]
+
+    @property
+    def n_calls(self) -> int:
+        """How many calls it makes, those of loops and branches not counted."""
+        return len(self._calls)
 
 
 def _check(aval: Any) -> None:
@@ -427,6 +439,38 @@ def _stack(_ins: Avals, _outs: Avals, params: Params) -> Run:
     return lambda *xs: np.stack(xs, axis)
 
 
+@_rule("split")
+def _split(_ins: Avals, _outs: Avals, params: Params) -> Run:
+    ends, axis = np.cumsum(params["sizes"])[:-1], params["axis"]
+    return lambda x: np.split(x, ends, axis)
+
+
+@_rule("dynamic_slice")
+def _dynamic_slice(ins: Avals, _outs: Avals, params: Params) -> Run:
+    sizes = params["slice_sizes"]
+    most = [n - size for n, size in zip(ins[0].shape, sizes, strict=True)]
+
+    def run(x: Value, *starts: Value) -> Value:
+        places = [min(max(int(i), 0), end) for i, end in zip(starts, most, strict=True)]
+        return x[tuple(slice(i, i + n) for i, n in zip(places, sizes, strict=True))]
+
+    return run
+
+
+@_rule("dynamic_update_slice")
+def _dynamic_update_slice(ins: Avals, _outs: Avals, _params: Params) -> Run:
+    sizes = ins[1].shape
+    most = [n - size for n, size in zip(ins[0].shape, sizes, strict=True)]
+
+    def run(x: Value, update: Value, *starts: Value) -> Value:
+        places = [min(max(int(i), 0), end) for i, end in zip(starts, most, strict=True)]
+        found = np.array(x)
+        found[tuple(slice(i, i + n) for i, n in zip(places, sizes, strict=True))] = update
+        return found
+
+    return run
+
+
 @_rule("iota")
 def _iota(_ins: Avals, outs: Avals, params: Params) -> Run:
     shape, axis = outs[0].shape, params["dimension"]
@@ -449,6 +493,8 @@ def _reduced(name: str) -> Any:
 
     def make(ins: Avals, _outs: Avals, params: Params) -> Run:
         axes, dtype = tuple(params["axes"]), ins[0].dtype
+        if name == "add" and dtype != np.float32:
+            return lambda x: _counted(x, axes, dtype)
         if name in ("or", "and") and dtype == bool:
             fold = np.any if name == "or" else np.all
             return lambda x: fold(x, axes)
@@ -466,13 +512,33 @@ def _reduce(ins: Avals, outs: Avals, params: Params) -> Run:
     axes, n = tuple(params["dimensions"]), len(outs)
     ufuncs = _reducers(params["jaxpr"], n)
 
+    def reduced(ufunc: np.ufunc, x: Value, start: Value) -> Value:
+        if ufunc is np.add and start == 0:
+            return _counted(x, axes, start.dtype) if x.dtype == bool else ufunc.reduce(x, axes, x.dtype)
+        if ufunc is not np.add and all(x.strides[i] == 0 for i in axes):
+            only = x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
+            return only if start == _NEUTRAL.get(ufunc) else ufunc(only, start)
+        return ufunc.reduce(x, axes, x.dtype, initial=start)
+
     def run(*operands: Value) -> list[Value]:
-        return [
-            ufunc.reduce(x, axes, x.dtype, initial=start)
-            for ufunc, x, start in zip(ufuncs, operands[:n], operands[n:], strict=True)
-        ]
+        return list(map(reduced, ufuncs, operands[:n], operands[n:]))
 
     return run
+
+
+# What changes no maximum or minimum.
+_NEUTRAL = {np.maximum: -np.inf, np.minimum: np.inf}
+
+
+def _counted(x: Value, axes: tuple[int, ...], dtype: Any) -> Value:
+    """The sums of integers, or of flags, in an integer type."""
+    if x.dtype != bool:
+        return np.add.reduce(x, axes, dtype)
+    if x.ndim - 1 in axes:
+        # Eight flags at a time.
+        return np.add.reduce(np.bitwise_count(np.packbits(x, -1)), axes, dtype)
+    few = math.prod(x.shape[i] for i in axes) < 256
+    return np.add.reduce(x.view(np.uint8), axes, np.uint8 if few else dtype).astype(dtype)
 
 
 def _reducers(closed: Any, n: int) -> list[np.ufunc]:
@@ -496,6 +562,46 @@ def _reducers(closed: Any, n: int) -> list[np.ufunc]:
             raise Unknown(f"reduce by {name}")
         ufuncs.append(_REDUCERS[name])
     return ufuncs
+
+
+@_rule("reduce_window_sum")
+def _window_sum(ins: Avals, outs: Avals, params: Params) -> Run:
+    window, strides = params["window_dimensions"], params["window_strides"]
+    if any(n != 1 for n in (*params["base_dilation"], *params["window_dilation"])):
+        raise Unknown("dilated windows")
+    padding = params["padding"]
+    parts = tuple(slice(None, None, n) for n in strides)
+    axes = tuple(range(len(window), 2 * len(window)))
+
+    def run(x: Value) -> Value:
+        if any(map(any, padding)):
+            x = np.pad(x, padding)
+        view = np.lib.stride_tricks.sliding_window_view(x, window)[parts]
+        return np.add.reduce(view, axes, x.dtype)
+
+    return run
+
+
+@_rule("scan")
+def _scan(_ins: Avals, outs: Avals, params: Params) -> Run:
+    body, n_consts, n_carry = Plan(params["jaxpr"]), params["num_consts"], params["num_carry"]
+    length, places = params["length"], range(params["length"])
+    order = places[::-1] if params["reverse"] else places
+    shapes = [(aval.shape, aval.dtype) for aval in outs[n_carry:]]
+
+    def run(*operands: Value) -> list[Value]:
+        consts, state = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
+        rows = operands[n_consts + n_carry :]
+        stacked = [np.empty(*shape) for shape in shapes]
+        for i in order:
+            found = body(*consts, *state, *(row[i] for row in rows))
+            state = found[:n_carry]
+            for whole, part in zip(stacked, found[n_carry:], strict=True):
+                whole[i] = part
+        return [*state, *stacked]
+
+    del length
+    return run
 
 
 @_rule("while")
