@@ -39,7 +39,7 @@ def forward(
     masks: Sequence[Any],
     strengths: Sequence[Any] = (),
     *,
-    ahead: bool = False,
+    ahead: int = 0,
 ) -> dict[int, Any]:
     """The arrays of all slots.
 
@@ -48,7 +48,7 @@ def forward(
       calls: the chain.
       masks: an array for each layer, or its shape.
       strengths: by what to multiply each mask; by one if not given.
-      ahead: whether only to start to compile.
+      ahead: if not zero, only starts to compile, for so many calls.
 
     Returns:
       The arrays, or their shapes, by slot.
@@ -58,7 +58,7 @@ def forward(
     for call in calls:
         args = [slots[i] for i in call.inputs], [by_slot.get(i) for i in call.inputs]
         if ahead:
-            _run.ahead(net, *args, stage=call.stage)
+            _run.ahead(net, *args, times=int(ahead), stage=call.stage)
             results = call.stage.results
         else:
             results = _run(net, *args, stage=call.stage)

@@ -154,7 +154,8 @@ class DPaI:
         """
         net, keeps = problem.net, self._keeps(problem)
         parts = problem.granularity.parts(net)
-        selector = Selector(net, self._shapes(problem, jnp.float32), keeps[0], parts)
+        shapes = self._shapes(problem, jnp.float32)
+        selector = Selector(net, shapes, keeps[0], parts, times=len(keeps))
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)
@@ -234,9 +235,10 @@ class DPaI:
         state = _State(shapes, jax.eval_shape(start, shapes))
         masks, weights = self._shapes(problem, bool), self._weights()
         if steps is None:
-            _step.ahead(net, state, masks, strengths, weights, **self._settings(parts))
+            settings = self._settings(parts)
+            _step.ahead(net, state, masks, strengths, weights, times=self.steps, **settings)
         else:
-            steps(*state, masks, strengths, weights, ahead=True)
+            steps(*state, masks, strengths, weights, ahead=self.steps)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
 

@@ -63,7 +63,7 @@ class Steps:
         strengths: Sequence[Any],
         weights: tuple[Any, Any, Any],
         *,
-        ahead: bool = False,
+        ahead: int = 0,
     ) -> tuple[list[Any], list[Any], dict[str, Any]]:
         """Takes a step.
 
@@ -73,7 +73,7 @@ class Steps:
           masks: the masks of the scores.
           strengths: by what each weight multiplies a path; by one if there are none.
           weights: α, β and γ.
-          ahead: whether only to start to compile.
+          ahead: if not zero, only starts to compile, for so many steps.
 
         Returns:
           The scores and the memory after the step, and what was measured.
@@ -90,7 +90,7 @@ class Steps:
             factors = [by_slot.get(slot) for slot in call.inputs]
             args = (self.net, state, *pulled, factors, totals, weights)
             if ahead:
-                _step_behind.ahead(*args, way=self._ways[i])
+                _step_behind.ahead(*args, times=ahead, way=self._ways[i])
                 return call.stage.arguments
             (moved_scores, remembered[i]), totals, found = _step_behind(*args, way=self._ways[i])
             for (_, slot), x in zip(self._own[i], moved_scores, strict=True):

@@ -13,6 +13,7 @@ from jax import Array
 
 from dpai_jax import grouping
 from dpai_jax.paths import Network
+from dpai_jax.selection import select_by_numpy
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, groups_of, in_order
 
@@ -26,6 +27,7 @@ class Selector:
       keep: numbers to keep, of the structure of all that come.
       parts: which weights stand or fall together.
       many: the number of problems side by side, if there are several.
+      times: how many selections are expected.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Selector:
         keep: list[Array] | Array,
         parts: grouping.Parts = (),
         many: tuple[int, ...] = (),
+        times: int = 1,
     ):
         self.many = many
         # One threshold for all layers is found in all of them.
@@ -50,7 +53,7 @@ class Selector:
         if not many:
             each = zip(self._groups, numbers, self._thresholds, self._parts, strict=True)
             for group, *args, own in each:
-                _select.ahead(group.owner, group.of(scores), *args, parts=own)
+                _select.ahead(group.owner, group.of(scores), *args, times=times, parts=own)
 
     def _numbers(self, keep: Any) -> list[Any]:
         return [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
@@ -73,7 +76,7 @@ class Selector:
 @meshes.program(
     like=lambda scores, *_: (scores, None),
     layers=lambda scores, *_: scores,
-    by_numpy="exactly",
+    by_numpy=lambda parts: "exactly" if parts else _select_by_numpy,
 )
 def _select(
     _: Network | None,
@@ -86,6 +89,13 @@ def _select(
     """The masks of the scores, and the last two thresholds."""
     masks, found = grouping.select(scores, keep, thresholds, magnitude=True, parts=parts)
     return masks, jnp.concatenate([thresholds[1:], found])
+
+
+def _select_by_numpy(
+    scores: list[np.ndarray], keep: Any, thresholds: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    masks, found = select_by_numpy(scores, keep, magnitude=True)
+    return masks, np.concatenate([thresholds[1:], found])
 
 
 @meshes.program()

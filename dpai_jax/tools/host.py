@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import itertools
 import math
@@ -21,23 +20,31 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from dpai_jax.tools.switches import uncollected
+
 Value = Any  # a NumPy array or scalar
 Run = Callable[..., Value]
 
 _DTYPES = frozenset(map(np.dtype, (bool, np.int32, np.uint32, np.float32)))
 
 
-# Whether NumPy may run a program (see `meshes.program`).
-ByNumpy = Literal["never", "exactly", "roughly"]
+# Whether NumPy may run a program (see `meshes.program`), or what runs it.
+ByNumpy = Literal["never", "exactly", "roughly"] | Callable[..., Any]
 
-# XLA takes about as long to compile an equation as NumPy to compute it so many times, or to compute
-# it for so many entries.
-_CALLS_TO_COMPILE = 128
-_ENTRIES_OF_A_CALL = 10_000
+# What XLA takes to compile a program and, besides, an equation; and NumPy to write a byte. The unit
+# is what NumPy takes to start on an equation, some microseconds.
+_TO_COMPILE = 8192.0
+_TO_COMPILE_EQUATION = 256.0
+_TO_WRITE = 2.0**-15
+
+# A function written for NumPy takes as long as so many equations that write each array.
+_EQUATIONS_OF_AN_ARRAY = 5
 
 
 class Calls:
     """A program's calls that NumPy runs: the first ones, for as long as compiling would take.
+
+    Which these are depends on shapes alone, not on a clock.
 
     Args:
       jitted: the program, by `jax.jit`.
@@ -46,73 +53,85 @@ class Calls:
 
     def __init__(self, jitted: Any, by_numpy: ByNumpy):
         self._jitted, self._by_numpy = jitted, by_numpy
-        self._known: dict[Any, _Budget] = {}
+        self._budgets: dict[Any, _Budget] = {}
 
-    def expect(self, args: tuple[Any, ...], times: int = 1) -> bool:
-        """Whether NumPy is to run that many calls for arguments of these shapes."""
-        leaves, treedef = jax.tree.flatten(args)
-        if not _can_run(leaves):
+    def expect(self, args: tuple[Any, ...], times: int) -> bool:
+        """Announces calls for arguments of these shapes: whether NumPy is to run them."""
+        budget = self._budget(args)
+        if budget is None:
             return False
-        budget = self._budget(leaves, treedef)
-        if budget.left < times * budget.cost:
+        budget.expected += times
+        if budget.expected * budget.cost > budget.left:
             budget.left = 0.0  # from now on it is compiled
         return budget.left > 0
 
-    def __call__(self, args: tuple[Any, ...]) -> Any:
-        """Runs the program; `expect` has to agree."""
-        leaves, treedef = jax.tree.flatten(args)
-        budget = self._budget(leaves, treedef)
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """The program's result, or None if it is to be compiled."""
+        budget = self._budget(args)
+        if budget is None or budget.left < budget.cost:
+            return None
         budget.left -= budget.cost
+        budget.expected = max(budget.expected - 1, 0)
         with as_xla():
-            found = budget.plan(*[np.asarray(x)[()] for x in leaves])
-        own = [x if np.ndim(x) == 0 or x.flags.owndata else np.array(x) for x in found]
-        committed = [x for x in leaves if isinstance(x, jax.Array) and x.committed]
-        device = committed[0].device if committed else None
-        return jax.tree.unflatten(budget.treedef, jax.device_put(own, device))
+            found = budget.run(*jax.tree.map(lambda x: np.asarray(x)[()], args))
+        leaves = (x for x in jax.tree.leaves(args) if isinstance(x, jax.Array))
+        device = next((x.device for x in leaves if x.committed), None)
+        return jax.device_put(jax.tree.map(_own, found), device)
 
-    def _budget(self, leaves: list[Any], treedef: Any) -> _Budget:
+    def _budget(self, args: tuple[Any, ...]) -> _Budget | None:
+        leaves, treedef = jax.tree.flatten(args)
+        if not _can_run(leaves):
+            return None
         key = (treedef, *((np.shape(x), x.dtype) for x in leaves))
-        if key not in self._known:
+        if key not in self._budgets:
             shapes = [jax.ShapeDtypeStruct(*aval) for aval in key[1:]]
-            traced = self._jitted.trace(*jax.tree.unflatten(treedef, shapes))
+            self._budgets[key] = self._made(jax.tree.unflatten(treedef, shapes))
+        return self._budgets[key]
+
+    def _made(self, shapes: tuple[Any, ...]) -> _Budget:
+        leaves = jax.tree.leaves(shapes)
+        if callable(self._by_numpy):
+            return _Budget(self._by_numpy, leaves * _EQUATIONS_OF_AN_ARRAY)
+        with uncollected():
+            traced = self._jitted.trace(*shapes)
             try:
                 plan = Plan(traced.jaxpr)
             except Unknown:
-                plan = None
-            if plan is None or (plan.rounds and self._by_numpy == "exactly"):
-                self._known[key] = _Budget(None, None, 1.0, 0.0)
-            else:
-                treedef = jax.tree.structure(traced.out_info)
-                left = float(_CALLS_TO_COMPILE * plan.n_calls)
-                self._known[key] = _Budget(plan, treedef, plan.cost, left)
-        return self._known[key]
+                return _Budget(None, [])
+        if plan.rounds and self._by_numpy == "exactly":
+            return _Budget(None, [])
+        treedef = jax.tree.structure(traced.out_info)
+
+        def run(*args: Any) -> Any:
+            return jax.tree.unflatten(treedef, plan(*jax.tree.leaves(args)))
+
+        return _Budget(run, plan.written)
 
 
-@dataclasses.dataclass
 class _Budget:
     """How long NumPy may still run a program: `left` for calls of `cost` each."""
 
-    plan: Any
-    treedef: Any
-    cost: float
-    left: float
+    def __init__(self, run: Any, written: Sequence[Any]):
+        self.run = run
+        self.cost = sum(1 + math.prod(x.shape) * x.dtype.itemsize * _TO_WRITE for x in written)
+        self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written) if run else -1.0
+        self.expected = 0
+
+
+def _own(x: Any) -> Any:
+    """An array that shares no memory."""
+    return x if np.ndim(x) == 0 or x.flags.owndata else np.array(x)
 
 
 def _can_run(leaves: Sequence[Any]) -> bool:
-    """Whether NumPy can run a program for these arguments: small ones on the default CPU."""
+    """Whether NumPy can run a program for these arguments: arrays on the default CPU."""
     if jax.default_backend() != "cpu" or jax.config.jax_debug_nans or not flushes():
         return False
-    device = None
-    for x in leaves:
-        if x.dtype not in _DTYPES:
-            return False
-        if isinstance(x, jax.Array):
-            if len(x.devices()) != 1:
-                return False
-            device = device or _default_device()
-            if x.device != device:
-                return False
-    return True
+    if any(x.dtype not in _DTYPES for x in leaves):
+        return False
+    devices = {x.sharding for x in leaves if isinstance(x, jax.Array)}
+    default = jax.config.jax_default_device or jax.local_devices()[0]
+    return all(sharding.device_set == {default} for sharding in devices)
 
 
 class Unknown(Exception):
@@ -134,7 +153,8 @@ class Plan:
         self._calls: list[tuple[Run, tuple[int, ...], Any]] = []
         self._constant: set[int] = set()
         self._flags: dict[int, int] = {}  # of flags as integers, where the flags are
-        self.rounds, self.cost = False, 0.0
+        self.rounds = False
+        self.written: list[Any] = []
         places = [self._new() for _ in closed.jaxpr.invars]
         self.n_args = len(places)
         for var in closed.jaxpr.invars:
@@ -209,8 +229,7 @@ class Plan:
         outs = [self._new() for _ in eqn.outvars]
         if name == "convert_element_type" and eqn.invars[0].aval.dtype == bool:
             self._flags[outs[0]] = ins[0]
-        entries = sum(math.prod(var.aval.shape) for var in eqn.outvars)
-        self.cost += 1 + entries / _ENTRIES_OF_A_CALL
+        self.written += [var.aval for var in eqn.outvars]
         self._calls.append((run, ins, tuple(outs) if eqn.primitive.multiple_results else outs[0]))
         return outs
 
@@ -228,11 +247,6 @@ class Plan:
             frees.append(list(last))
         self._calls = calls[::-1]
         return frees[::-1]
-
-    @property
-    def n_calls(self) -> int:
-        """How many calls it makes, those of loops and branches not counted."""
-        return len(self._calls)
 
 
 def _check(aval: Any) -> None:
@@ -757,10 +771,6 @@ def flushes() -> bool:
     tiny = np.full(64, 2.0**-126, np.float32)
     with as_xla():
         return not np.any(tiny * np.float32(0.5)) and not np.any(np.full(64, 1e-42, np.float32) > 0)
-
-
-def _default_device() -> Any:
-    return jax.config.jax_default_device or jax.local_devices()[0]
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from dpai_jax.tools import host
 from dpai_jax.tools.host import ByNumpy
+from dpai_jax.tools.switches import uncollected
 
 PyTree = Any
 T = TypeVar("T")
@@ -57,7 +58,8 @@ def program(
       donate: which of `args` give their memory to the results.
       by_numpy: when NumPy may run the first calls (see `tools.host`), as a small program is run many
         times sooner than it is compiled: "exactly" if no sum of floats can round, so that the
-        results are the same bit by bit; or "roughly", also if one can.
+        results are the same bit by bit; or "roughly", also if one can. Or a function of `settings`
+        that returns one of these, or what does the same as the program with NumPy's arrays.
 
     Returns:
       A decorator.
@@ -122,7 +124,10 @@ class Program:
             if self.layers is not None:
                 traced = functools.partial(_traced, traced, self.like, shardings, results, mesh)
             traced.__name__ = self.fn.__name__  # for profiles
-            programs[key] = _Compiled(traced, self.donate, self.by_numpy)
+            by_numpy = self.by_numpy
+            if callable(by_numpy):
+                by_numpy = by_numpy(**settings)
+            programs[key] = _Compiled(traced, self.donate, by_numpy)
         return programs[key], args
 
 
@@ -153,7 +158,8 @@ class _Compiled:
         if key not in self._ahead or self._ahead[key].cancelled():
             shapes = [jax.ShapeDtypeStruct(*aval[:2], weak_type=aval[2]) for aval in key[1:]]
             # Traced in this thread, as JAX's switches are per thread. XLA needs no Python lock.
-            lowered = self.jitted.lower(*jax.tree.unflatten(treedef, shapes))
+            with uncollected():
+                lowered = self.jitted.lower(*jax.tree.unflatten(treedef, shapes))
             self._ahead[key] = _COMPILERS.submit(lowered.compile)
             _UNDER_WAY.add(self._ahead[key])
         return self._ahead[key]
@@ -162,8 +168,10 @@ class _Compiled:
         self.is_called = True
         if self.within is not self.jitted and _are_traced(args):
             return self.within(*args)
-        if self._by_numpy is not None and self._by_numpy.expect(args):
-            return self._by_numpy(args)
+        if self._by_numpy is not None:
+            found = self._by_numpy.run(args)
+            if found is not None:
+                return found
         if _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
             return self.start(*args).result()(*args)

@@ -1,6 +1,7 @@
 """JAX's debugging switches, which are meant for the user's own programs."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import jax
@@ -16,3 +17,15 @@ def usual_switches() -> Iterator[None]:
     """
     with jax.disable_jit(False), jax.transfer_guard("allow"), jax.debug_infs(False):
         yield
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block Python does not look for garbage, which would take a fifth of a trace."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
