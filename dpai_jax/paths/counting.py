@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from dpai_jax.paths import values as v
 from dpai_jax.paths.values import Flow, Shape, Spread
-from dpai_jax.tools.sums import product_sum, sum_over, written_out_backward
+from dpai_jax.tools.sums import product_sum, scaled, sum_over, written_out_backward
 
 # Axes of the two sides of a contraction, as in the dimension numbers of `lax.dot_general`.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -63,7 +63,11 @@ class Counting:
         """The sums over some axes, which become uniform axes."""
         array = self._sum(spread.array, tuple(axes))
         copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
-        return Spread(array * float(copies), spread.shape)
+        return Spread(self.scaled(array, float(copies)), spread.shape)
+
+    def scaled(self, array: Array, factor: Array | float) -> Array:
+        """An array times a constant."""
+        return array * factor
 
     def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
         return jnp.sum(array, axes, keepdims=True)
@@ -85,7 +89,7 @@ class Counting:
         array = lax.dot_general(
             a.array, b.array, dims, lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
-        return Spread(array * scale if scale != 1.0 else array, shape)
+        return Spread(self.scaled(array, scale), shape)
 
     def stays_uniform(self, coverage: np.ndarray) -> bool:
         """Whether a uniform axis stays uniform under windows whose taps have this coverage."""
@@ -105,6 +109,10 @@ class MeanField(Counting):
         """See `Counting.joined`."""
         # Otherwise XLA makes a deep network's gradient one long sum, computed for every weight.
         return written_out_backward(array)
+
+    def scaled(self, array: Array, factor: Array | float) -> Array:
+        """See `Counting.scaled`."""
+        return scaled(array, factor)
 
     def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
         return sum_over(array, axes)
@@ -164,4 +172,4 @@ def _dot_vector(x: Spread, vector: Spread, dims: tuple[Pair, Pair]) -> Array:
     ]
     sums = sums.transpose(*batch, *others, *contract)
     sums = jnp.squeeze(sums, tuple(range(sums.ndim - len(contract), sums.ndim)))
-    return sums * float(math.prod(uniform))
+    return scaled(sums, float(math.prod(uniform)))

@@ -58,7 +58,7 @@ class Calls:
     def expect(self, args: tuple[Any, ...], times: int) -> bool:
         """Announces calls for arguments of these shapes: whether NumPy is to run them."""
         budget = self._budget(args)
-        if budget is None:
+        if budget is None or budget.run is None:
             return False
         budget.expected += times
         if budget.expected * budget.cost > budget.left:
@@ -68,7 +68,7 @@ class Calls:
     def run(self, args: tuple[Any, ...]) -> Any:
         """The program's result, or None if it is to be compiled."""
         budget = self._budget(args)
-        if budget is None or budget.left < budget.cost:
+        if budget is None or budget.run is None or budget.left < budget.cost:
             return None
         budget.left -= budget.cost
         budget.expected = max(budget.expected - 1, 0)
@@ -114,7 +114,7 @@ class _Budget:
     def __init__(self, run: Any, written: Sequence[Any]):
         self.run = run
         self.cost = sum(1 + math.prod(x.shape) * x.dtype.itemsize * _TO_WRITE for x in written)
-        self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written) if run else -1.0
+        self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
         self.expected = 0
 
 
@@ -230,6 +230,10 @@ class Plan:
         if name == "convert_element_type" and eqn.invars[0].aval.dtype == bool:
             self._flags[outs[0]] = ins[0]
         self.written += [var.aval for var in eqn.outvars]
+        self.rounds |= _rounds(eqn, name)
+        for plan, times in getattr(run, "plans", ()):
+            self.written += plan.written * times
+            self.rounds |= plan.rounds
         self._calls.append((run, ins, tuple(outs) if eqn.primitive.multiple_results else outs[0]))
         return outs
 
@@ -253,6 +257,23 @@ def _check(aval: Any) -> None:
     if getattr(aval, "dtype", None) not in _DTYPES:
         raise Unknown(str(aval))
 
+
+def _rounds(eqn: Any, name: str) -> bool:
+    """Whether an equation sums floats, so that what it rounds depends on their order."""
+    if name not in _SUMS or eqn.outvars[0].aval.dtype != np.float32:
+        return False
+    if name == "dot_general":
+        (axes, _), _ = eqn.params["dimension_numbers"]
+        return math.prod(eqn.invars[0].aval.shape[i] for i in axes) > 1
+    if name == "conv_general_dilated":
+        kernel, features = eqn.invars[1].aval, eqn.params["dimension_numbers"].rhs_spec[0]
+        return math.prod(kernel.shape) > kernel.shape[features]
+    if name == "reduce_window_sum":
+        return math.prod(eqn.params["window_dimensions"]) > 1
+    return math.prod(eqn.invars[0].aval.shape) > math.prod(eqn.outvars[0].aval.shape)
+
+
+_SUMS = {"dot_general", "conv_general_dilated", "reduce_window_sum", "reduce_sum", "cumsum"}
 
 # Equations that stand for those of another jaxpr, and the parameter that holds it.
 _CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
@@ -599,8 +620,7 @@ def _window_sum(ins: Avals, outs: Avals, params: Params) -> Run:
 @_rule("scan")
 def _scan(_ins: Avals, outs: Avals, params: Params) -> Run:
     body, n_consts, n_carry = Plan(params["jaxpr"]), params["num_consts"], params["num_carry"]
-    length, places = params["length"], range(params["length"])
-    order = places[::-1] if params["reverse"] else places
+    order = range(params["length"])[:: -1 if params["reverse"] else 1]
     shapes = [(aval.shape, aval.dtype) for aval in outs[n_carry:]]
 
     def run(*operands: Value) -> list[Value]:
@@ -614,8 +634,7 @@ def _scan(_ins: Avals, outs: Avals, params: Params) -> Run:
                 whole[i] = part
         return [*state, *stacked]
 
-    del length
-    return run
+    return _made_of(run, (body, params["length"]))
 
 
 @_rule("while")
@@ -629,7 +648,7 @@ def _while(_ins: Avals, _outs: Avals, params: Params) -> Run:
             state = body(*of_body, *state)
         return state
 
-    return run
+    return _made_of(run, (goes_on, 1), (body, 1))
 
 
 @_rule("cond")
@@ -639,6 +658,12 @@ def _cond(_ins: Avals, _outs: Avals, params: Params) -> Run:
     def run(index: Value, *operands: Value) -> list[Value]:
         return branches[min(max(int(index), 0), len(branches) - 1)](*operands)
 
+    return _made_of(run, *((branch, 1) for branch in branches))
+
+
+def _made_of(run: Any, *plans: tuple[Plan, int]) -> Run:
+    """A rule's function that runs other plans, each about so many times."""
+    run.plans = plans
     return run
 
 

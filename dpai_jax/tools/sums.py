@@ -52,7 +52,7 @@ def product_sum(
     """
     del write  # without derivatives there is only one reader
     if math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes) == 1:
-        return a * b
+        return rounded(a * b)
     (a, scale_a), (b, scale_b) = below_one(a, below[0]), below_one(b, below[1])
     return sum_below_one(a * b, axes)[0] * scale_a * scale_b
 
@@ -122,16 +122,25 @@ def below_one(array: Array, below: Bound = None) -> tuple[Array, Array | float]:
     return array * inverse, power
 
 
-@jax.custom_vjp
 def rounded(product: Array) -> Array:
-    """A product that is not negative, rounded before it is added to another number.
+    """A finite product, rounded before it is added to another number.
 
-    Otherwise processors may round only their sum, and it depends on the compiler which do.
+    Otherwise processors that multiply and add at once round only the sum, and it depends on the
+    compiler where they do.
     """
-    return lax.abs(product)
+    return jnp.minimum(product, np.finfo(np.float32).max)
 
 
-rounded.defvjp(lambda product: (rounded(product), None), lambda _, cotangent: (cotangent,))
+@jax.custom_vjp
+def scaled(array: Array, factor: Array | float) -> Array:
+    """An array times a constant that broadcasts to it; it and its derivative are `rounded`."""
+    return rounded(array * factor)
+
+
+scaled.defvjp(
+    lambda array, factor: (scaled(array, factor), factor),
+    lambda factor, cotangent: (scaled(cotangent, factor), jnp.zeros_like(factor)),
+)
 
 
 def held_by(shape: Sequence[int], axes: Sequence[int]) -> float:

@@ -28,7 +28,7 @@ from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
 from dpai_jax.tools.convolutions import Convolution
-from dpai_jax.tools.sums import product_sum, rounded, sum_taps
+from dpai_jax.tools.sums import product_sum, sum_taps
 
 Bilinear = Callable[[Spread, Spread], Spread]
 
@@ -237,7 +237,7 @@ def _convolve(
             summed.append(tap)
             strides[i] = base_dilation[i] = dilation[i] = 1
             padding[i] = (0, 0)
-    taps = rounded(rhs.array * weights) if weights.ndim else rhs.array
+    taps = counting.scaled(rhs.array, weights) if weights.ndim else rhs.array
     taps = sum_taps(taps, tuple(summed))
     n_summed = math.prod(rhs.shape[tap] for tap in summed)
     kernel = Spread(taps, rhs.shape, None if rhs.below is None else rhs.below * n_summed)

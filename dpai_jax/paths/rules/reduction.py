@@ -131,7 +131,8 @@ def _pool(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
         base_dilation,
         dilation,
     )
-    return derived(interpreter, eqn, x, Spread(array * scale, shape), _summed(x.at_zero))
+    array = interpreter.counting.scaled(array, scale)
+    return derived(interpreter, eqn, x, Spread(array, shape), _summed(x.at_zero))
 
 
 def _summed(at_zero: float) -> float:

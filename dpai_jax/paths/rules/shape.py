@@ -20,6 +20,7 @@ from jax.extend.core import JaxprEqn
 from dpai_jax.paths import values as v
 from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
+from dpai_jax.paths.counting import Counting
 from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
 from dpai_jax.paths.rules.elementwise import at_zero_of, joined_at_zero
 from dpai_jax.paths.rules.windows import coverage
@@ -151,7 +152,7 @@ def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Valu
     padded = [i for i, pads in enumerate(config) if tuple(pads) != (0, 0, 0)]
     spread = x.spread
     if isinstance(x, Flow) and interpreter.counting.averages:
-        spread, config = _diluted(spread, config, shape)
+        spread, config = _diluted(interpreter.counting, spread, config, shape)
         padded = [i for i in padded if not spread.uniform(i)]
     spread = spread.full(*padded) if padded else spread
     spread = Spread(lax.pad(spread.array, jnp.float32(0), config), shape)
@@ -160,7 +161,9 @@ def _pad(interpreter: Interpreter, eqn: JaxprEqn, x: Value, fill: Value) -> Valu
     return derived(interpreter, eqn, x, spread, joined_at_zero([x.at_zero, at_zero_of(fill)]))
 
 
-def _diluted(spread: Spread, config: Sequence[Any], shape: Shape) -> tuple[Spread, list[Any]]:
+def _diluted(
+    counting: Counting, spread: Spread, config: Sequence[Any], shape: Shape
+) -> tuple[Spread, list[Any]]:
     """Averages over padded uniform axes; returns the result and the padding of the other axes."""
     scale, rest = 1.0, list(config)
     for axis, (low, high, interior) in enumerate(config):
@@ -169,7 +172,7 @@ def _diluted(spread: Spread, config: Sequence[Any], shape: Shape) -> tuple[Sprea
                 coverage(spread.shape[axis], 1, shape[axis], 1, (low, high), interior + 1, 1)[0]
             )
             rest[axis] = (0, 0, 0)
-    return Spread(spread.array * scale, spread.shape), rest
+    return Spread(counting.scaled(spread.array, scale), spread.shape), rest
 
 
 @rearranges("tile")
@@ -265,7 +268,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
     if interpreter.counting.averages and uniform and any(flow.shape[axis] > 1 for flow in flows):
         shares = [flow.shape[axis] / shape[axis] for flow in flows]
         array = functools.reduce(
-            jnp.add, [x * share for x, share in zip(aligned, shares, strict=True)]
+            jnp.add, map(interpreter.counting.scaled, aligned, shares)
         )
         spread = Spread(array, shape)
         return interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
