@@ -98,7 +98,7 @@ def counted(
         return found
     settings = {"counting": counting, "below": below}
     if ahead:
-        _log_count.ahead(net, masks, **settings)
+        _log_count.ahead(net, masks, counting=counting, below=below)
         return jnp.zeros(())
     return _log_count(net, masks, **settings)
 

@@ -302,9 +302,7 @@ def effective(net: Network, kept: list[Array]) -> list[Array]:
     return _effective(net, kept, reached(net, kept))
 
 
-@meshes.program(
-    like=lambda kept, _: kept, layers=lambda kept, _: kept, by_numpy="exactly"
-)
+@meshes.program(like=lambda kept, _: kept, layers=lambda kept, _: kept, by_numpy="exactly")
 def _effective(_: Network, kept: list[Array], reached: list[Array]) -> list[Array]:
     return [k & r for k, r in zip(kept, reached, strict=True)]
 

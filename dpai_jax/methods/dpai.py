@@ -236,7 +236,7 @@ class DPaI:
         masks, weights = self._shapes(problem, bool), self._weights()
         if steps is None:
             settings = self._settings(parts)
-            _step.ahead(net, state, masks, strengths, weights, times=self.steps, **settings)
+            _step.ahead(net, state, masks, strengths, weights, calls=self.steps, **settings)
         else:
             steps(*state, masks, strengths, weights, ahead=self.steps)
         if self.scores is None and not strengths:
@@ -306,9 +306,7 @@ class DPaI:
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
 
-@meshes.program(
-    like=lambda weights: weights, layers=lambda weights: weights, by_numpy="exactly"
-)
+@meshes.program(like=lambda weights: weights, layers=lambda weights: weights, by_numpy="exactly")
 def _strengths_of(
     _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
 ) -> list[Array]:

@@ -90,7 +90,7 @@ class Steps:
             factors = [by_slot.get(slot) for slot in call.inputs]
             args = (self.net, state, *pulled, factors, totals, weights)
             if ahead:
-                _step_behind.ahead(*args, times=ahead, way=self._ways[i])
+                _step_behind.ahead(*args, calls=ahead, way=self._ways[i])
                 return call.stage.arguments
             (moved_scores, remembered[i]), totals, found = _step_behind(*args, way=self._ways[i])
             for (_, slot), x in zip(self._own[i], moved_scores, strict=True):

@@ -53,7 +53,7 @@ class Selector:
         if not many:
             each = zip(self._groups, numbers, self._thresholds, self._parts, strict=True)
             for group, *args, own in each:
-                _select.ahead(group.owner, group.of(scores), *args, times=times, parts=own)
+                _select.ahead(group.owner, group.of(scores), *args, calls=times, parts=own)
 
     def _numbers(self, keep: Any) -> list[Any]:
         return [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]

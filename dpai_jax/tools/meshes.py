@@ -56,10 +56,10 @@ def program(
       layers: takes `args` and returns those with one array for each layer (see `layer_shardings`).
         If not given, the compiler chooses all shardings.
       donate: which of `args` give their memory to the results.
-      by_numpy: when NumPy may run the first calls (see `tools.host`), as a small program is run many
-        times sooner than it is compiled: "exactly" if no sum of floats can round, so that the
-        results are the same bit by bit; or "roughly", also if one can. Or a function of `settings`
-        that returns one of these, or what does the same as the program with NumPy's arrays.
+      by_numpy: when NumPy may run the first calls, as it runs a small program many times before XLA
+        has compiled it: "exactly" if no sum of floats can round, so that the results are the same
+        bit by bit; or "roughly", also if one can. Or a function of `settings` that returns one of
+        these, or what does the same as the program with NumPy's arrays (see `tools.host`).
 
     Returns:
       A decorator.
@@ -95,16 +95,16 @@ class Program:
         compiled, args = self._prepared(owner, args, settings)
         return compiled.jitted.lower(*args)
 
-    def ahead(self, owner: Any, *args: Any, times: int = 1, **settings: Any) -> None:
+    def ahead(self, owner: Any, *args: Any, calls: int = 1, **settings: Any) -> None:
         """Starts to compile the program for these arguments in a thread; not on a mesh.
 
         So several programs compile at the same time. A call waits for the thread. Nothing is
-        compiled if NumPy is to run the next calls, of which `times` are expected.
+        compiled if NumPy is to run the next calls, of which `calls` are expected.
         """
         if self.layers is None or not any(map(_sharding, self.layers(*args))):
             compiled, args = self._prepared(owner, args, settings)
             if owner is None or not compiled.is_called:
-                compiled.expect(*args, times=times)
+                compiled.expect(*args, times=calls)
 
     def _prepared(
         self, owner: Any, args: tuple[Any, ...], settings: Mapping[str, Any]

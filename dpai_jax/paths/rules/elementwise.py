@@ -201,7 +201,7 @@ def product_terms(interpreter: Interpreter, a: Flow, b: Flow) -> tuple[Flow, Flo
         return gate, signal
     if interpreter.gates == "signal":
         return a, v.replace(b, mantissa=jnp.zeros_like(b.mantissa), filled=np.False_)
-    peaks = [lax.stop_gradient(jnp.max(flow.mantissa, initial=0.0)) for flow in (a, b)]
+    peaks = [jnp.max(lax.stop_gradient(flow.mantissa), initial=0.0) for flow in (a, b)]
     ratio = jnp.where(peaks[1] > 0, peaks[0] / jnp.where(peaks[1] > 0, peaks[1], 1.0), 1.0)
     mantissa = interpreter.counting.scaled(b.mantissa, ratio)
     return a, v.replace(b, mantissa=mantissa, exponent=a.exponent, below=None)

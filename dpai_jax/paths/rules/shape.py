@@ -267,9 +267,7 @@ def _join(interpreter: Interpreter, eqn: JaxprEqn, parts: Sequence[Value], axis:
     uniform = all(flow.spread.uniform(axis) for flow in flows)
     if interpreter.counting.averages and uniform and any(flow.shape[axis] > 1 for flow in flows):
         shares = [flow.shape[axis] / shape[axis] for flow in flows]
-        array = functools.reduce(
-            jnp.add, map(interpreter.counting.scaled, aligned, shares)
-        )
+        array = functools.reduce(jnp.add, map(interpreter.counting.scaled, aligned, shares))
         spread = Spread(array, shape)
         return interpreter.flow(spread, exponent, ancestors=ancestors, at_zero=at_zero)
     arrays = iter(aligned)

@@ -1,0 +1,148 @@
+"""Which calls of a program NumPy runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dpai_jax.tools.host.floats import as_xla, flushes
+from dpai_jax.tools.host.plan import DTYPES, Plan, UnknownError
+from dpai_jax.tools.switches import uncollected
+
+PyTree = Any
+
+# Whether NumPy may run a program, or what does the same with NumPy's arrays (see `meshes.program`).
+ByNumpy = Literal["never", "exactly", "roughly"] | Callable[..., Any]
+
+# What XLA takes to compile a program and, besides, each of its equations; and what NumPy takes to
+# write a byte. The unit is what NumPy takes to start on an equation, some five microseconds.
+_TO_COMPILE = 8192.0
+_TO_COMPILE_EQUATION = 256.0
+_TO_WRITE = 2.0**-15
+
+# A function written for NumPy takes as long as so many equations that write each of its arguments.
+_EQUATIONS_OF_AN_ARRAY = 5
+
+_COMPILED_ONLY: ContextVar[bool] = ContextVar("compiled_only", default=False)
+
+
+@contextlib.contextmanager
+def compiled_only() -> Iterator[None]:
+    """Within the block NumPy runs no calls."""
+    token = _COMPILED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _COMPILED_ONLY.reset(token)
+
+
+class Calls:
+    """A program's calls that NumPy runs: the first ones, for about as long as compiling would take.
+
+    So a program that is called often takes at most twice as long as if it were compiled at once.
+    Which calls these are depends on shapes alone, not on a clock.
+
+    Args:
+      jitted: the program, by `jax.jit`.
+      by_numpy: see `meshes.program`; not "never".
+    """
+
+    def __init__(self, jitted: Any, by_numpy: ByNumpy):
+        self._jitted, self._by_numpy = jitted, by_numpy
+        self._budgets: dict[Any, _Budget] = {}
+
+    def expect(self, args: tuple[Any, ...], times: int) -> bool:
+        """Announces calls for arguments of these shapes: whether NumPy is to run them."""
+        budget = self._budget(args)
+        if budget is None:
+            return False
+        budget.expected += times
+        if budget.expected * budget.cost > budget.left:
+            budget.left = 0.0  # from now on it is compiled
+        return budget.left > 0
+
+    def run(self, args: tuple[Any, ...]) -> PyTree | None:
+        """The program's results, or None if it is to be compiled."""
+        budget = self._budget(args)
+        if budget is None or budget.left < budget.cost:
+            return None
+        budget.left -= budget.cost
+        budget.expected = max(budget.expected - 1, 0)
+        leaves, treedef = jax.tree.flatten(args)
+        arrays = [np.asarray(x)[()] for x in leaves]
+        with as_xla():
+            found = budget.run(*jax.tree.unflatten(treedef, arrays))
+        given = set(map(id, arrays))
+        own = jax.tree.map(lambda x: np.array(x) if id(x) in given or _is_view(x) else x, found)
+        committed = (x for x in leaves if isinstance(x, jax.Array) and x.committed)
+        return jax.device_put(own, next((x.device for x in committed), None))
+
+    def _budget(self, args: tuple[Any, ...]) -> _Budget | None:
+        """What is left for arguments of these shapes; None if NumPy can't run them."""
+        leaves, treedef = jax.tree.flatten(args)
+        if not _can_run(leaves):
+            return None
+        key = (treedef, *((np.shape(x), x.dtype) for x in leaves))
+        if key not in self._budgets:
+            shapes = [jax.ShapeDtypeStruct(*aval) for aval in key[1:]]
+            self._budgets[key] = self._made(jax.tree.unflatten(treedef, shapes))
+        budget = self._budgets[key]
+        return budget if budget.run else None
+
+    def _made(self, shapes: tuple[Any, ...]) -> _Budget:
+        if callable(self._by_numpy):
+            return _Budget(self._by_numpy, jax.tree.leaves(shapes) * _EQUATIONS_OF_AN_ARRAY)
+        with uncollected():
+            traced = self._jitted.trace(*shapes)
+            try:
+                plan = Plan(traced.jaxpr)
+            except UnknownError:
+                return _Budget(None, [])
+        if plan.rounds and self._by_numpy == "exactly":
+            return _Budget(None, [])
+        treedef = jax.tree.structure(traced.out_info)
+
+        def run(*args: Any) -> PyTree:
+            return jax.tree.unflatten(treedef, plan(*jax.tree.leaves(args)))
+
+        return _Budget(run, plan.written)
+
+
+class _Budget:
+    """How long NumPy may still run a program: `left` for calls of `cost` each.
+
+    Args:
+      run: takes and returns what the program does, in NumPy's arrays; None if nothing can.
+      written: the shapes that its equations write.
+    """
+
+    def __init__(self, run: Callable[..., PyTree] | None, written: Sequence[Any]):
+        self.run: Any = run
+        self.cost = sum(1 + math.prod(x.shape) * x.dtype.itemsize * _TO_WRITE for x in written)
+        self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
+        self.expected = 0
+
+
+def _is_view(x: Any) -> bool:
+    return np.ndim(x) > 0 and not x.flags.owndata
+
+
+def _can_run(leaves: Sequence[Any]) -> bool:
+    """Whether NumPy can run a program for these arguments: arrays on the default device, a CPU."""
+    if _COMPILED_ONLY.get() or jax.default_backend() != "cpu" or not flushes():
+        return False
+    if _switch("jax_debug_nans") or any(x.dtype not in DTYPES for x in leaves):
+        return False
+    shardings = {x.sharding for x in leaves if isinstance(x, jax.Array)}
+    default = _switch("jax_default_device") or jax.local_devices()[0]
+    return all(sharding.device_set == {default} for sharding in shardings)
+
+
+def _switch(name: str) -> Any:
+    return getattr(jax.config, name)
