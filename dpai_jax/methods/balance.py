@@ -17,12 +17,12 @@ from dpai_jax import checks, counts, selection
 from dpai_jax.allocation import keep_of_layers
 from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
+from dpai_jax.tools.powers import rounded
 from dpai_jax.tools.rows import are_small, sums_of
 from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import (
     below_one,
     held_by,
-    rounded,
     sum_below_one,
     sum_over,
     sum_taps,

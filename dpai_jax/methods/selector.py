@@ -76,7 +76,7 @@ class Selector:
 @meshes.program(
     like=lambda scores, *_: (scores, None),
     layers=lambda scores, *_: scores,
-    by_numpy=lambda parts: "exactly" if parts else _select_by_numpy,
+    by_numpy=lambda parts=(): "exactly" if parts else _select_by_numpy,
 )
 def _select(
     _: Network | None,

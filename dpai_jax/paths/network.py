@@ -27,6 +27,7 @@ from dpai_jax.paths.repeats import Segment, segments_of
 from dpai_jax.paths.rewriting import unrolled
 from dpai_jax.paths.sameness import ComparableJaxpr
 from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
+from dpai_jax.tools.powers import logarithm
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
 
@@ -515,8 +516,9 @@ def _log_of(counting: Counting, flows: list[Flow]) -> Array:
     count = functools.reduce(jnp.add, [jnp.sum(end.array) for end in ends])
     # With no path at all the derivative is that of the count itself: it shows which weights
     # would make one.
-    log = jnp.log(jnp.where(count > 0, count, 1.0 + (count - lax.stop_gradient(count))))
-    return jnp.where(count > 0, log + exponent.astype(jnp.float32) * math.log(2.0), log - jnp.inf)
+    number = jnp.where(count > 0, count, 1.0 + (count - lax.stop_gradient(count)))
+    log = logarithm(number, jnp.where(count > 0, exponent, 0))
+    return jnp.where(count > 0, log, log - jnp.inf)
 
 
 def _sum_of(_: Counting, flows: list[Flow]) -> Array:

@@ -103,8 +103,7 @@ class Program:
         """
         if self.layers is None or not any(map(_sharding, self.layers(*args))):
             compiled, args = self._prepared(owner, args, settings)
-            if owner is None or not compiled.is_called:
-                compiled.expect(*args, times=calls)
+            compiled.expect(*args, calls=calls)
 
     def _prepared(
         self, owner: Any, args: tuple[Any, ...], settings: Mapping[str, Any]
@@ -142,42 +141,58 @@ class _Compiled:
         self.jitted = jit(compiler_options=options)
         # Within another program options are refused.
         self.within = jit() if options else self.jitted
-        self.is_called = False
         self._ahead: dict[Any, Future[jax.stages.Compiled]] = {}
+        self._is_compiled: set[Any] = set()
         self._by_numpy = None if by_numpy == "never" else host.Calls(self.jitted, by_numpy)
 
-    def expect(self, *args: Any, times: int) -> None:
-        """Starts to compile, unless NumPy is to run the next calls."""
-        if self._by_numpy is None or not self._by_numpy.expect(args, times):
-            self.start(*args)
+    def expect(self, *args: Any, calls: int) -> None:
+        """Starts to compile, unless NumPy is to run the next calls for the first time."""
+        key = _shapes_of(args)
+        if key in self._is_compiled:
+            return
+        if self._by_numpy is not None and self._by_numpy.expect(key, args, calls):
+            return
+        self.start(*args)
 
     def start(self, *args: Any) -> Future[jax.stages.Compiled]:
         """Starts to compile for arguments of these shapes on the default device."""
-        leaves, treedef = jax.tree.flatten(args)
-        key = (treedef, *((np.shape(x), x.dtype, getattr(x, "weak_type", False)) for x in leaves))
+        key = _shapes_of(args)
         if key not in self._ahead or self._ahead[key].cancelled():
-            shapes = [jax.ShapeDtypeStruct(*aval[:2], weak_type=aval[2]) for aval in key[1:]]
             # Traced in this thread, as JAX's switches are per thread. XLA needs no Python lock.
             with uncollected():
-                lowered = self.jitted.lower(*jax.tree.unflatten(treedef, shapes))
+                lowered = self.jitted.lower(*_unflattened(key))
             self._ahead[key] = _COMPILERS.submit(lowered.compile)
             _UNDER_WAY.add(self._ahead[key])
         return self._ahead[key]
 
     def __call__(self, *args: Any) -> Any:
-        self.is_called = True
         if self.within is not self.jitted and _are_traced(args):
             return self.within(*args)
-        if self._by_numpy is not None:
-            found = self._by_numpy.run(args)
+        key = _shapes_of(args)
+        compiling = self._ahead.get(key)
+        is_ready = key in self._is_compiled or (compiling is not None and compiling.done())
+        if self._by_numpy is not None and not is_ready:
+            found = self._by_numpy.run(key, args)
             if found is not None:
                 return found
+        self._is_compiled.add(key)
         if _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
             return self.start(*args).result()(*args)
-        if not all(compiling.done() for compiling in self._ahead.values()):
-            wait(self._ahead.values())  # an error is raised again by the call below
+        if compiling is not None:
+            wait([compiling])  # an error is raised again by the call below
         return self.jitted(*args)
+
+
+def _shapes_of(args: tuple[Any, ...]) -> Any:
+    leaves, treedef = jax.tree.flatten(args)
+    return treedef, *((np.shape(x), x.dtype, getattr(x, "weak_type", False)) for x in leaves)
+
+
+def _unflattened(key: Any) -> Any:
+    treedef, *avals = key
+    shapes = [jax.ShapeDtypeStruct(s, dtype, weak_type=weak) for s, dtype, weak in avals]
+    return jax.tree.unflatten(treedef, shapes)
 
 
 def _are_traced(args: tuple[Any, ...]) -> bool:

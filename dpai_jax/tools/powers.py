@@ -1,11 +1,13 @@
-"""Powers of two, made from the bits of a float32. Scaling by them does not round."""
+"""Arithmetic that comes out the same everywhere: powers of two, by which scaling does not round."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -23,7 +25,7 @@ def power_above(largest: Array) -> Array:
 
 
 def exponent_of(power: Array) -> Array:
-    """The exponent of a power of two, int32."""
+    """The exponent of a power of two, int32; of another number that of the power below it."""
     biased = lax.shift_right_logical(lax.bitcast_convert_type(power, jnp.int32), jnp.int32(23))
     return biased - jnp.int32(127)
 
@@ -32,6 +34,41 @@ def inverse(power: Array) -> Array:
     """One over a power of two, 0 for 2^127. XLA does not fuse a division with its neighbours."""
     bits = jnp.int32(0x7F00_0000) - lax.bitcast_convert_type(power, jnp.int32)
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@jax.custom_jvp
+def logarithm(number: Array, exponent: Array) -> Array:
+    """The natural logarithm of `number * 2**exponent`, for positive normal numbers.
+
+    Of multiplications and additions that round by themselves, so that it is the same whatever
+    compiles it.
+    """
+    bits = lax.bitcast_convert_type(number, jnp.int32)
+    one = jnp.int32(0x3F80_0000)
+    part = lax.bitcast_convert_type((bits & jnp.int32(0x007F_FFFF)) | one, jnp.float32)
+    is_large = part > math.sqrt(2)
+    part = jnp.where(is_large, part / 2, part)
+    whole = exponent_of(number) + is_large.astype(jnp.int32) + exponent
+    ratio = (part - 1) / (part + 1)  # below 0.172
+    square, series = ratio * ratio, jnp.full_like(ratio, 1 / 11)
+    for n in (9, 7, 5, 3, 1):
+        series = rounded(square * series) + 1 / n
+    return rounded(whole.astype(jnp.float32) * math.log(2)) + rounded(2 * ratio * series)
+
+
+@logarithm.defjvp
+def _of_logarithm(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    (number, exponent), (tangent, _) = primals, tangents
+    return logarithm(number, exponent), tangent / number
+
+
+def rounded(product: Array) -> Array:
+    """A finite product, rounded before it is added to another number.
+
+    Otherwise processors that multiply and add at once round only the sum, and it depends on the
+    compiler where they do.
+    """
+    return jnp.minimum(product, np.finfo(np.float32).max)
 
 
 def stages(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.powers import largest_entry, scaling, stages
+from dpai_jax.tools.powers import largest_entry, rounded, scaling, stages
 
 # An upper bound of all magnitudes in an array, or None if it is not known.
 Bound = float | None
@@ -120,15 +120,6 @@ def below_one(array: Array, below: Bound = None) -> tuple[Array, Array | float]:
     # Second derivatives may be negative.
     power, inverse, _ = scaling(largest_entry(lax.abs(lax.stop_gradient(array))))
     return array * inverse, power
-
-
-def rounded(product: Array) -> Array:
-    """A finite product, rounded before it is added to another number.
-
-    Otherwise processors that multiply and add at once round only the sum, and it depends on the
-    compiler where they do.
-    """
-    return jnp.minimum(product, np.finfo(np.float32).max)
 
 
 @jax.custom_vjp

@@ -45,8 +45,8 @@ def compiled_only() -> Iterator[None]:
 class Calls:
     """A program's calls that NumPy runs: the first ones, for about as long as compiling would take.
 
-    So a program that is called often takes at most twice as long as if it were compiled at once.
-    Which calls these are depends on shapes alone, not on a clock.
+    A program that is used again is compiled meanwhile (see `expect`), and where NumPy would round
+    otherwise, which calls it runs depends on shapes alone, not on a clock.
 
     Args:
       jitted: the program, by `jax.jit`.
@@ -57,23 +57,33 @@ class Calls:
         self._jitted, self._by_numpy = jitted, by_numpy
         self._budgets: dict[Any, _Budget] = {}
 
-    def expect(self, args: tuple[Any, ...], times: int) -> bool:
-        """Announces calls for arguments of these shapes: whether NumPy is to run them."""
-        budget = self._budget(args)
+    def expect(self, key: Any, args: tuple[Any, ...], calls: int) -> bool:
+        """Announces calls for arguments of these shapes.
+
+        Args:
+          key: stands for the shapes.
+          args: the arguments, or their shapes.
+          calls: how many.
+
+        Returns:
+          Whether nothing is to be compiled for them: NumPy runs them, for the first time.
+        """
+        budget = self._budget(key, args)
         if budget is None:
             return False
-        budget.expected += times
+        budget.expected += calls
         if budget.expected * budget.cost > budget.left:
             budget.left = 0.0  # from now on it is compiled
-        return budget.left > 0
+        return budget.left > 0 and (not budget.is_used or self._by_numpy == "roughly")
 
-    def run(self, args: tuple[Any, ...]) -> PyTree | None:
+    def run(self, key: Any, args: tuple[Any, ...]) -> PyTree | None:
         """The program's results, or None if it is to be compiled."""
-        budget = self._budget(args)
+        budget = self._budget(key, args)
         if budget is None or budget.left < budget.cost:
             return None
         budget.left -= budget.cost
         budget.expected = max(budget.expected - 1, 0)
+        budget.is_used = True
         leaves, treedef = jax.tree.flatten(args)
         arrays = [np.asarray(x)[()] for x in leaves]
         with as_xla():
@@ -83,14 +93,13 @@ class Calls:
         committed = (x for x in leaves if isinstance(x, jax.Array) and x.committed)
         return jax.device_put(own, next((x.device for x in committed), None))
 
-    def _budget(self, args: tuple[Any, ...]) -> _Budget | None:
+    def _budget(self, key: Any, args: tuple[Any, ...]) -> _Budget | None:
         """What is left for arguments of these shapes; None if NumPy can't run them."""
         leaves, treedef = jax.tree.flatten(args)
         if not _can_run(leaves):
             return None
-        key = (treedef, *((np.shape(x), x.dtype) for x in leaves))
         if key not in self._budgets:
-            shapes = [jax.ShapeDtypeStruct(*aval) for aval in key[1:]]
+            shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in leaves]
             self._budgets[key] = self._made(jax.tree.unflatten(treedef, shapes))
         budget = self._budgets[key]
         return budget if budget.run else None
@@ -127,6 +136,7 @@ class _Budget:
         self.cost = sum(1 + math.prod(x.shape) * x.dtype.itemsize * _TO_WRITE for x in written)
         self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
         self.expected = 0
+        self.is_used = False
 
 
 def _is_view(x: Any) -> bool:
