@@ -92,13 +92,13 @@ RULES["shift_right_arithmetic"] = _shift(np.right_shift, np.int32)
 def _sign(ins: Avals, _outs: Avals, _params: Params) -> Run:
     if ins[0].dtype != np.float32:
         return np.sign
-    return lambda x: np.copysign(np.abs(np.sign(x)), x)  # −0. is its own sign
+    return _sign_of
 
 
-@rule("log")
-def _log(_ins: Avals, _outs: Avals, _params: Params) -> Run:
-    # XLA's may differ in the last bit.
-    return lambda x: np.log(x.astype(np.float64)).astype(np.float32)
+def _sign_of(x: Value) -> Value:
+    found, below_zero = np.sign(x), x.view(np.int32) == _LEAST
+    # −0. is its own sign; to NumPy it is 0.
+    return np.where(below_zero, x, found)[()] if np.any(below_zero) else found
 
 
 @rule("clamp")
@@ -114,8 +114,20 @@ def _select_n(ins: Avals, _outs: Avals, _params: Params) -> Run:
 
 
 def _chosen(which: Value, yes: Value, no: Value) -> Value:
-    found: Any = np.where(which, yes, no)
-    return found[()]  # a scalar, not an array without axes
+    if which.ndim == 0:
+        return yes if which else no
+    if which.size < _MANY or yes.dtype == bool:
+        return np.where(which, yes, no)
+    # By bits, several times as fast as a choice entry by entry.
+    chosen = which.view(np.int8).astype(np.int32)
+    np.negative(chosen, out=chosen)
+    chosen &= yes.view(np.int32) ^ no.view(np.int32)
+    chosen ^= no.view(np.int32)
+    return chosen.view(yes.dtype)
+
+
+# From so many entries on their number counts, not that of calls.
+_MANY = 1024
 
 
 @rule("convert_element_type")
