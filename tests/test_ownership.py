@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 
 import dpai_jax as dpai
 from dpai_jax.paths.interpreter import _RULES
-from dpai_jax.tools import meshes
+from dpai_jax.tools import host, meshes
 from dpai_jax.tools.signatures import signature
 
 PARAMS = {"hidden": jnp.ones((8, 12)), "out": jnp.ones((12, 4))}
@@ -156,7 +156,7 @@ def test_a_failure_ends_what_is_compiled_ahead(monkeypatch):
         def run(self, _):
             raise AssertionError
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), host.compiled_only():
         dpai.prune(network(), params, X, 0.5, method=Failing(), progress=False)
     net = dpai.trace(network(), params, X)
     under_way = [f for p in net.programs.values() for f in getattr(p, "_ahead", {}).values()]
