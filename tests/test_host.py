@@ -142,6 +142,7 @@ def test_logarithms(exponent: int) -> None:
 PLACES: dict[str, Callable[[Any], Any]] = {
     "broadcast": lambda x: lax.broadcast_in_dim(x, (2, 4, 3, 5, 6), (1, 3, 4)),
     "reshape": lambda x: x.reshape(6, 20) + x.ravel()[None, :20],
+    "reshape in another order": lambda x: lax.reshape(x, (6, 20), (2, 0, 1)),
     "transpose": lambda x: x.transpose(2, 0, 1),
     "rev": lambda x: lax.rev(x, (0, 2)),
     "slice": lambda x: lax.slice(x, (1, 0, 2), (4, 5, 6), (2, 1, 3)),
