@@ -148,13 +148,13 @@ def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Arra
     return pulled_to_masks(net, calls, _reached_behind, masks, ahead=ahead)
 
 
-@meshes.program(by_numpy="roughly")
+@meshes.program(by_numpy="vouched")  # sums of flags do not round
 def _reached_behind(_: Network, *pulled: Any, **of_stage: Any) -> list[Array | None]:
     """What is reached, pulled back through one stage; of masks that end here, whether it is."""
     return pulled_behind(lambda gradient, _: gradient > 0.5, *pulled, **of_stage)
 
 
-@meshes.program(like=lambda masks: masks, layers=lambda masks: masks, by_numpy="roughly")
+@meshes.program(like=lambda masks: masks, layers=lambda masks: masks, by_numpy="vouched")
 def _reached(net: Network, masks: list[Array]) -> list[Array]:
     shardings = _count_shardings(net, masks)
     floats = _resharded(net, [m.astype(jnp.float32) for m in masks], shardings)

@@ -58,8 +58,9 @@ def program(
       donate: which of `args` give their memory to the results.
       by_numpy: when NumPy may run the first calls, as it runs a small program many times before XLA
         has compiled it: "exactly" if no sum of floats can round, so that the results are the same
-        bit by bit; or "roughly", also if one can. Or a function of `settings` that returns one of
-        these, or what does the same as the program with NumPy's arrays (see `tools.host`).
+        bit by bit; "vouched" if they are also where one could; or "roughly", if they need not be.
+        Or a function of `settings` that returns one of these, or what does the same as the program
+        with NumPy's arrays (see `tools.host`).
 
     Returns:
       A decorator.

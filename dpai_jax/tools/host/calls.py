@@ -18,7 +18,7 @@ from dpai_jax.tools.switches import uncollected
 PyTree = Any
 
 # Whether NumPy may run a program, or what does the same with NumPy's arrays (see `meshes.program`).
-ByNumpy = Literal["never", "exactly", "roughly"] | Callable[..., Any]
+ByNumpy = Literal["never", "exactly", "vouched", "roughly"] | Callable[..., Any]
 
 # What XLA takes to compile a program and, besides, each of its equations; and what NumPy takes to
 # write a byte. The unit is what NumPy takes to start on an equation, some five microseconds.
@@ -45,8 +45,8 @@ def compiled_only() -> Iterator[None]:
 class Calls:
     """A program's calls that NumPy runs: the first ones, for about as long as compiling would take.
 
-    A program that is used again is compiled meanwhile (see `expect`), and where NumPy would round
-    otherwise, which calls it runs depends on shapes alone, not on a clock.
+    A program that is announced again is compiled, and NumPy runs it until that is done. Where it
+    rounds otherwise it runs no more, so that what comes out does not depend on a clock.
 
     Args:
       jitted: the program, by `jax.jit`.
@@ -55,6 +55,7 @@ class Calls:
 
     def __init__(self, jitted: Any, by_numpy: ByNumpy):
         self._jitted, self._by_numpy = jitted, by_numpy
+        self._is_rough = by_numpy == "roughly"
         self._budgets: dict[Any, _Budget] = {}
 
     def expect(self, key: Any, args: tuple[Any, ...], calls: int) -> bool:
@@ -72,9 +73,10 @@ class Calls:
         if budget is None:
             return False
         budget.expected += calls
-        if budget.expected * budget.cost > budget.left:
+        is_again = budget.is_used
+        if budget.expected * budget.cost > budget.left or (is_again and self._is_rough):
             budget.left = 0.0  # from now on it is compiled
-        return budget.left > 0 and (not budget.is_used or self._by_numpy == "roughly")
+        return budget.left > 0 and not is_again
 
     def run(self, key: Any, args: tuple[Any, ...]) -> PyTree | None:
         """The program's results, or None if it is to be compiled."""
