@@ -146,8 +146,9 @@ def _cold(rows: Sequence[Row]) -> Grid:
     columns: Columns = {
         "network": lambda r: r["title"],
         "first call, s": seconds("first", 1),
-        "another key and sparsity": seconds("again", 2),
-        "a function made anew": seconds("anew", 2),
+        "second call, s": seconds("second", 1),
+        "compiled: another key and sparsity": seconds("again", 2),
+        "compiled: a function made anew": seconds("anew", 2),
         "first call, cached on disk": seconds("disk", 1),
         "compiling a training step": seconds("training", 1),
     }

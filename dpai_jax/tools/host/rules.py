@@ -96,9 +96,9 @@ def _sign(ins: Avals, _outs: Avals, _params: Params) -> Run:
 
 
 def _sign_of(x: Value) -> Value:
-    found, below_zero = np.sign(x), x.view(np.int32) == _LEAST
+    is_zero = x.view(np.int32) == _LEAST
     # −0. is its own sign; to NumPy it is 0.
-    return np.where(below_zero, x, found)[()] if np.any(below_zero) else found
+    return _chosen(is_zero, x, np.sign(x)) if np.any(is_zero) else np.sign(x)
 
 
 @rule("clamp")
