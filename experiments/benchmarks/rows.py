@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import dpai_jax as dpai
+from dpai_jax.tools import host
 from dpai_jax.tools.settings import described
 from experiments import provenance
 from experiments.benchmarks import clock, networks
@@ -133,6 +134,7 @@ def _steps(network: Network, python: str | None) -> Row:
     return row
 
 
+@host.compiled_only()
 def _step(network: Network, name: str, sparsity: float = 0.9, steps: int = 101) -> Row:
     method, least_bytes = TIMED[name]
     fn, params, x = network.problem()
