@@ -357,17 +357,24 @@ def test_first_calls_are_numpys_and_later_ones_xlas(compilations: list[str]) -> 
     assert compilations[-2:] == ["XLA", "XLA"]
 
 
-def test_what_is_used_again_is_compiled_meanwhile(compilations: list[str]) -> None:
+def test_what_is_used_often_is_compiled_meanwhile(compilations: list[str]) -> None:
     x = jnp.arange(6.0)
-    for _ in range(2):
-        _tripled.ahead(None, x, calls=2, times=8)
-        _tripled(None, x, times=8)
     program, _ = _tripled._prepared(None, (x,), {"times": 8})
-    for compiling in program._ahead.values():
-        compiling.result()
-    _tripled(None, x, times=8)
-    assert compilations[0] == "NumPy"
-    assert compilations[2] == "XLA"
+
+    def called(calls: int) -> None:
+        _tripled.ahead(None, x, calls=calls, times=8)
+        for _ in range(calls):
+            _tripled(None, x, times=8)
+
+    called(1000)
+    called(100)
+    assert not program._ahead
+    called(1)
+    (compiling,) = program._ahead.values()
+    compiling.result()
+    called(1)
+    assert compilations[:1100] == ["NumPy"] * 1100
+    assert compilations[-1] == "XLA"
 
 
 def test_where_many_calls_are_expected_none_is_numpys(compilations: list[str]) -> None:

@@ -26,6 +26,9 @@ _TO_COMPILE = 8192.0
 _TO_COMPILE_EQUATION = 256.0
 _TO_WRITE = 2.0**-15
 
+# How much of what compiling takes NumPy may take before the program is compiled.
+_UNTIL_COMPILED = 0.25
+
 # A function written for NumPy takes as long as so many equations that write each of its arguments.
 _EQUATIONS_OF_AN_ARRAY = 5
 
@@ -43,10 +46,11 @@ def compiled_only() -> Iterator[None]:
 
 
 class Calls:
-    """A program's calls that NumPy runs: the first ones, for about as long as compiling would take.
+    """A program's calls that NumPy runs: the first ones.
 
-    A program that is announced again is compiled, and NumPy runs it until that is done. Where it
-    rounds otherwise it runs no more, so that what comes out does not depend on a clock.
+    They may take about as long as compiling would. After a quarter of that the program is compiled,
+    as soon as more calls are announced. NumPy runs it until that is done; but where it rounds
+    otherwise it runs no more, so that what comes out does not depend on a clock.
 
     Args:
       jitted: the program, by `jax.jit`.
@@ -67,16 +71,16 @@ class Calls:
           calls: how many.
 
         Returns:
-          Whether nothing is to be compiled for them: NumPy runs them, for the first time.
+          Whether nothing is to be compiled.
         """
         budget = self._budget(key, args)
         if budget is None:
             return False
         budget.expected += calls
-        is_again = budget.is_used
-        if budget.expected * budget.cost > budget.left or (is_again and self._is_rough):
+        is_frequent = budget.left < (1 - _UNTIL_COMPILED) * budget.whole
+        if budget.expected * budget.cost > budget.left or (is_frequent and self._is_rough):
             budget.left = 0.0  # from now on it is compiled
-        return budget.left > 0 and not is_again
+        return budget.left > 0 and not is_frequent
 
     def run(self, key: Any, args: tuple[Any, ...]) -> PyTree | None:
         """The program's results, or None if it is to be compiled."""
@@ -85,7 +89,6 @@ class Calls:
             return None
         budget.left -= budget.cost
         budget.expected = max(budget.expected - 1, 0)
-        budget.is_used = True
         leaves, treedef = jax.tree.flatten(args)
         arrays = [np.asarray(x)[()] for x in leaves]
         with as_xla():
@@ -136,9 +139,8 @@ class _Budget:
     def __init__(self, run: Callable[..., PyTree] | None, written: Sequence[Any]):
         self.run: Any = run
         self.cost = sum(1 + math.prod(x.shape) * x.dtype.itemsize * _TO_WRITE for x in written)
-        self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
+        self.whole = self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
         self.expected = 0
-        self.is_used = False
 
 
 def _is_view(x: Any) -> bool:
