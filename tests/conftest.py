@@ -117,6 +117,7 @@ SLOW = (
     r"test_cut_networks\w*\[(?!linen/resnet|plain/(scanned|convolution))",
     r"test_groups_are_kept\w*\[(DPaI, global|GraSP|NTK-SAP|ProsPr)",
     r"test_masks_are_the_same_under_every_switch\[(?!DPaI)",
+    r"test_networks_are_pruned_as_xla\w*\[(?!lenet|resnet20-default)",
     r"test_zoo.*\[(equinox|haiku|nnx|linen/(?!resnet_basic|vit_class|lstm))",
     r"test_contract_of_every_optimizer\[(?!sgd|adam|lion)",
     r"experiments/models/|experiments/test_(mesh|report_page|cpu)\.py",
