@@ -15,7 +15,7 @@ from dpai_jax.compacting.cuts import Cut
 from dpai_jax.compacting.facts import Kept
 from dpai_jax.compacting.program import Program
 from dpai_jax.compacting.rules import Rule, rule_of
-from dpai_jax.paths._jax import bind, source_line
+from dpai_jax.tools.jaxprs import bind, source_line
 
 
 @dataclasses.dataclass(frozen=True)

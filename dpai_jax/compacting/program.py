@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
-from dpai_jax.paths._jax import bind, dtype_of, open_jaxpr, shape_of
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
+from dpai_jax.tools.jaxprs import bind, dtype_of, open_jaxpr, shape_of
 
 # Calls whose derivative is the user's own. They stay calls, so that it is kept.
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_lin")

@@ -19,7 +19,7 @@ from dpai_jax.compacting import program as p
 from dpai_jax.compacting.cuts import Cut, narrow
 from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, any_of, block, flags, within
 from dpai_jax.compacting.program import Step
-from dpai_jax.paths._jax import bind, shape_of
+from dpai_jax.tools.jaxprs import bind, shape_of
 
 _RULES: dict[str, type[Rule]] = {}
 

@@ -15,8 +15,8 @@ from dpai_jax.compacting.cuts import Cut, narrow, take
 from dpai_jax.compacting.facts import Fact, Flags, Kept, Shape, any_of, flags, indices, spread
 from dpai_jax.compacting.program import Step
 from dpai_jax.compacting.rules import Rule, rule_for
-from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.rules.shape import reshape_groups
+from dpai_jax.tools.jaxprs import shape_of
 
 
 class Source(NamedTuple):

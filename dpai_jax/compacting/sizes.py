@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from dpai_jax.paths._jax import open_jaxpr, shape_of
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
+from dpai_jax.tools.jaxprs import open_jaxpr, shape_of
 
 PyTree = Any
 

@@ -29,7 +29,7 @@ from dpai_jax.compacting.facts import (
 )
 from dpai_jax.compacting.program import Step
 from dpai_jax.compacting.rules import Rule, rule_for
-from dpai_jax.paths._jax import bind, shape_of
+from dpai_jax.tools.jaxprs import bind, shape_of
 
 
 @rule_for("reduce_sum")

@@ -19,10 +19,10 @@ from jax.extend.core import Literal
 
 from dpai_jax.methods.balance import Objective, directions_of, moved
 from dpai_jax.paths import Layer, Network
-from dpai_jax.paths._jax import open_jaxpr
 from dpai_jax.paths.folding import Call, Stage, pulled_back
 from dpai_jax.stages import backward, forward, multiplied
 from dpai_jax.tools import meshes
+from dpai_jax.tools.jaxprs import open_jaxpr
 from dpai_jax.tools.powers import SMALL
 from dpai_jax.tools.signatures import Alike
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.values import Independent, Known, Value
+from dpai_jax.tools.jaxprs import shape_of
 
 _LOOPS = frozenset(("scan", "while", "cond"))
 _BROADCAST = "broadcast_in_dim"

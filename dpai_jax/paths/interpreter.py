@@ -19,11 +19,11 @@ from jax import Array
 from jax.extend.core import JaxprEqn, Literal, Primitive
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import open_jaxpr, source_line
 from dpai_jax.paths.constants import constant, fold, unknown
 from dpai_jax.paths.counting import EXACT, Counting
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.tools.jaxprs import open_jaxpr, source_line
 
 GATES = ("balanced", "jacobian", "signal")
 

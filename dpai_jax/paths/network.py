@@ -17,7 +17,6 @@ from jax import Array, lax
 
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import open_jaxpr
 from dpai_jax.paths.constants import constant
 from dpai_jax.paths.counting import EXACT, REACH, Counting
 from dpai_jax.paths.folding import Call, End, Slot, chain_of, flows_of
@@ -27,6 +26,7 @@ from dpai_jax.paths.repeats import Segment, segments_of
 from dpai_jax.paths.rewriting import unrolled
 from dpai_jax.paths.sameness import ComparableJaxpr
 from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
+from dpai_jax.tools.jaxprs import open_jaxpr
 from dpai_jax.tools.powers import logarithm
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown

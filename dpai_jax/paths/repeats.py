@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from dpai_jax.paths._jax import open_jaxpr
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
 from dpai_jax.paths.sameness import ComparableJaxpr, kind_of
+from dpai_jax.tools.jaxprs import open_jaxpr
 
 # The equations of a block, at least: each program costs a call.
 _FEWEST = 8

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn, Literal
 
-from dpai_jax.paths._jax import at_source, dtype_of, open_jaxpr, scan_arity, shape_of
+from dpai_jax.tools.jaxprs import at_source, dtype_of, open_jaxpr, scan_arity, shape_of
 
 # Primitives that call a jaxpr of their own, by name.
 CALLS = """

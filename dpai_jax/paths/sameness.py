@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from dpai_jax.paths._jax import open_jaxpr
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
+from dpai_jax.tools.jaxprs import open_jaxpr
 from dpai_jax.tools.signatures import signature
 
 

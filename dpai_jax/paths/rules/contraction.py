@@ -19,7 +19,6 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import dtype_of, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.counting import Counting
 from dpai_jax.paths.interpreter import Interpreter, rules_for
@@ -28,6 +27,7 @@ from dpai_jax.paths.rules.elementwise import nonzero, product_terms
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
 from dpai_jax.tools.convolutions import Convolution
+from dpai_jax.tools.jaxprs import dtype_of, shape_of
 from dpai_jax.tools.sums import product_sum, sum_taps
 
 Bilinear = Callable[[Spread, Spread], Spread]

@@ -12,12 +12,12 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import open_jaxpr, scan_arity, shape_of
 from dpai_jax.paths.constants import constant, unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.rewriting import CALLS, called_jaxpr
 from dpai_jax.paths.rules.elementwise import add, joined_at_zero
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.tools.jaxprs import open_jaxpr, scan_arity, shape_of
 
 
 @rules_for(" ".join(CALLS), inlined=True)

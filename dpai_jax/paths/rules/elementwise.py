@@ -21,10 +21,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import dtype_of, is_real, shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.values import Flow, Independent, Known, Spread, Value, Weight, WeightSum
+from dpai_jax.tools.jaxprs import dtype_of, is_real, shape_of
 
 _PRODUCTS = "div mul mulhi pow"
 _SUMS = ("add", "add_any", "complex", "sub")

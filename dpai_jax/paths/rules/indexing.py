@@ -16,7 +16,6 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.kernels import KernelUse
@@ -24,6 +23,7 @@ from dpai_jax.paths.rules.contraction import pass_kernel
 from dpai_jax.paths.rules.elementwise import at_zero_of, joined_at_zero, product_terms
 from dpai_jax.paths.rules.shape import same_axes, viewed
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight
+from dpai_jax.tools.jaxprs import shape_of
 
 
 def known_indices(*indices: Value) -> list[Array] | None:

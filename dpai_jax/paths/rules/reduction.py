@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.interpreter import Interpreter, derived, rules_for
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Flow, Spread, Value
+from dpai_jax.tools.jaxprs import shape_of
 
 _REDUCTIONS = """
     reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor

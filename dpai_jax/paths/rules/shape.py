@@ -18,13 +18,13 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths._jax import shape_of
 from dpai_jax.paths.constants import unknown
 from dpai_jax.paths.counting import Counting
 from dpai_jax.paths.interpreter import Interpreter, derived, derived_unit, rules_for
 from dpai_jax.paths.rules.elementwise import at_zero_of, joined_at_zero
 from dpai_jax.paths.rules.windows import coverage
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Value, Weight, WeightSum
+from dpai_jax.tools.jaxprs import shape_of
 
 # The result, and for each of its axes the axes of the operand that make it up.
 Rearranged = tuple[Spread, Axes]

@@ -21,6 +21,7 @@ from dpai_jax.tools.host.plan import (
     made_of,
     rule,
 )
+from dpai_jax.tools.jaxprs import scan_arity
 
 Avals = Sequence[Any]
 Params = Mapping[str, Any]
@@ -425,8 +426,8 @@ def _cond(_ins: Avals, _outs: Avals, params: Params) -> Run:
 
 
 @rule("scan")
-def _scan(_ins: Avals, outs: Avals, params: Params) -> Run:
-    body, n_consts, n_carry = Plan(params["jaxpr"]), params["num_consts"], params["num_carry"]
+def _scan(_ins: Avals, outs: Avals, params: Any) -> Run:
+    body, (n_consts, n_carry) = Plan(params["jaxpr"]), scan_arity(params)
     steps = range(params["length"])[:: -1 if params["reverse"] else 1]
 
     def run(*operands: Value) -> list[Value]:

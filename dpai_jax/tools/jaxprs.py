@@ -1,4 +1,4 @@
-"""The few lines that differ between JAX releases (0.10 to 0.12)."""
+"""Jaxprs and their equations: the few lines that differ between JAX releases (0.10 to 0.12)."""
 
 from __future__ import annotations
 
