@@ -440,9 +440,13 @@ def network(request: Any) -> tuple[Any, Any, Any]:
     return model.apply, jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes), x
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"strength": "one", "alpha": 0.7}], ids=["default", "ones"]
-)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "indicator": {"balance": "indicator", "strength": "square", "alpha": 0.7},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_networks_are_pruned_as_xla_prunes_them(network: Any, settings: Any) -> None:
     how = {"sparsity": 0.9, "method": dpai.DPaI(steps=4, **settings), "key": jax.random.key(1)}
     first = dpai.prune(*network, **how, progress=False)

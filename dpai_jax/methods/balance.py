@@ -283,7 +283,8 @@ def _slopes(
     else:
         node = jnp.sum(kernel, inputs, keepdims=True)
         of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
-    slope = (1 - alpha) + alpha * ((1 - beta) * of_node + beta * of_kernel)
+    bracket = rounded((1 - beta) * of_node) + rounded(beta * of_kernel)
+    slope = (1 - alpha) + rounded(alpha * bracket)
     return slope, slope * sum_taps(gradient, taps), open_kernels
 
 
