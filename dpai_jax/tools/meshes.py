@@ -186,8 +186,10 @@ class _Compiled:
 
 
 def _shapes_of(args: tuple[Any, ...]) -> Any:
+    """What stands for the shapes and types of arguments."""
     leaves, treedef = jax.tree.flatten(args)
-    return treedef, *((np.shape(x), x.dtype, getattr(x, "weak_type", False)) for x in leaves)
+    pairs = ((x, getattr(x, "dtype", type(x))) for x in leaves)
+    return treedef, *((np.shape(x), dtype, getattr(x, "weak_type", False)) for x, dtype in pairs)
 
 
 def _unflattened(key: Any) -> Any:

@@ -151,7 +151,7 @@ def _can_run(leaves: Sequence[Any]) -> bool:
     """Whether NumPy can run a program for these arguments: arrays on the default device, a CPU."""
     if _COMPILED_ONLY.get() or jax.default_backend() != "cpu" or not flushes():
         return False
-    if _switch("jax_debug_nans") or any(x.dtype not in DTYPES for x in leaves):
+    if _switch("jax_debug_nans") or any(getattr(x, "dtype", None) not in DTYPES for x in leaves):
         return False
     shardings = {x.sharding for x in leaves if isinstance(x, jax.Array)}
     default = _switch("jax_default_device") or jax.local_devices()[0]
