@@ -268,8 +268,9 @@ def _dynamic_update_slice(ins: Avals, _outs: Avals, _params: Params) -> Run:
 @rule("iota")
 def _iota(_ins: Avals, outs: Avals, params: Params) -> Run:
     shape, axis = outs[0].shape, params["dimension"]
+    along = [n if i == axis else 1 for i, n in enumerate(shape)]
     row = np.arange(shape[axis]).astype(outs[0].dtype)
-    whole = np.broadcast_to(np.expand_dims(row, [i for i in range(len(shape)) if i != axis]), shape)
+    whole = np.broadcast_to(row.reshape(along), shape)
     return lambda: whole
 
 
