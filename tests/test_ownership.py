@@ -146,7 +146,6 @@ def test_a_failure_ends_what_is_compiled_ahead(monkeypatch):
     one.submit(compile_slowly)
     running.wait(30)
     params = {"hidden": jnp.ones((8, 5)), "out": jnp.full((5, 4), jnp.nan)}
-    threading.Timer(0.5, waiting.set).start()
 
     class Failing:
         def compile_ahead(self, problem):
@@ -158,6 +157,7 @@ def test_a_failure_ends_what_is_compiled_ahead(monkeypatch):
 
     with pytest.raises(KeyboardInterrupt), host.compiled_only():
         dpai.prune(network(), params, X, 0.5, method=Failing(), progress=False)
+    waiting.set()
     net = dpai.trace(network(), params, X)
     under_way = [f for p in net.programs.values() for f in getattr(p, "_ahead", {}).values()]
     assert under_way
