@@ -219,11 +219,6 @@ _COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dpai_jax_com
 _UNDER_WAY: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
 
 
-def wait_until_compiled() -> None:
-    """Waits for all that is being compiled."""
-    wait(list(_UNDER_WAY))
-
-
 @contextlib.contextmanager
 def given_up_on_failure() -> Iterator[None]:
     """Cancels what is still to be compiled ahead if the block fails.

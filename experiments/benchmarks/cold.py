@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dpai_jax as dpai
-from dpai_jax.tools import meshes
+from dpai_jax.tools import host
 from experiments.benchmarks import clock, networks
 from experiments.benchmarks.networks import Network
 from experiments.benchmarks.rows import OPTIMIZER, Jobs, Row, isolated
@@ -66,18 +66,16 @@ def _cold(network: Network) -> Row:
 
 
 def _first_calls(network: Network, folder: str | None = None) -> dict[str, float]:
-    """The seconds of a process's first two calls, and of one with a new function, all compiled."""
+    """The seconds of a process's first two calls, and of later ones once all is compiled."""
     if folder is not None:
         dpai.cache(folder)
     fn, params, x = network.problem()
-    found = {"first": _seconds(fn, params, x, 0.9, 0), "second": _seconds(fn, params, x, 0.95, 1)}
-    meshes.wait_until_compiled()
-    _seconds(fn, params, x, 0.9, 2)
-    again = _seconds(fn, params, x, 0.95, 3)
-    return found | {
-        "again": again,
-        "anew": _seconds(functools.partial(_called, fn), params, x, 0.9, 4),
-    }
+    first, second = _seconds(fn, params, x, 0.9, 0), _seconds(fn, params, x, 0.95, 1)
+    with host.compiled_only():
+        _seconds(fn, params, x, 0.9, 2)
+        again = _seconds(fn, params, x, 0.95, 3)
+        anew = _seconds(functools.partial(_called, fn), params, x, 0.9, 4)
+    return {"first": first, "second": second, "again": again, "anew": anew}
 
 
 def _first_call(network: Network) -> float:
@@ -170,6 +168,7 @@ def _growth(network: Network) -> Row:
     return {"family": family, "depth": network.depth, "seconds": clock.spread(seconds)}
 
 
+@host.compiled_only()
 def _many(network: Network, number: int = 16) -> Row:
     fn, params, x = network.problem()
     methods = [dpai.DPaI(alpha=i / number) for i in range(number)]
@@ -182,7 +181,6 @@ def _many(network: Network, number: int = 16) -> Row:
 
     for a, b in zip(together(), one_by_one(), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.masks, b.masks)
-    meshes.wait_until_compiled()
     return {
         "number": number,
         "together": clock.call_seconds(lambda: together()[-1].masks),
