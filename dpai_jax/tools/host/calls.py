@@ -23,7 +23,7 @@ ByNumpy = Literal["never", "exactly", "vouched", "roughly"] | Callable[..., Any]
 # What XLA takes to compile a program and, besides, each of its equations; and what NumPy takes to
 # write a byte. The unit is what NumPy takes to start on an equation, some five microseconds.
 _TO_COMPILE = 8192.0
-_TO_COMPILE_EQUATION = 256.0
+_TO_COMPILE_EQUATION = 192.0
 _TO_WRITE = 2.0**-15
 
 # How much of what compiling takes NumPy may take before the program is compiled.
