@@ -96,11 +96,10 @@ def counted(
     if calls:
         found: Array = forward(net, calls, masks, ahead=ahead)[calls[-1].outputs[0]]
         return found
-    settings = {"counting": counting, "below": below}
     if ahead:
         _log_count.ahead(net, masks, counting=counting, below=below)
         return jnp.zeros(())
-    return _log_count(net, masks, **settings)
+    return _log_count(net, masks, counting=counting, below=below)
 
 
 @meshes.program(layers=lambda masks: masks, by_numpy="roughly")

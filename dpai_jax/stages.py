@@ -58,7 +58,7 @@ def forward(
     for call in calls:
         args = [slots[i] for i in call.inputs], [by_slot.get(i) for i in call.inputs]
         if ahead:
-            _run.ahead(net, *args, calls=int(ahead), stage=call.stage)
+            _run.ahead(net, *args, calls=ahead, stage=call.stage)
             results = call.stage.results
         else:
             results = _run(net, *args, stage=call.stage)

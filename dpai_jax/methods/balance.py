@@ -283,8 +283,7 @@ def _slopes(
     else:
         node = jnp.sum(kernel, inputs, keepdims=True)
         of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
-    bracket = rounded((1 - beta) * of_node) + rounded(beta * of_kernel)
-    slope = (1 - alpha) + rounded(alpha * bracket)
+    slope = _mixed(alpha, alpha, beta, of_node, of_kernel)
     return slope, slope * sum_taps(gradient, taps), open_kernels
 
 
@@ -332,9 +331,14 @@ def _even_slopes(
         of_nodes = (of_nodes + _evenness(node, n_nodes)) / 2
     of_kernels = _evenness(again, n_kernels)
     total = total * (held * scale)
-    bracket = rounded((1 - beta) * of_nodes) + rounded(beta * of_kernels)
-    slope = (1 - alpha) + rounded(alpha * total * bracket)
+    slope = _mixed(alpha, alpha * total, beta, of_nodes, of_kernels)
     return slope, slope * sum_taps(gradient, axes.taps), open_kernels
+
+
+def _mixed(alpha: Array, weight: Array, beta: Array, of_nodes: Array, of_kernels: Array) -> Array:
+    """The slopes of paths, and of nodes and kernels together by a weight."""
+    bracket = rounded((1 - beta) * of_nodes) + rounded(beta * of_kernels)
+    return (1 - alpha) + rounded(weight * bracket)
 
 
 def _evenness(shares: Array, number: Array) -> Array:

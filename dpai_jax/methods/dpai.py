@@ -155,7 +155,7 @@ class DPaI:
         net, keeps = problem.net, self._keeps(problem)
         parts = problem.granularity.parts(net)
         shapes = self._shapes(problem, jnp.float32)
-        selector = Selector(net, shapes, keeps[0], parts, times=len(keeps))
+        selector = Selector(net, shapes, keeps[0], parts, calls=len(keeps))
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)

@@ -27,7 +27,7 @@ class Selector:
       keep: numbers to keep, of the structure of all that come.
       parts: which weights stand or fall together.
       many: the number of problems side by side, if there are several.
-      times: how many selections are expected.
+      calls: how many selections are expected.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Selector:
         keep: list[Array] | Array,
         parts: grouping.Parts = (),
         many: tuple[int, ...] = (),
-        times: int = 1,
+        calls: int = 1,
     ):
         self.many = many
         # One threshold for all layers is found in all of them.
@@ -53,7 +53,7 @@ class Selector:
         if not many:
             each = zip(self._groups, numbers, self._thresholds, self._parts, strict=True)
             for group, *args, own in each:
-                _select.ahead(group.owner, group.of(scores), *args, calls=times, parts=own)
+                _select.ahead(group.owner, group.of(scores), *args, calls=calls, parts=own)
 
     def _numbers(self, keep: Any) -> list[Any]:
         return [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
