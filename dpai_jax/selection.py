@@ -100,7 +100,7 @@ def select_by_numpy(
     scores: Sequence[np.ndarray], keep: list[Any] | Any, *, magnitude: bool = False
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """`select` of NumPy's arrays: the same masks by a partition, without a search."""
-    ranks = [np.asarray(_host_rank(s, magnitude)) for s in scores]
+    ranks = [_ordered(np.ascontiguousarray(s).view(np.int32), magnitude) for s in scores]
     if not isinstance(keep, list):
         whole, threshold = _highest(np.concatenate([r.ravel() for r in ranks]), int(keep))
         ends = np.cumsum([r.size for r in ranks])[:-1]
@@ -129,15 +129,6 @@ def _highest(ranks: np.ndarray, number: int) -> tuple[np.ndarray, np.uint32]:
     equal = np.flatnonzero(ranks == least)
     mask[equal[: number - np.count_nonzero(mask)]] = True
     return mask, least.view(np.uint32) ^ _ZERO
-
-
-def _host_rank(scores: np.ndarray, magnitude: bool) -> np.ndarray:
-    """See `_rank`."""
-    bits = np.ascontiguousarray(scores).view(np.int32)
-    if magnitude:
-        return bits & _MAGNITUDE
-    bits = np.where(bits == ~_MAGNITUDE, 0, bits)
-    return bits ^ ((bits >> 31) & _MAGNITUDE)
 
 
 class _Cut(NamedTuple):
@@ -527,8 +518,12 @@ def _signed(rank: Array) -> Array:
 
 def _rank(score: Array, magnitude: bool) -> Array:
     """The rank of a float, or of its magnitude, signed; that of −0. is that of 0."""
-    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+    return _ordered(lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32), magnitude)
+
+
+def _ordered(bits: Any, magnitude: bool) -> Any:
+    """The ranks of floats from their bits, arrays of JAX or of NumPy."""
     if magnitude:
         return bits & _MAGNITUDE
-    bits = jnp.where(bits == ~_MAGNITUDE, 0, bits)
-    return bits ^ (lax.shift_right_arithmetic(bits, jnp.int32(31)) & _MAGNITUDE)
+    bits = bits.__array_namespace__().where(bits == ~_MAGNITUDE, np.int32(0), bits)
+    return bits ^ ((bits >> np.int32(31)) & _MAGNITUDE)

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from dpai_jax.tools import host
 from dpai_jax.tools.host import ByNumpy
+from dpai_jax.tools.signatures import of_shapes, shapes_of
 from dpai_jax.tools.switches import uncollected
 
 PyTree = Any
@@ -147,21 +148,20 @@ class _Compiled:
         self._by_numpy = None if by_numpy == "never" else host.Calls(self.jitted, by_numpy)
 
     def expect(self, *args: Any, calls: int) -> None:
-        """Starts to compile, unless NumPy is to run the next calls for the first time."""
-        key = _shapes_of(args)
+        """Starts to compile, unless NumPy is to run the next calls alone."""
+        key = shapes_of(args)
         if key in self._is_compiled:
             return
         if self._by_numpy is not None and self._by_numpy.expect(key, args, calls):
             return
-        self.start(*args)
+        self._start(key)
 
-    def start(self, *args: Any) -> Future[jax.stages.Compiled]:
+    def _start(self, key: Hashable) -> Future[jax.stages.Compiled]:
         """Starts to compile for arguments of these shapes on the default device."""
-        key = _shapes_of(args)
         if key not in self._ahead or self._ahead[key].cancelled():
             # Traced in this thread, as JAX's switches are per thread. XLA needs no Python lock.
             with uncollected():
-                lowered = self.jitted.lower(*_unflattened(key))
+                lowered = self.jitted.lower(*of_shapes(key))
             self._ahead[key] = _COMPILERS.submit(lowered.compile)
             _UNDER_WAY.add(self._ahead[key])
         return self._ahead[key]
@@ -169,7 +169,7 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         if self.within is not self.jitted and _are_traced(args):
             return self.within(*args)
-        key = _shapes_of(args)
+        key = shapes_of(args)
         compiling = self._ahead.get(key)
         is_ready = key in self._is_compiled or (compiling is not None and compiling.done())
         if self._by_numpy is not None and not is_ready:
@@ -179,23 +179,10 @@ class _Compiled:
         self._is_compiled.add(key)
         if _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
-            return self.start(*args).result()(*args)
+            return self._start(key).result()(*args)
         if compiling is not None:
             wait([compiling])  # an error is raised again by the call below
         return self.jitted(*args)
-
-
-def _shapes_of(args: tuple[Any, ...]) -> Any:
-    """What stands for the shapes and types of arguments."""
-    leaves, treedef = jax.tree.flatten(args)
-    pairs = ((x, getattr(x, "dtype", type(x))) for x in leaves)
-    return treedef, *((np.shape(x), dtype, getattr(x, "weak_type", False)) for x, dtype in pairs)
-
-
-def _unflattened(key: Any) -> Any:
-    treedef, *avals = key
-    shapes = [jax.ShapeDtypeStruct(s, dtype, weak_type=weak) for s, dtype, weak in avals]
-    return jax.tree.unflatten(treedef, shapes)
 
 
 def _are_traced(args: tuple[Any, ...]) -> bool:

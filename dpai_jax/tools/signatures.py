@@ -1,4 +1,4 @@
-"""Signatures that tell whether two functions do the same."""
+"""Signatures that tell whether two functions do the same, or arguments have the same shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
+
+import jax
 
 
 def signature(value: Any) -> Hashable:
@@ -41,6 +43,24 @@ def _signature(value: Any, enclosing: tuple[int, ...]) -> Hashable:
     except TypeError:
         return _Same(value)
     return type(value), value
+
+
+def shapes_of(args: tuple[Any, ...]) -> Hashable:
+    """Equal for arguments of the same structure, shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(args)
+    return treedef, *[
+        (x.shape, x.dtype, getattr(x, "weak_type", False))
+        if hasattr(x, "dtype")
+        else ((), type(x), False)
+        for x in leaves
+    ]
+
+
+def of_shapes(signature: Any) -> Any:
+    """Shapes in the place of arguments, of which `shapes_of` is the given one."""
+    treedef, *avals = signature
+    shapes = [jax.ShapeDtypeStruct(s, dtype, weak_type=weak) for s, dtype, weak in avals]
+    return jax.tree.unflatten(treedef, shapes)
 
 
 class Alike:

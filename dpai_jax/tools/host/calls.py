@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dpai_jax.tools.host.floats import as_xla, flushes
 from dpai_jax.tools.host.plan import DTYPES, Plan, UnknownError
+from dpai_jax.tools.signatures import of_shapes
 from dpai_jax.tools.switches import uncollected
 
 PyTree = Any
@@ -59,37 +60,37 @@ class Calls:
 
     def __init__(self, jitted: Any, by_numpy: ByNumpy):
         self._jitted, self._by_numpy = jitted, by_numpy
-        self._is_rough = by_numpy == "roughly"
         self._budgets: dict[Any, _Budget] = {}
 
-    def expect(self, key: Any, args: tuple[Any, ...], calls: int) -> bool:
+    def expect(self, key: Hashable, args: tuple[Any, ...], calls: int) -> bool:
         """Announces calls for arguments of these shapes.
 
         Args:
-          key: stands for the shapes.
+          key: the arguments' shapes (see `shapes_of`).
           args: the arguments, or their shapes.
           calls: how many.
 
         Returns:
           Whether nothing is to be compiled.
         """
-        budget = self._budget(key, args)
+        budget = self._budget(key, jax.tree.leaves(args))
         if budget is None:
             return False
         budget.expected += calls
         is_frequent = budget.left < (1 - _UNTIL_COMPILED) * budget.whole
-        if budget.expected * budget.cost > budget.left or (is_frequent and self._is_rough):
+        is_over = is_frequent and self._by_numpy == "roughly"
+        if is_over or budget.expected * budget.cost > budget.left:
             budget.left = 0.0  # from now on it is compiled
         return budget.left > 0 and not is_frequent
 
-    def run(self, key: Any, args: tuple[Any, ...]) -> PyTree | None:
+    def run(self, key: Hashable, args: tuple[Any, ...]) -> PyTree | None:
         """The program's results, or None if it is to be compiled."""
-        budget = self._budget(key, args)
+        leaves, treedef = jax.tree.flatten(args)
+        budget = self._budget(key, leaves)
         if budget is None or budget.left < budget.cost:
             return None
         budget.left -= budget.cost
         budget.expected = max(budget.expected - 1, 0)
-        leaves, treedef = jax.tree.flatten(args)
         arrays = [np.asarray(x)[()] for x in leaves]
         with as_xla():
             found = budget.run(*jax.tree.unflatten(treedef, arrays))
@@ -98,14 +99,12 @@ class Calls:
         committed = (x for x in leaves if isinstance(x, jax.Array) and x.committed)
         return jax.device_put(own, next((x.device for x in committed), None))
 
-    def _budget(self, key: Any, args: tuple[Any, ...]) -> _Budget | None:
+    def _budget(self, key: Hashable, leaves: Sequence[Any]) -> _Budget | None:
         """What is left for arguments of these shapes; None if NumPy can't run them."""
-        leaves, treedef = jax.tree.flatten(args)
         if not _can_run(leaves):
             return None
         if key not in self._budgets:
-            shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in leaves]
-            self._budgets[key] = self._made(jax.tree.unflatten(treedef, shapes))
+            self._budgets[key] = self._made(of_shapes(key))
         budget = self._budgets[key]
         return budget if budget.run else None
 
