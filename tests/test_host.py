@@ -146,6 +146,7 @@ PLACES: dict[str, Callable[[Any], Any]] = {
     "transpose": lambda x: x.transpose(2, 0, 1),
     "rev": lambda x: lax.rev(x, (0, 2)),
     "slice": lambda x: lax.slice(x, (1, 0, 2), (4, 5, 6), (2, 1, 3)),
+    "pad nothing": lambda x: lax.pad(x[:0], jnp.float32(7), [(1, 2, 1), (0, 0, 2), (3, 0, 1)]),
     "pad": lambda x: lax.pad(x, jnp.float32(7), [(1, 2, 0), (0, 0, 2), (3, 0, 1)]),
     "concatenate": lambda x: jnp.concatenate([x, x * 2, x[:, :1]], 1),
     "stack": lambda x: jnp.stack([x, -x], 1),
@@ -283,12 +284,20 @@ def test_what_is_not_known_is_refused(fn: Any) -> None:
         by_numpy(fn, np.ones(5, np.float32))
 
 
+def _added_and_largest(x: Any) -> list[Any]:
+    found: list[Any] = lax.reduce(
+        [x, x], [0.0, 0.0], lambda a, b: [a[0] + b[0], jnp.maximum(a[1], b[1])], (0,)
+    )
+    return found
+
+
 @pytest.mark.parametrize(
     ("fn", "rounds"),
     [
         (lambda x: jnp.sum(x), True),
         (lambda x: x @ x, True),
         (lambda x: lax.scan(lambda s, row: (s + jnp.sum(row), None), 0.0, x)[0], True),
+        (_added_and_largest, True),
         (lambda x: jnp.sum(x > 0), False),
         (lambda x: x[:, :1] @ x[:1], False),
         (lambda x: jnp.sum(x[:1], 0) + jnp.max(x), False),

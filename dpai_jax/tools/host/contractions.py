@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from dpai_jax.tools.host.plan import Run, UnknownError, Value, rule
-
-Avals = Sequence[Any]
-Params = Mapping[str, Any]
+from dpai_jax.tools.host.plan import Avals, Params, Run, UnknownError, Value, noted, rule
+from dpai_jax.tools.host.rules import padded
 
 
 @rule("dot_general")
@@ -34,7 +30,7 @@ def _dot(ins: Avals, outs: Avals, params: Params) -> Run:
         b = np.transpose(y, orders[1]).reshape(n_batch, n_terms, -1)
         return product(a, b).reshape(outs[0].shape)[()]
 
-    return run
+    return noted(run, rounds=n_terms > 1)
 
 
 @rule("conv_general_dilated")
@@ -42,18 +38,20 @@ def _conv(ins: Avals, _outs: Avals, params: Params) -> Run:
     if params["batch_group_count"] != 1 or any(aval.dtype != np.float32 for aval in ins):
         raise UnknownError("a convolution in groups of the batch, or of integers")
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    batch, _, *sizes = (ins[0].shape[i] for i in numbers.lhs_spec)
+    batch, _, *_ = sizes = [ins[0].shape[i] for i in numbers.lhs_spec]
     n_out, n_in, *taps = (ins[1].shape[i] for i in numbers.rhs_spec)
     apart = params["rhs_dilation"]
     spans = tuple((n - 1) * d + 1 for n, d in zip(taps, apart, strict=True))
-    into = _Room(sizes, params["lhs_dilation"], params["padding"])
+    pads = zip(params["padding"], params["lhs_dilation"], strict=True)
+    config = [(0, 0, 0)] * 2 + [(low, high, step - 1) for (low, high), step in pads]
+    pad = padded(sizes, config)
     steps = tuple(slice(None, None, n) for n in (*params["window_strides"], *apart))
     axes = tuple(range(2, 2 + len(taps)))
     order = np.argsort(numbers.out_spec)
 
     def run(x: Value, kernel: Value) -> Value:
-        padded = into.put(np.transpose(x, numbers.lhs_spec))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axes)
+        whole = pad(np.transpose(x, numbers.lhs_spec), 0)
+        windows = np.lib.stride_tricks.sliding_window_view(whole, spans, axes)
         windows = windows[(slice(None), slice(None), *steps)]
         places = windows.shape[2 : 2 + len(taps)]
         windows = windows.reshape(batch, groups, n_in, math.prod(places), math.prod(taps))
@@ -63,33 +61,4 @@ def _conv(ins: Avals, _outs: Avals, params: Params) -> Run:
         found = found.reshape(groups, batch, -1, n_out // groups).transpose(1, 0, 3, 2)
         return np.transpose(found.reshape(batch, n_out, *places), order)
 
-    return run
-
-
-class _Room:
-    """Where maps lie in larger ones: padded or cut at the ends, and apart.
-
-    Args:
-      sizes: of the maps.
-      apart: how far apart their entries are.
-      padding: how many zeros are before and behind; negative where entries are cut off.
-    """
-
-    def __init__(
-        self, sizes: Sequence[int], apart: Sequence[int], padding: Sequence[tuple[int, int]]
-    ):
-        self._shape, own, into = [], [slice(None)] * 2, [slice(None)] * 2
-        for n, step, (low, high) in zip(sizes, apart, padding, strict=True):
-            size = low + (n - 1) * step + 1 + high
-            first = max(-(low // step), 0)
-            end = min((size - 1 - low) // step + 1, n)
-            own.append(slice(first, end))
-            into.append(slice(low + first * step, low + (end - 1) * step + 1, step))
-            self._shape.append(size)
-        self._own, self._into = tuple(own), tuple(into)
-
-    def put(self, maps: Value) -> Value:
-        """Arrays (batch, features, *sizes) in their room."""
-        whole = np.zeros((*maps.shape[:2], *self._shape), maps.dtype)
-        whole[self._into] = maps[self._own]
-        return whole
+    return noted(run, rounds=n_in * math.prod(taps) > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +9,16 @@ import numpy as np
 from jax.extend import core
 
 from dpai_jax.tools.host.floats import as_xla
+from dpai_jax.tools.jaxprs import open_jaxpr
 
 # A NumPy array or scalar, and a function of some that returns one, or a list of several.
 Value = Any
 Run = Callable[..., Any]
 
-# From the abstract values of an equation's operands and of its results, and its parameters.
-Rule = Callable[[Sequence[Any], Sequence[Any], Mapping[str, Any]], Run]
+# The abstract values of an equation's operands and of its results, and its parameters.
+Avals = Sequence[Any]
+Params = Mapping[str, Any]
+Rule = Callable[[Avals, Avals, Params], Run]
 
 RULES: dict[str, Rule] = {}
 
@@ -27,9 +29,6 @@ CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "ca
 
 # Equations that return what they take.
 _SAME = {"stop_gradient", "copy", "copy_p", "optimization_barrier"}
-
-# Equations that add up numbers in an order that may differ from XLA's.
-_SUMS = {"dot_general", "conv_general_dilated", "reduce_window_sum", "reduce_sum", "cumsum"}
 
 
 class UnknownError(Exception):
@@ -67,11 +66,12 @@ class Plan:
         self._constant: set[int] = set()
         self._flags: dict[int, int] = {}  # of flags made integers, where the flags are
         self._calls: list[tuple[Run, tuple[int, ...], int | tuple[int, ...]]] = []
-        for var in closed.jaxpr.invars:
+        invars = open_jaxpr(closed)[0].invars
+        for var in invars:
             _check(var.aval)
-        args = [self._new() for _ in closed.jaxpr.invars]
+        args = [self._new() for _ in invars]
         with as_xla():
-            self._results = self._inlined(closed.jaxpr, closed.consts, args)
+            self._results = self._inlined(closed, args)
         self._done = self._last_uses()
 
     def __call__(self, *args: Value) -> list[Value]:
@@ -98,8 +98,9 @@ class Plan:
         self._constant.add(place)
         return place
 
-    def _inlined(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[int]) -> list[int]:
+    def _inlined(self, closed: Any, args: Sequence[int]) -> list[int]:
         """Appends the calls of a jaxpr; the places of its results."""
+        jaxpr, consts = open_jaxpr(closed)
         places: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
 
         def known(value: Any, aval: Any) -> int:
@@ -114,8 +115,7 @@ class Plan:
         for eqn in jaxpr.eqns:
             ins, name = tuple(map(read, eqn.invars)), eqn.primitive.name
             if name in CALLS:
-                inner = eqn.params[CALLS[name]]
-                outs = self._inlined(inner.jaxpr, inner.consts, ins)
+                outs = self._inlined(eqn.params[CALLS[name]], ins)
             elif name in _SAME:
                 outs = list(ins)
             else:
@@ -141,10 +141,9 @@ class Plan:
             self._flags[outs[0]] = ins[0]
         self._calls.append((run, ins, tuple(outs) if eqn.primitive.multiple_results else outs[0]))
         self.written += [var.aval for var in eqn.outvars]
-        self.rounds |= _rounds(eqn)
+        self.rounds |= getattr(run, "rounds", False)
         for plan, times in getattr(run, "plans", ()):
             self.written += plan.written * times
-            self.rounds |= plan.rounds
         return outs
 
     def _last_uses(self) -> list[list[int]]:
@@ -163,9 +162,18 @@ class Plan:
         return done[::-1]
 
 
-def made_of(run: Any, *plans: tuple[Plan, int]) -> Run:
-    """A rule's function that runs other plans, each about so many times."""
-    run.plans = plans
+def noted(run: Any, *plans: tuple[Plan, int], rounds: bool = False) -> Run:
+    """A rule's function with what a plan has to know of it.
+
+    Args:
+      run: the function.
+      *plans: other plans that it runs, each about so many times.
+      rounds: whether it adds up floats in an order of its own.
+
+    Returns:
+      The function.
+    """
+    run.plans, run.rounds = plans, rounds or any(plan.rounds for plan, _ in plans)
     found: Run = run
     return found
 
@@ -173,18 +181,3 @@ def made_of(run: Any, *plans: tuple[Plan, int]) -> Run:
 def _check(aval: Any) -> None:
     if getattr(aval, "dtype", None) not in DTYPES:
         raise UnknownError(str(aval))
-
-
-def _rounds(eqn: Any) -> bool:
-    name, (first, *others) = eqn.primitive.name, [v.aval for v in eqn.invars] or [None]
-    if name not in _SUMS or eqn.outvars[0].aval.dtype != np.float32:
-        return False
-    if name == "dot_general":
-        (axes, _), _ = eqn.params["dimension_numbers"]
-        return math.prod(first.shape[i] for i in axes) > 1
-    if name == "conv_general_dilated":
-        features = eqn.params["dimension_numbers"].rhs_spec[0]
-        return math.prod(others[0].shape) > others[0].shape[features]
-    if name == "reduce_window_sum":
-        return math.prod(eqn.params["window_dimensions"]) > 1
-    return math.prod(first.shape) > math.prod(eqn.outvars[0].aval.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,17 @@ from jax import lax
 from dpai_jax.tools.host.plan import (
     CALLS,
     RULES,
+    Avals,
+    Params,
     Plan,
     Rule,
     Run,
     UnknownError,
     Value,
-    made_of,
+    noted,
     rule,
 )
-from dpai_jax.tools.jaxprs import scan_arity
-
-Avals = Sequence[Any]
-Params = Mapping[str, Any]
+from dpai_jax.tools.jaxprs import open_jaxpr, scan_arity
 
 _LEAST, _MOST = -(2**31), 2**31 - 1
 
@@ -204,19 +203,38 @@ def _slice(_ins: Avals, _outs: Avals, params: Params) -> Run:
 
 
 @rule("pad")
-def _pad(ins: Avals, outs: Avals, params: Params) -> Run:
-    shape, config = outs[0].shape, params["padding_config"]
+def _pad(ins: Avals, _outs: Avals, params: Params) -> Run:
+    config = params["padding_config"]
     if any(low < 0 or high < 0 for low, high, _ in config):
         raise UnknownError("negative padding")
-    parts = tuple(
-        slice(low, low + (n - 1) * (between + 1) + 1 if n else low, between + 1)
-        for n, (low, _, between) in zip(ins[0].shape, config, strict=True)
-    )
+    return padded(ins[0].shape, config)
+
+
+def padded(sizes: Sequence[int], config: Sequence[tuple[int, int, int]]) -> Run:
+    """`lax.pad` of arrays of these sizes: they lie in larger ones, padded or cut at the ends.
+
+    Args:
+      sizes: of the arrays.
+      config: how many entries are before, behind and between; cut off where negative.
+
+    Returns:
+      A function of an array and of what it is padded with.
+    """
+    shape, own, into = [], [], []
+    for n, (low, high, between) in zip(sizes, config, strict=True):
+        step = between + 1
+        size = low + max((n - 1) * step + 1, 0) + high
+        first = max(-(low // step), 0)
+        end = max(min((size - 1 - low) // step + 1, n), first)
+        start = low + first * step
+        own.append(slice(first, end))
+        into.append(slice(start, start + (end - first) * step, step))
+        shape.append(size)
 
     def run(x: Value, value: Value) -> Value:
-        padded = np.full(shape, value, x.dtype)
-        padded[parts] = x
-        return padded
+        whole = np.full(shape, value, x.dtype)
+        whole[tuple(into)] = x[tuple(own)]
+        return whole
 
     return run
 
@@ -241,28 +259,33 @@ def _split(_ins: Avals, _outs: Avals, params: Params) -> Run:
 
 @rule("dynamic_slice")
 def _dynamic_slice(ins: Avals, _outs: Avals, params: Params) -> Run:
-    sizes = params["slice_sizes"]
-    most = [n - size for n, size in zip(ins[0].shape, sizes, strict=True)]
-
-    def run(x: Value, *starts: Value) -> Value:
-        places = [min(max(int(i), 0), end) for i, end in zip(starts, most, strict=True)]
-        return x[tuple(slice(i, i + n) for i, n in zip(places, sizes, strict=True))]
-
-    return run
+    part = _part(ins[0].shape, params["slice_sizes"])
+    return lambda x, *starts: x[part(starts)]
 
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(ins: Avals, _outs: Avals, _params: Params) -> Run:
-    sizes = ins[1].shape
-    most = [n - size for n, size in zip(ins[0].shape, sizes, strict=True)]
+    part = _part(ins[0].shape, ins[1].shape)
 
     def run(x: Value, update: Value, *starts: Value) -> Value:
-        places = [min(max(int(i), 0), end) for i, end in zip(starts, most, strict=True)]
         found = np.array(x)
-        found[tuple(slice(i, i + n) for i, n in zip(places, sizes, strict=True))] = update
+        found[part(starts)] = update
         return found
 
     return run
+
+
+def _part(
+    shape: Sequence[int], sizes: Sequence[int]
+) -> Callable[[Sequence[Value]], tuple[slice, ...]]:
+    """From where a part of an array starts, moved so that it lies inside, to where it lies."""
+
+    def part(starts: Sequence[Value]) -> tuple[slice, ...]:
+        each = zip(starts, shape, sizes, strict=True)
+        places = [(min(max(int(i), 0), whole - n), n) for i, whole, n in each]
+        return tuple(slice(i, i + n) for i, n in places)
+
+    return part
 
 
 @rule("iota")
@@ -317,10 +340,10 @@ _NEUTRAL: dict[np.ufunc, float] = {np.maximum: -np.inf, np.minimum: np.inf}
 
 
 def _reduction(ufunc: np.ufunc) -> Rule:
-    def make(ins: Avals, _outs: Avals, params: Params) -> Run:
+    def make(ins: Avals, outs: Avals, params: Params) -> Run:
         axes, dtype = tuple(params["axes"]), ins[0].dtype
         if ufunc is np.add:
-            return lambda x: _added(x, axes, dtype)
+            return noted(lambda x: _added(x, axes, dtype), rounds=_can_round(ins[0], outs[0]))
         if 0 in ins[0].shape:
             raise UnknownError("the largest of no entries")
         return lambda x: ufunc.reduce(x, axes, dtype)
@@ -333,7 +356,7 @@ for _kind, _name in (("sum", "add"), ("max", "max"), ("min", "min"), ("or", "or"
 
 
 @rule("reduce")
-def _reduce(_ins: Avals, outs: Avals, params: Params) -> Run:
+def _reduce(ins: Avals, outs: Avals, params: Params) -> Run:
     axes, n = tuple(params["dimensions"]), len(outs)
     ufuncs = _reducers(params["jaxpr"], n)
 
@@ -346,7 +369,18 @@ def _reduce(_ins: Avals, outs: Avals, params: Params) -> Run:
             return x if start == _NEUTRAL.get(ufunc) else ufunc(x, start)
         return ufunc.reduce(x, axes, x.dtype, initial=start)
 
-    return lambda *operands: list(map(reduced, ufuncs, operands[:n], operands[n:]))
+    return noted(
+        lambda *operands: list(map(reduced, ufuncs, operands[:n], operands[n:])),
+        rounds=any(
+            ufunc is np.add and _can_round(*avals)
+            for ufunc, *avals in zip(ufuncs, ins[:n], outs, strict=True)
+        ),
+    )
+
+
+def _can_round(terms: Any, sums: Any) -> bool:
+    """Whether sums are of several floats."""
+    return bool(terms.dtype == np.float32 and math.prod(terms.shape) > math.prod(sums.shape))
 
 
 def _reducers(closed: Any, n: int) -> list[np.ufunc]:
@@ -359,15 +393,16 @@ def _reducers(closed: Any, n: int) -> list[np.ufunc]:
             raise UnknownError("a reduction that chooses")
         name, atoms = eqn.primitive.name, list(eqn.invars)
         if name in CALLS:
-            inner = eqn.params[CALLS[name]].jaxpr
+            inner, _ = open_jaxpr(eqn.params[CALLS[name]])
             name, own = found(inner, inner.outvars[eqn.outvars.index(var)])
             atoms = [atoms[inner.invars.index(atom)] for atom in own]
         return name, atoms
 
+    body, _ = open_jaxpr(closed)
     ufuncs = []
-    for i, var in enumerate(closed.jaxpr.outvars):
-        name, atoms = found(closed.jaxpr, var)
-        if name not in _REDUCERS or atoms != [closed.jaxpr.invars[i], closed.jaxpr.invars[n + i]]:
+    for i, var in enumerate(body.outvars):
+        name, atoms = found(body, var)
+        if name not in _REDUCERS or atoms != [body.invars[i], body.invars[n + i]]:
             raise UnknownError(f"a reduction by {name}")
         ufuncs.append(_REDUCERS[name])
     return ufuncs
@@ -384,7 +419,7 @@ def _added(x: Value, axes: tuple[int, ...], dtype: Any) -> Value:
 
 
 @rule("reduce_window_sum")
-def _window_sum(_ins: Avals, _outs: Avals, params: Params) -> Run:
+def _window_sum(ins: Avals, _outs: Avals, params: Params) -> Run:
     window, padding = params["window_dimensions"], params["padding"]
     if any(n != 1 for n in (*params["base_dilation"], *params["window_dilation"])):
         raise UnknownError("windows with holes")
@@ -392,11 +427,11 @@ def _window_sum(_ins: Avals, _outs: Avals, params: Params) -> Run:
     axes = tuple(range(len(window), 2 * len(window)))
 
     def run(x: Value) -> Value:
-        padded = np.pad(x, padding) if any(map(any, padding)) else x
-        view = np.lib.stride_tricks.sliding_window_view(padded, window)[steps]
+        whole = np.pad(x, padding) if any(map(any, padding)) else x
+        view = np.lib.stride_tricks.sliding_window_view(whole, window)[steps]
         return np.add.reduce(view, axes, x.dtype)
 
-    return run
+    return noted(run, rounds=ins[0].dtype == np.float32 and math.prod(window) > 1)
 
 
 # Loops and branches.
@@ -413,7 +448,7 @@ def _while(_ins: Avals, _outs: Avals, params: Params) -> Run:
             state = body(*of_body, *state)
         return state
 
-    return made_of(run, (goes_on, 4), (body, 4))
+    return noted(run, (goes_on, 4), (body, 4))
 
 
 @rule("cond")
@@ -423,7 +458,7 @@ def _cond(_ins: Avals, _outs: Avals, params: Params) -> Run:
     def run(index: Value, *operands: Value) -> list[Value]:
         return branches[min(max(int(index), 0), len(branches) - 1)](*operands)
 
-    return made_of(run, *((branch, 1) for branch in branches))
+    return noted(run, *((branch, 1) for branch in branches))
 
 
 @rule("scan")
@@ -442,4 +477,4 @@ def _scan(_ins: Avals, outs: Avals, params: Any) -> Run:
                 whole[i] = part
         return [*state, *stacked]
 
-    return made_of(run, (body, params["length"]))
+    return noted(run, (body, params["length"]))
