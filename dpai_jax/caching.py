@@ -8,6 +8,7 @@ import pathlib
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from dpai_jax.tools import disk
 from dpai_jax.tools.trees import shown
 
 
@@ -50,6 +51,7 @@ def cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     jax.config.update("jax_compilation_cache_dir", str(path))
     # By default JAX keeps only programs that take a second to compile. Pruning has smaller ones.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    disk.keep_in(path / "programs")
     # JAX looks for the folder once, at the first compilation, unless it is reset.
     compilation_cache.reset_cache()
     return path

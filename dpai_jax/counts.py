@@ -94,7 +94,8 @@ def counted(
     """
     calls = chain_for(net, masks, COUNTINGS[counting], below)
     if calls:
-        found: Array = forward(net, calls, masks, ahead=ahead)[calls[-1].outputs[0]]
+        slots = forward(net, calls, masks, by_numpy="roughly", ahead=ahead)
+        found: Array = slots[calls[-1].outputs[0]]
         return found
     if ahead:
         _log_count.ahead(net, masks, counting=counting, below=below)

@@ -178,6 +178,7 @@ def prune(
         compile_ahead(net, net.leaves(params))
         check_network(net, params)
         (result,) = results_of([method], [problem], [method.run(problem)], repair)
+        meshes.keep_on_disk()
     result = dataclasses.replace(result, seconds=time.perf_counter() - start)
     if line is not None:
         line.close(_summary(name, result))

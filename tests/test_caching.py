@@ -1,37 +1,61 @@
 """The cache on disk: a second process finds all that the first has compiled."""
 
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import dpai_jax as dpai
-from dpai_jax.tools import host
+from dpai_jax.paths import interpreter
+from dpai_jax.tools import disk, host
+from dpai_jax.tools.host.floats import flushes
+from dpai_jax.tools.signatures import Alike
 
 PROCESS = """
-import sys
-import jax, jax.numpy as jnp
+import hashlib, json, sys
+import jax, jax.numpy as jnp, numpy as np
 import dpai_jax as dpai
-from dpai_jax.tools import host
+from dpai_jax.tools import meshes
 
 jnp.ones(3) + 1  # something compiled before, when no cache was looked for
-events = []
+events, numpy = [], []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **about: events.append((event.split("/")[-1], about.get("fun_name")))
+)
+calls = meshes.host.Calls.run
+meshes.host.Calls.run = lambda *args: numpy.append(calls(*args)) or numpy[-1]
 folder = dpai.cache(*sys.argv[1:])
 fn = lambda params, x: jax.nn.relu(x @ params["hidden"]) @ params["out"]
 params = {"hidden": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
-with host.compiled_only():
-    result = dpai.prune(fn, params, jnp.ones((1, 16)), 0.9, progress=False)
-print(folder, events.count("cache_hits"), events.count("cache_misses"), result.topology.log_paths)
+method = dpai.DPaI.published(steps=3)
+for _ in range(2):
+    result = dpai.prune(fn, params, jnp.ones((1, 16)), 0.9, method=method, progress=False)
+masks = b"".join(np.asarray(mask).tobytes() for mask in jax.tree.leaves(result.masks))
+lowered = {x[1] for x in events if x[0] == "jaxpr_to_mlir_module_duration"}
+print(json.dumps({
+    "folder": str(folder),
+    "misses": events.count("cache_misses"),
+    "lowered": sorted(map(str, lowered)),
+    "numpy": sum(x is not None for x in numpy),
+    "masks": hashlib.sha256(masks).hexdigest(),
+    "log_paths": result.topology.log_paths,
+}))
 """
 
 
-def run(*args: str, **environment: str) -> list[str]:
+def run(*args: str, **environment: str) -> dict[str, Any]:
     # Without the cache that the tests' processes share.
     shared = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     own = {name: value for name, value in os.environ.items() if name not in shared}
@@ -42,20 +66,101 @@ def run(*args: str, **environment: str) -> list[str]:
         text=True,
         env=own | environment,
     )
-    return process.stdout.split()
+    found: dict[str, Any] = json.loads(process.stdout)
+    return found | {"warnings": process.stderr}
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    folder, _, misses, log_paths = run(str(tmp_path / "new" / "folder"))
-    assert Path(folder) == tmp_path / "new" / "folder"
-    assert int(misses) > 5
-    again = run(folder)
-    assert int(again[1]) >= int(misses)
-    assert again[2:] == ["0", log_paths]
+def test_a_second_process_compiles_and_lowers_nothing_of_ours(tmp_path: Path) -> None:
+    first = run(str(tmp_path / "new" / "folder"))
+    folder = Path(first["folder"])
+    assert folder == tmp_path / "new" / "folder"
+    assert first["misses"] > 5
+    assert (first["numpy"] > 5) == flushes()
+    kept = sorted(path.name.split("-")[0] for path in (folder / "programs").iterdir())
+    assert {"step", "select", "normal", "reached", "log_count", "count_layers"} <= set(kept)
+    again = run(str(folder))
+    assert not {name.removeprefix("_") for name in again["lowered"]} & set(kept)
+    assert again["misses"] == again["numpy"] == 0
+    assert sorted(path.name.split("-")[0] for path in (folder / "programs").iterdir()) == kept
+    assert (again["masks"], again["log_paths"]) == (first["masks"], first["log_paths"])
+
+
+def test_what_is_wrong_with_a_file_makes_no_difference(tmp_path: Path) -> None:
+    first = run(str(tmp_path))
+    files = sorted((tmp_path / "programs").iterdir())
+    sizes = [file.stat().st_size for file in files]
+    for i, file in enumerate(files):
+        file.write_bytes(file.read_bytes()[: i % 2 * 1000])
+    again = run(str(tmp_path))
+    assert again["masks"] == first["masks"]
+    assert sorted((tmp_path / "programs").iterdir()) == files  # all are whole again
+    assert all(file.stat().st_size > 1000 for file in files), sizes
+
+
+def test_a_program_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "programs").touch()
+    found = run(str(tmp_path))
+    assert found["log_paths"] > 0
+    assert "a compiled program could not be kept in" in found["warnings"]
+
+
+def mean(values: Any) -> Any:
+    return jnp.mean(values)
+
+
+def network(scale: float = 1.0, width: int = 3, gates: str = "balanced") -> dpai.Network:
+    table = np.full((2, width), scale, np.float32)  # a constant of the program
+    params = {"a": jnp.ones((4, width))}
+    return dpai.trace(lambda p, x: (x @ p["a"]) * table, params, jnp.ones((2, 4)), gates=gates)
+
+
+def test_only_what_is_alike_has_one_name() -> None:
+    parts: list[Any] = [
+        (network(),),
+        (network(2.0),),
+        (network(width=5),),
+        (network(gates="jacobian"),),
+        (network(), 1),
+        (network(), 1.0),
+        (network(), True),
+        (network(), "1"),
+        (network(), np.float32(1)),
+        (network(), jnp.abs),
+        (network(), jnp.square),
+        (network(), Alike(optax.sgd(0.1).update)),
+        (network(), Alike(optax.sgd(0.2).update)),
+        (network(), Alike(optax.adam(0.1).update)),
+        (network(), (1, 2), 3),
+        (network(), 1, (2, 3)),
+        (network(), jax.tree.structure((1, 2))),
+        (network(), np.dtype("int32")),
+    ]
+    names = [disk.name_of("title", *own) for own in parts]
+    assert None not in names
+    assert len(set(names)) == len(parts)
+    assert disk.name_of("title", network(), 1) == names[4]
+    with jax.default_matmul_precision("highest"):
+        assert disk.name_of("title", network(), 1) not in {*names, None}
+
+
+def test_what_belongs_to_the_user_has_no_name() -> None:
+    """It could do something else in the next process, and be called the same."""
+    for own in (mean, lambda x: x, functools.partial(mean, 1), object(), np.ones(3), Alike(mean)):
+        assert disk.name_of("title", own) is None
+
+
+def test_a_network_counted_by_a_rule_of_the_user_has_no_name() -> None:
+    primitive = jax.extend.core.Primitive("a_primitive_of_the_user")
+    try:
+        dpai.register_rule(primitive)(lambda *_, **__: None)
+        assert disk.name_of("title", network()) is None
+    finally:
+        interpreter._RULES.pop(primitive.name)
+    assert disk.name_of("title", network()) is not None
 
 
 def test_the_folder_is_that_of_the_user(tmp_path: Path) -> None:
-    folder, *_ = run(XDG_CACHE_HOME=str(tmp_path))
+    folder = run(XDG_CACHE_HOME=str(tmp_path))["folder"]
     assert Path(folder) == tmp_path / "dpai_jax" / "compiled"
     assert any(Path(folder).iterdir())
 

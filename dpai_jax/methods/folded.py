@@ -123,11 +123,11 @@ class _Way:
     ):
         self.stage, self.layers, self.objective = stage, layers, objective
         self.update, self.largest = update, largest
-        self._key = stage, layers, objective, update, largest
-        self._hash = hash(self._key)
+        self.fingerprint = stage, layers, objective, update, largest
+        self._hash = hash(self.fingerprint)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Way) and self._key == other._key)
+        return self is other or (isinstance(other, _Way) and self.fingerprint == other.fingerprint)
 
     def __hash__(self) -> int:
         return self._hash

@@ -66,6 +66,7 @@ class Stage:
       leaves, treedef: its operands: `Given` for each array.
       sources: the shapes and dtypes of the network's inputs, if they start here.
       end: what is made of the results, at the end of the chain.
+      fingerprint: what only this stage of a network has, in any process.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Stage:
         treedef: Any,
         sources: tuple[Any, ...],
         end: End | None,
+        fingerprint: tuple[str, int],
     ):
+        self.fingerprint = fingerprint
         self._segment, self._gates, self._counting = segment, gates, counting
         self._leaves, self._treedef, self._sources, self._end = leaves, treedef, sources, end
         given = {leaf.place: leaf for leaf in leaves if isinstance(leaf, Given)}
@@ -191,6 +194,7 @@ def chain_of(
     counting: Counting,
     end: End,
     n_slots: int,
+    title: str = "",
 ) -> list[Call]:
     """A network's evaluation as calls of stages.
 
@@ -202,6 +206,7 @@ def chain_of(
       counting: see `Interpreter`.
       end: makes the result, one array, of the flows at the outputs.
       n_slots: the number of slots so far.
+      title: what only this chain of the network is called.
 
     Returns:
       The calls. The last writes the result alone.
@@ -221,7 +226,7 @@ def chain_of(
         place = {slot: _marked(Given, j, slot) for j, slot in enumerate(slots)}
         form = [place[leaf] if isinstance(leaf, Slot) else leaf for leaf in leaves]
         ended = end if i == len(segments) - 1 else None
-        stage = Stage(segment, gates, counting, form, treedef, started, ended)
+        stage = Stage(segment, gates, counting, form, treedef, started, ended, (title, i))
         stage = stages.setdefault(stage, stage)
         made = {x.place: x for x in stage.outcome.leaves if isinstance(x, Made)}
         new = [_marked(Slot, n_slots + j, made[j]) for j in range(len(made))]

@@ -26,7 +26,8 @@ from dpai_jax.paths.repeats import Segment, segments_of
 from dpai_jax.paths.rewriting import unrolled
 from dpai_jax.paths.sameness import ComparableJaxpr
 from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
-from dpai_jax.tools.jaxprs import open_jaxpr
+from dpai_jax.tools import disk
+from dpai_jax.tools.jaxprs import open_jaxpr, printed
 from dpai_jax.tools.powers import logarithm
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
@@ -253,9 +254,16 @@ class Network:
         if key not in self.programs:
             masks = [Slot(i, x.shape, np.dtype(np.float32)) for i, x in enumerate(self.layers)]
             params = self._params(masks, below)
-            self.programs[key] = _chain(self._jaxpr, params, gates, counting, end)
+            title = f"{type(counting).__name__} {below}"
+            self.programs[key] = _chain(self._jaxpr, params, gates, counting, end, title)
         calls: list[Call] = self.programs[key]
         return calls
+
+    @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """What only networks that are alike have (see `disk.fingerprint`)."""
+        program, own = printed(self._jaxpr), (self.layers, self._shapes, self.treedef, self.gates)
+        return None if program is None else disk.fingerprint(program, own, rules_in_force())
 
     @functools.cached_property
     def _segments(self) -> list[Segment]:
@@ -455,13 +463,18 @@ def _uses(
 
 
 def _chain(
-    jaxpr: Any, params: Sequence[Value], gates: str, counting: Counting, end: End
+    jaxpr: Any,
+    params: Sequence[Value],
+    gates: str,
+    counting: Counting,
+    end: End,
+    title: str = "",
 ) -> list[Call]:
     """A program's evaluation as calls of stages (see `chain_of`)."""
     variables = zip(*_arguments(jaxpr, params), strict=True)
     sources = _sources(jaxpr, len(params))[1]
     segments = _segments_of(jaxpr, len(params))
-    return chain_of(segments, variables, sources, gates, counting, end, len(params))
+    return chain_of(segments, variables, sources, gates, counting, end, len(params), title)
 
 
 def _segments_of(jaxpr: Any, n_params: int) -> list[Segment]:

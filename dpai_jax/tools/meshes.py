@@ -23,10 +23,10 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from dpai_jax.tools import host
+from dpai_jax.tools import disk, host
 from dpai_jax.tools.host import ByNumpy
 from dpai_jax.tools.signatures import of_shapes, shapes_of
-from dpai_jax.tools.switches import uncollected
+from dpai_jax.tools.switches import are_at_home, home, uncollected
 
 PyTree = Any
 T = TypeVar("T")
@@ -128,14 +128,23 @@ class Program:
             by_numpy = self.by_numpy
             if callable(by_numpy):
                 by_numpy = by_numpy(**settings)
-            programs[key] = _Compiled(traced, self.donate, by_numpy)
+            name = functools.partial(
+                disk.name_of, self.fn.__name__, self.fn, owner, tuple(sorted(settings.items()))
+            )
+            programs[key] = _Compiled(traced, self.donate, by_numpy, name)
         return programs[key], args
 
 
 class _Compiled:
     """A compiled function; threads may still be compiling it."""
 
-    def __init__(self, fn: Callable[..., Any], donate: tuple[int, ...], by_numpy: ByNumpy):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        donate: tuple[int, ...],
+        by_numpy: ByNumpy,
+        name: Callable[[str], str | None],
+    ):
         jit = functools.partial(jax.jit, fn, donate_argnums=donate, keep_unused=True)
         # At this level of optimization XLA on CPUs compiles faster what then runs as fast.
         level = {"xla_backend_optimization_level": 1}
@@ -143,33 +152,80 @@ class _Compiled:
         self.jitted = jit(compiler_options=options)
         # Within another program options are refused.
         self.within = jit() if options else self.jitted
-        self._ahead: dict[Any, Future[jax.stages.Compiled]] = {}
+        # None for a file that turned out to be of no use.
+        self._ahead: dict[Any, Future[jax.stages.Compiled | None]] = {}
         self._is_compiled: set[Any] = set()
         self._by_numpy = None if by_numpy == "never" else host.Calls(self.jitted, by_numpy)
+        # The names on disk, None where a program is not kept there.
+        self._name = name
+        self._names: dict[Any, str | None] = {}
 
     def expect(self, *args: Any, calls: int) -> None:
         """Starts to compile, unless NumPy is to run the next calls alone."""
         key = shapes_of(args)
+        self._look_up(key, args)
         if key in self._is_compiled:
             return
         if self._by_numpy is not None and self._by_numpy.expect(key, args, calls):
             return
         self._start(key)
 
-    def _start(self, key: Hashable) -> Future[jax.stages.Compiled]:
+    def _start(self, key: Hashable) -> Future[jax.stages.Compiled | None]:
         """Starts to compile for arguments of these shapes on the default device."""
         if key not in self._ahead or self._ahead[key].cancelled():
             # Traced in this thread, as JAX's switches are per thread. XLA needs no Python lock.
             with uncollected():
                 lowered = self.jitted.lower(*of_shapes(key))
-            self._ahead[key] = _COMPILERS.submit(lowered.compile)
-            _UNDER_WAY.add(self._ahead[key])
+            self._submit(key, lowered.compile)
         return self._ahead[key]
+
+    def _submit(self, key: Hashable, compiler: Callable[[], jax.stages.Compiled]) -> None:
+        name = self._names.get(key)
+
+        def run() -> jax.stages.Compiled:
+            compiled = compiler()
+            if name is not None:
+                disk.write(name, compiled)
+            return compiled
+
+        self._ahead[key] = _COMPILERS.submit(run)
+        _UNDER_WAY.add(self._ahead[key])
+
+    def _compiled(self, key: Hashable) -> jax.stages.Compiled:
+        """Compiles for arguments of these shapes on the default device, or waits for that."""
+        found = self._start(key).result()
+        if found is None:
+            del self._ahead[key]
+            found = self._start(key).result()
+        assert found is not None
+        return found
+
+    def _look_up(self, key: Hashable, args: tuple[Any, ...]) -> bool:
+        """Whether the program is one of those on disk; starts to read it when first asked."""
+        if not disk.is_on() or not are_at_home(jax.tree.leaves(args)):
+            return False
+        if key not in self._names:
+            is_new = key not in self._is_compiled and key not in self._ahead
+            self._names[key] = name = self._name(repr(key)) if is_new else None
+            if name is not None and disk.has(name):
+                self._ahead[key] = _COMPILERS.submit(disk.read, name, home())
+                self._is_compiled.add(key)
+            elif name is not None:
+                _TO_KEEP.append((weakref.ref(self), key))
+        return self._names[key] is not None
+
+    def keep(self, key: Hashable) -> None:
+        """Compiles what only NumPy has run so far, for the next process."""
+        if key not in self._ahead:
+            with uncollected():
+                traced = self.jitted.trace(*of_shapes(key))
+            self._submit(key, lambda: traced.lower().compile())
 
     def __call__(self, *args: Any) -> Any:
         if self.within is not self.jitted and _are_traced(args):
             return self.within(*args)
         key = shapes_of(args)
+        is_kept = self._look_up(key, args)
         compiling = self._ahead.get(key)
         is_ready = key in self._is_compiled or (compiling is not None and compiling.done())
         if self._by_numpy is not None and not is_ready:
@@ -177,9 +233,9 @@ class _Compiled:
             if found is not None:
                 return found
         self._is_compiled.add(key)
-        if _are_committed(args):
+        if is_kept or _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
-            return self._start(key).result()(*args)
+            return self._compiled(key)(*args)
         if compiling is not None:
             wait([compiling])  # an error is raised again by the call below
         return self.jitted(*args)
@@ -204,6 +260,17 @@ def _are_committed(args: tuple[Any, ...]) -> bool:
 
 _COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dpai_jax_compiler")
 _UNDER_WAY: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+# Programs to be kept on disk, and for which shapes.
+_TO_KEEP: list[tuple[weakref.ref[_Compiled], Hashable]] = []
+
+
+def keep_on_disk() -> None:
+    """Starts to compile what is to be kept on disk (see `tools.disk`) and NumPy has run so far."""
+    while _TO_KEEP:
+        reference, key = _TO_KEEP.pop()
+        program = reference()
+        if program is not None:
+            program.keep(key)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,28 @@
-"""JAX's debugging switches, which are meant for the user's own programs."""
+"""JAX's switches; those for debugging are meant for the user's own programs."""
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
+
+
+def switch(name: str) -> Any:
+    """One of JAX's switches, as it is in this thread."""
+    return getattr(jax.config, name)
+
+
+def are_at_home(leaves: Iterable[Any]) -> bool:
+    """Whether all arrays among some values are on the default device alone."""
+    shardings = {x.sharding for x in leaves if isinstance(x, jax.Array)}
+    return all(sharding.device_set == {home()} for sharding in shardings)
+
+
+def home() -> jax.Device:
+    """The default device."""
+    device: jax.Device = switch("jax_default_device") or jax.local_devices()[0]
+    return device
 
 
 @contextlib.contextmanager

@@ -113,6 +113,36 @@ def test_flags_and_whole_numbers_are_added_up_with_the_terms() -> None:
         np.testing.assert_array_equal(added, np.sum(numbers, axes, keepdims=True))
 
 
+# Rows that eight parts divide evenly and rows that they do not; taps beside them.
+LARGE: list[tuple[Shape, Shape]] = [
+    ((1024, 80), (0,)),
+    ((1003, 80), (0,)),
+    ((3, 300, 80), (0, 1)),
+    ((300, 3, 80), (0,)),
+]
+
+
+@pytest.mark.parametrize(("shape", "axes"), LARGE)
+def test_rows_of_large_arrays_are_added_up_in_parts_on_one_cpu(monkeypatch, shape, axes):
+    """And come out the same, bit by bit, as where there are several devices."""
+    x = draw(shape, 0)
+    x /= 2 * x.max()
+    parts, found = [], []
+    for n_devices in (8, 1):
+        monkeypatch.setattr(jax, "device_count", lambda n_devices=n_devices: n_devices)
+
+        def sums(x: jax.Array) -> list[jax.Array]:
+            return sum_below_one.__wrapped__(x, axes, x > 0)  # noqa: B023  (called at once)
+
+        parts.append(str(jax.make_jaxpr(sums)(x)).count("slice"))
+        found.append(jax.jit(sums)(x))
+    assert parts[0] == 0 < parts[1]
+    for several, one in zip(*found, strict=True):
+        np.testing.assert_array_equal(several, one)
+    assert_sums(found[1][0], x, np.ones((1,) * x.ndim, np.float32), axes)
+    np.testing.assert_array_equal(found[1][1], np.sum(x > 0, axes, keepdims=True))
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 12.0))
 def test_terms_in_any_order_have_the_same_sum_bit_by_bit(seed: int, spread: float) -> None:
     a, b = draw((200, 3), seed, spread), draw((200, 1), seed + 1, spread)

@@ -14,7 +14,7 @@ import numpy as np
 from dpai_jax.tools.host.floats import as_xla, flushes
 from dpai_jax.tools.host.plan import DTYPES, Plan, UnknownError
 from dpai_jax.tools.signatures import of_shapes
-from dpai_jax.tools.switches import uncollected
+from dpai_jax.tools.switches import are_at_home, switch, uncollected
 
 PyTree = Any
 
@@ -150,12 +150,6 @@ def _can_run(leaves: Sequence[Any]) -> bool:
     """Whether NumPy can run a program for these arguments: arrays on the default device, a CPU."""
     if _COMPILED_ONLY.get() or jax.default_backend() != "cpu" or not flushes():
         return False
-    if _switch("jax_debug_nans") or any(getattr(x, "dtype", None) not in DTYPES for x in leaves):
+    if switch("jax_debug_nans") or any(getattr(x, "dtype", None) not in DTYPES for x in leaves):
         return False
-    shardings = {x.sharding for x in leaves if isinstance(x, jax.Array)}
-    default = _switch("jax_default_device") or jax.local_devices()[0]
-    return all(sharding.device_set == {default} for sharding in shardings)
-
-
-def _switch(name: str) -> Any:
-    return getattr(jax.config, name)
+    return are_at_home(leaves)
