@@ -161,15 +161,20 @@ def _dot_vector(x: Spread, vector: Spread, dims: tuple[Pair, Pair]) -> Array:
     axes = [j for _, j in pairs]
     rest = [j for j in range(len(vector.shape)) if j not in axes]
     aligned = vector.array.transpose(*axes, *rest).reshape([vector.array.shape[j] for j in axes])
-    below = (x.below, vector.below)
+    # As the axes lie in memory, which a sum of products would otherwise write out anew.
+    order = x.order or tuple(range(len(x.shape)))
     sums = product_sum(
-        x.array, jnp.expand_dims(aligned, others), tuple(contract), below, (False, True)
+        x.array.transpose(order),
+        jnp.expand_dims(aligned, others).transpose(order),
+        tuple(order.index(i) for i in contract),
+        (x.below, vector.below),
+        (False, True),
     )
     uniform = [
         x.shape[i]
         for i, j in zip(contract, contract_vector, strict=True)
         if x.uniform(i) and vector.uniform(j)
     ]
-    sums = sums.transpose(*batch, *others, *contract)
+    sums = sums.transpose([order.index(i) for i in (*batch, *others, *contract)])
     sums = jnp.squeeze(sums, tuple(range(sums.ndim - len(contract), sums.ndim)))
     return scaled(sums, float(math.prod(uniform)))

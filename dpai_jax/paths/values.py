@@ -40,11 +40,13 @@ class Spread(NamedTuple):
       array: the array; along an axis of size one the values are uniform.
       shape: the shape of the larger array.
       below: an upper bound of all entries, if one is known when the program is built.
+      order: the axes in the order in which they lie in memory, if another than their own.
     """
 
     array: Array
     shape: Shape
     below: float | None = None
+    order: tuple[int, ...] | None = None
 
     def full(self, *axes: int) -> Spread:
         """The same values with the given axes expanded, or all axes if none is given."""
@@ -145,7 +147,9 @@ class Weight:
     @property
     def spread(self) -> Spread:
         """The mask with its shape."""
-        return Spread(self.array, self.shape, self.below)
+        axes = self.sources[0][1]
+        order = tuple(sorted(range(len(axes)), key=lambda i: min(axes[i], default=i)))
+        return Spread(self.array, self.shape, self.below, order)
 
     @property
     def terms(self) -> tuple[Weight, ...]:

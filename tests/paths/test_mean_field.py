@@ -486,6 +486,30 @@ def test_the_cost_is_that_of_the_weights_whatever_the_resolution(make: Any) -> N
     assert computed[32, "exact"] != computed[64, "exact"]
 
 
+def tied(p: Any, x: jax.Array) -> jax.Array:
+    return x @ p["w"].T
+
+
+def in_heads(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.einsum("nab,abo->no", x, p["w"].reshape(600, 20, 20).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(("fn", "features"), [(tied, (400,)), (in_heads, (20, 20))])
+def test_a_transposed_kernel_is_summed_as_it_lies_in_memory(fn: Any, features: Any) -> None:
+    """As an embedding that is used again at the output. To copy it would take most of a step."""
+    net = dpai.trace(fn, {"w": jnp.ones((600, 400))}, jnp.ones((1, *features)))
+    mask = np.random.default_rng(0).random((600, 400)) < 0.5
+    kept = {"w": jnp.asarray(mask, jnp.float32)}
+    count = jax.value_and_grad(lambda masks: dpai.log_paths(net, masks, "mean_field"))
+    compiled = jax.jit(count).lower(kept).compile()
+    lines = compiled.as_text().splitlines()
+    assert [line for line in lines if "600" in line]
+    assert not [line for line in lines if "600" in line and " copy(" in line]
+    found, gradient = compiled(kept)
+    np.testing.assert_allclose(found, np.log(mask.sum()), rtol=1e-6)
+    np.testing.assert_allclose(gradient["w"], np.full(mask.shape, 1 / mask.sum()), rtol=1e-6)
+
+
 @pytest.mark.parametrize("counting_", ["mean", "Exact", "", None, 3])
 def test_an_unknown_way_of_counting_is_refused(counting_: Any) -> None:
     net = traced(lambda p, x: x @ p["kernel"], {"kernel": (3, 2)}, (1, 3))
