@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from dpai_jax.counts import counted, reached
 from dpai_jax.paths import Layer, Network
 from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
+from dpai_jax.tools.host import Quick
 from dpai_jax.tools.rows import Group, are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.switches import usual_switches
 
@@ -318,7 +320,10 @@ def _axes(net: Network) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(layer.inputs, layer.taps) for layer in net.layers]
 
 
-@meshes.program(layers=lambda kept, _: kept, by_numpy="exactly")
+@meshes.program(
+    layers=lambda kept, _: kept,
+    by_numpy=lambda axes: Quick(functools.partial(_count_layers_by_numpy, axes=axes)),
+)
 def _count_layers(
     _: Network | None, kept: list[Array], reached: list[Array], *, axes: tuple[Any, ...]
 ) -> Array:
@@ -328,6 +333,17 @@ def _count_layers(
     nodes = [_any(k, inputs) for k, (inputs, _) in zip(kernels, axes, strict=True)]
     counts = counts_of([*kept, *effective, *nodes, *kernels], are_small(kept) * 4)
     return counts.reshape(4, len(kept)).T
+
+
+def _count_layers_by_numpy(
+    kept: list[np.ndarray], reached: list[np.ndarray], *, axes: tuple[Any, ...]
+) -> np.ndarray:
+    found = []
+    for k, r, (inputs, taps) in zip(kept, reached, axes, strict=True):
+        effective = k & r
+        kernels = effective.any(taps, keepdims=True)
+        found.append([*map(np.count_nonzero, (k, effective, kernels.any(inputs), kernels))])
+    return np.asarray(found, np.uint32)
 
 
 def _any(flags: Array, axes: tuple[int, ...]) -> Array:

@@ -28,6 +28,7 @@ from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
+from dpai_jax.tools.host import Quick
 from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.settings import described
 from dpai_jax.tools.switches import usual_switches
@@ -303,10 +304,14 @@ def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "
             raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 
 
-@meshes.program(layers=lambda arrays: arrays, by_numpy="exactly")
+@meshes.program(layers=lambda arrays: arrays, by_numpy=lambda: Quick(_are_nan_by_numpy))
 def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
     """The number of NaN entries in each array."""
     return counts_of([x.astype(jnp.float32) for x in arrays], are_small(arrays), jnp.isnan)
+
+
+def _are_nan_by_numpy(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.asarray([np.count_nonzero(np.isnan(x)) for x in arrays], np.uint32)
 
 
 def _at_terminal() -> bool:

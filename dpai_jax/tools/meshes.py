@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dpai_jax.tools import disk, host
-from dpai_jax.tools.host import ByNumpy
+from dpai_jax.tools.host import ByNumpy, Quick
 from dpai_jax.tools.signatures import of_shapes, shapes_of
 from dpai_jax.tools.switches import are_at_home, home, uncollected
 
@@ -61,7 +61,7 @@ def program(
         has compiled it: "exactly" if no sum of floats can round, so that the results are the same
         bit by bit; "vouched" if they are also where one could; or "roughly", if they need not be.
         Or a function of `settings` that returns one of these, or what does the same as the program
-        with NumPy's arrays (see `tools.host`).
+        with NumPy's arrays; as `Quick` if that need not be compiled in the end (see `tools.host`).
 
     Returns:
       A decorator.
@@ -156,6 +156,7 @@ class _Compiled:
         self._ahead: dict[Any, Future[jax.stages.Compiled | None]] = {}
         self._is_compiled: set[Any] = set()
         self._by_numpy = None if by_numpy == "never" else host.Calls(self.jitted, by_numpy)
+        self._is_quick = isinstance(by_numpy, Quick)
         # The names on disk, None where a program is not kept there.
         self._name = name
         self._names: dict[Any, str | None] = {}
@@ -206,6 +207,7 @@ class _Compiled:
             return False
         if key not in self._names:
             is_new = key not in self._is_compiled and key not in self._ahead
+            is_new = is_new and not self._is_quick
             self._names[key] = name = self._name(repr(key)) if is_new else None
             if name is not None and disk.has(name):
                 self._ahead[key] = _COMPILERS.submit(disk.read, name, home())

@@ -9,6 +9,6 @@ does.
 """
 
 from dpai_jax.tools.host import contractions, rules  # noqa: F401  (they register rules)
-from dpai_jax.tools.host.calls import ByNumpy, Calls, compiled_only
+from dpai_jax.tools.host.calls import ByNumpy, Calls, Quick, compiled_only
 
-__all__ = ["ByNumpy", "Calls", "compiled_only"]
+__all__ = ["ByNumpy", "Calls", "Quick", "compiled_only"]
