@@ -1,5 +1,6 @@
 """What NumPy runs, held bit by bit against XLA; and which calls it runs."""
 
+import contextlib
 import functools
 import platform
 import sys
@@ -16,6 +17,7 @@ from hypothesis.extra import numpy as stnp
 from jax import lax
 
 import dpai_jax as dpai
+from dpai_jax import measuring, pruning
 from dpai_jax.selection import select, select_by_numpy
 from dpai_jax.tools import host, meshes
 from dpai_jax.tools.host.floats import as_xla, flushes
@@ -496,3 +498,28 @@ def test_selection_by_numpy_is_that_of_the_search(data: Any, magnitude: bool, sh
 
 
 _compiled_select = jax.jit(select, static_argnames="magnitude")
+
+
+def test_numpy_counts_a_topology_and_nan_as_xla_does() -> None:
+    net = dpai.trace(
+        lambda p, x: lax.conv(x, p["a"], (1, 1), "SAME").mean((2, 3)) @ p["b"],
+        {"a": jnp.ones((5, 4, 3, 3)), "b": jnp.ones((5, 2))},
+        jnp.ones((1, 4, 8, 8)),
+    )
+    rng, axes = np.random.default_rng(0), tuple(measuring._axes(net))
+    kept, reached = (
+        [jnp.asarray(rng.random(layer.shape) < 0.3) for layer in net.layers] for _ in range(2)
+    )
+    weights = [jnp.where(k, jnp.nan, jnp.inf) for k in kept]
+    found = []
+    for context in (contextlib.nullcontext, host.compiled_only):
+        with context():
+            found.append(measuring._count_layers(None, kept, reached, axes=axes))
+            found.append(pruning._are_nan(None, weights))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
+    np.testing.assert_array_equal(found[1], [int(k.sum()) for k in kept])
+    effective = np.asarray(kept[0] & reached[0])
+    kernels = effective.any((2, 3))
+    expected = kept[0].sum(), effective.sum(), kernels.any(1).sum(), kernels.sum()
+    np.testing.assert_array_equal(found[0][0], np.asarray(expected))

@@ -18,7 +18,7 @@ from jax import Array, lax
 from dpai_jax.paths import rules  # noqa: F401  (registers the rules)
 from dpai_jax.paths import values as v
 from dpai_jax.paths.constants import constant
-from dpai_jax.paths.counting import EXACT, REACH, Counting
+from dpai_jax.paths.counting import COUNTINGS, EXACT, REACH, Counting
 from dpai_jax.paths.folding import Call, End, Slot, chain_of, flows_of
 from dpai_jax.paths.interpreter import GATES, Interpreter, rules_in_force
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
@@ -259,9 +259,15 @@ class Network:
         calls: list[Call] = self.programs[key]
         return calls
 
+    @property
+    def fingerprint(self) -> tuple[Any, ...] | None:
+        """What only networks that are alike have, and are counted alike (see `disk`)."""
+        # Ways of counting can be added at any time.
+        countings = tuple((name, type(counting)) for name, counting in COUNTINGS.items())
+        return None if self._digest is None else (self._digest, countings)
+
     @functools.cached_property
-    def fingerprint(self) -> str | None:
-        """What only networks that are alike have (see `disk.fingerprint`)."""
+    def _digest(self) -> str | None:
         program, own = printed(self._jaxpr), (self.layers, self._shapes, self.treedef, self.gates)
         return None if program is None else disk.fingerprint(program, own, rules_in_force())
 

@@ -201,10 +201,8 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     reduction to memory. It fuses those of a variadic reduction if every output is used.
     """
     terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in arrays]
-    shape = terms[0].shape
-    longest = max(axes, key=lambda axis: shape[axis])
-    if _is_by_columns(shape, axes, longest):
-        return [_sum_in_parts(x, longest, axes) for x in terms]
+    if _is_by_columns(terms[0].shape, axes):
+        return [_sum_in_parts(x, axes) for x in terms]
     sums = lax.reduce(
         terms,
         [jnp.zeros((), x.dtype) for x in terms],
@@ -214,19 +212,22 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     return [jnp.expand_dims(x, tuple(axes)) for x in sums]
 
 
-def _is_by_columns(shape: Sequence[int], axes: Sequence[int], longest: int) -> bool:
+def _is_by_columns(shape: Sequence[int], axes: Sequence[int]) -> bool:
     """Whether sums go over rows of a large array on a single CPU.
 
     There a variadic reduction reads down each column, a number at a time, which takes some four
     times as long as to add up rows.
     """
-    if math.prod(shape) <= SMALL or shape[longest] < 2 * _PARTS or len(shape) - 1 in axes:
+    if math.prod(shape) <= SMALL or len(shape) - 1 in axes:
+        return False
+    if max((shape[axis] for axis in axes), default=0) < 2 * _PARTS:
         return False
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-def _sum_in_parts(array: Array, longest: int, axes: Sequence[int]) -> Array:
-    """The sum of integers over some axes, which keep size one; `longest` is the longest of them."""
+def _sum_in_parts(array: Array, axes: Sequence[int]) -> Array:
+    """The sum of integers over some axes, which keep size one, part by part of the longest."""
+    longest = max(axes, key=lambda axis: array.shape[axis])
     size = array.shape[longest] // _PARTS
     ends = range(0, _PARTS * size + 1, size)
     parts = [lax.slice_in_dim(array, *ends, axis=longest) for ends in itertools.pairwise(ends)]
