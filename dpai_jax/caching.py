@@ -22,8 +22,14 @@ def cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Keeps what is compiled from now on in a folder, where the next process finds it.
 
     One line at the start of a script or a notebook. It switches on JAX's own compilation cache, for
-    all that the process compiles, also beside pruning. Files of other releases of JAX or for other
-    devices are never read, and the folder can be deleted at any time.
+    all that the process compiles, also beside pruning. The programs of pruning are kept by the
+    network that they are for, and found without a trace, on one device and in one process. What
+    NumPy has run in a call of `prune` is compiled for the next process after it, in the background,
+    and a process that ends waits for that.
+
+    Files of other releases of JAX or of this library, or for other devices, are never read, and the
+    folder can be deleted at any time. Only you should be able to write to it, as its files hold
+    programs that are run.
 
     Example:
       >>> import tempfile, dpai_jax as dpai

@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from dpai_jax.tools import disk, host
 from dpai_jax.tools.host import ByNumpy, Quick
 from dpai_jax.tools.signatures import of_shapes, shapes_of
-from dpai_jax.tools.switches import are_at_home, home, uncollected
+from dpai_jax.tools.switches import are_on_default_device, default_device, uncollected
 
 PyTree = Any
 T = TypeVar("T")
@@ -203,14 +203,13 @@ class _Compiled:
 
     def _look_up(self, key: Hashable, args: tuple[Any, ...]) -> bool:
         """Whether the program is one of those on disk; starts to read it when first asked."""
-        if not disk.is_on() or not are_at_home(jax.tree.leaves(args)):
+        if not disk.is_on() or not are_on_default_device(jax.tree.leaves(args)):
             return False
         if key not in self._names:
-            is_new = key not in self._is_compiled and key not in self._ahead
-            is_new = is_new and not self._is_quick
-            self._names[key] = name = self._name(repr(key)) if is_new else None
+            is_there = self._is_quick or key in self._is_compiled or key in self._ahead
+            self._names[key] = name = None if is_there else self._name(repr(key))
             if name is not None and disk.has(name):
-                self._ahead[key] = _COMPILERS.submit(disk.read, name, home())
+                self._ahead[key] = _COMPILERS.submit(disk.read, name, default_device())
                 self._is_compiled.add(key)
             elif name is not None:
                 _TO_KEEP.append((weakref.ref(self), key))

@@ -13,13 +13,13 @@ def switch(name: str) -> Any:
     return getattr(jax.config, name)
 
 
-def are_at_home(leaves: Iterable[Any]) -> bool:
+def are_on_default_device(leaves: Iterable[Any]) -> bool:
     """Whether all arrays among some values are on the default device alone."""
     shardings = {x.sharding for x in leaves if isinstance(x, jax.Array)}
-    return all(sharding.device_set == {home()} for sharding in shardings)
+    return all(sharding.device_set == {default_device()} for sharding in shardings)
 
 
-def home() -> jax.Device:
+def default_device() -> jax.Device:
     """The default device."""
     device: jax.Device = switch("jax_default_device") or jax.local_devices()[0]
     return device

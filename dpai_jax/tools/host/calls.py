@@ -14,7 +14,7 @@ import numpy as np
 from dpai_jax.tools.host.floats import as_xla, flushes
 from dpai_jax.tools.host.plan import DTYPES, Plan, UnknownError
 from dpai_jax.tools.signatures import of_shapes
-from dpai_jax.tools.switches import are_at_home, switch, uncollected
+from dpai_jax.tools.switches import are_on_default_device, switch, uncollected
 
 PyTree = Any
 
@@ -161,4 +161,4 @@ def _can_run(leaves: Sequence[Any]) -> bool:
         return False
     if switch("jax_debug_nans") or any(getattr(x, "dtype", None) not in DTYPES for x in leaves):
         return False
-    return are_at_home(leaves)
+    return are_on_default_device(leaves)
