@@ -27,6 +27,7 @@ import numpy as np
 from dpai_jax.measuring import LayerTopology, Topology
 from dpai_jax.pruning import Result
 from dpai_jax.tools import meshes
+from dpai_jax.tools.drafts import write_whole
 from dpai_jax.tools.trees import named_leaves, shown
 
 PyTree = Any
@@ -80,7 +81,7 @@ def save(path: str | os.PathLike[str], result: Result) -> None:
     }
     data = safetensors.numpy.save(arrays, {"dpai_jax": json.dumps(about, allow_nan=False)})
     if jax.process_index() == 0:
-        _write(pathlib.Path(path), data)
+        write_whole(pathlib.Path(path), data)
 
 
 def load(path: str | os.PathLike[str], params: PyTree) -> Result:
@@ -155,19 +156,6 @@ def _by_name(tree: PyTree) -> dict[str, np.ndarray]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"result must name each leaf differently, but two are {twice!r}")
     return arrays
-
-
-def _write(target: pathlib.Path, data: bytes) -> None:
-    """Writes a file so that a reader sees all of it or nothing."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

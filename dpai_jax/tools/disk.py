@@ -18,7 +18,6 @@ import pathlib
 import pickle
 import platform
 import types
-import uuid
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from dpai_jax.tools.drafts import write_whole
 from dpai_jax.tools.signatures import Alike
 
 # Functions of these packages are known by their names and the packages' releases.
@@ -97,14 +97,10 @@ def write(name: str, compiled: jax.stages.Compiled) -> None:
         parts = serialize_executable.serialize(compiled)
     except (NotImplementedError, ValueError):
         return
-    own = _folder / f"{name}.{uuid.uuid4().hex}"
     try:
         _folder.mkdir(exist_ok=True)
-        own.write_bytes(pickle.dumps(parts))
-        own.replace(_folder / name)
+        write_whole(_folder / name, pickle.dumps(parts))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            own.unlink()
         warnings.warn(f"a compiled program could not be kept in {_folder}: {error}", stacklevel=2)
 
 
