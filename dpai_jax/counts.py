@@ -94,7 +94,7 @@ def counted(
     """
     calls = chain_for(net, masks, COUNTINGS[counting], below)
     if calls:
-        slots = forward(net, calls, masks, by_numpy="roughly", ahead=ahead)
+        slots = forward(net, calls, masks, roughly=True, ahead=ahead)
         found: Array = slots[calls[-1].outputs[0]]
         return found
     if ahead:

@@ -7,7 +7,7 @@ several devices, within another program, and where little of a network repeats, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def forward(
     masks: Sequence[Any],
     strengths: Sequence[Any] = (),
     *,
-    by_numpy: Literal["exactly", "roughly"] = "exactly",
+    roughly: bool = False,
     ahead: int = 0,
 ) -> dict[int, Any]:
     """The arrays of all slots.
@@ -49,7 +49,7 @@ def forward(
       calls: the chain.
       masks: an array for each layer, or its shape.
       strengths: by what to multiply each mask; by one if not given.
-      by_numpy: when NumPy may run the first calls (see `meshes.program`).
+      roughly: whether NumPy may run the first calls also where it rounds otherwise.
       ahead: if not zero, only starts to compile, for so many calls.
 
     Returns:
@@ -57,13 +57,14 @@ def forward(
     """
     slots: dict[int, Any] = dict(enumerate(masks))
     by_slot = dict(enumerate(strengths))
+    run = _run_roughly if roughly else _run
     for call in calls:
         args = [slots[i] for i in call.inputs], [by_slot.get(i) for i in call.inputs]
         if ahead:
-            _run.ahead(net, *args, calls=ahead, stage=call.stage, by_numpy=by_numpy)
+            run.ahead(net, *args, calls=ahead, stage=call.stage)
             results = call.stage.results
         else:
-            results = _run(net, *args, stage=call.stage, by_numpy=by_numpy)
+            results = run(net, *args, stage=call.stage)
         slots.update(zip(call.outputs, results, strict=True))
     return slots
 
@@ -163,14 +164,11 @@ def multiplied(arrays: Sequence[Array], factors: Sequence[Array | None]) -> list
     return [x if f is None else x.astype(f.dtype) * f for x, f in zip(arrays, factors, strict=True)]
 
 
-@meshes.program(by_numpy=lambda by_numpy, **_: by_numpy)
-def _run(
-    _: Network,
-    arrays: list[Array],
-    factors: list[Array | None],
-    *,
-    stage: Stage,
-    by_numpy: str,
+def _run_stage(
+    _: Network, arrays: list[Array], factors: list[Array | None], *, stage: Stage
 ) -> list[Array]:
-    del by_numpy  # but a program that rounds otherwise is another one
     return stage(in_dtypes(stage, multiplied(arrays, factors)))
+
+
+_run = meshes.program(by_numpy="exactly")(_run_stage)
+_run_roughly = meshes.program(by_numpy="roughly")(_run_stage)
