@@ -255,7 +255,9 @@ class Network:
             masks = [Slot(i, x.shape, np.dtype(np.float32)) for i, x in enumerate(self.layers)]
             params = self._params(masks, below)
             title = f"{type(counting).__name__} {below}"
-            self.programs[key] = _chain(self._jaxpr, params, gates, counting, end, title)
+            self.programs[key] = _chain(
+                self._jaxpr, self._segments, params, gates, counting, end, title
+            )
         calls: list[Call] = self.programs[key]
         return calls
 
@@ -462,7 +464,8 @@ def _uses(
         for i, (shape, is_kernel) in enumerate(zip(shapes, kernels, strict=True))
     ]
     first: dict[int, AxesOfLeaf] = {}
-    for call in _chain(jaxpr, params, gates, EXACT, _sum_of):
+    segments = _segments_of(jaxpr, len(params))
+    for call in _chain(jaxpr, segments, params, gates, EXACT, _sum_of):
         for use in call.uses:
             first.setdefault(use.leaf, use)
     return list(first.values())
@@ -470,6 +473,7 @@ def _uses(
 
 def _chain(
     jaxpr: Any,
+    segments: Sequence[Segment],
     params: Sequence[Value],
     gates: str,
     counting: Counting,
@@ -479,7 +483,6 @@ def _chain(
     """A program's evaluation as calls of stages (see `chain_of`)."""
     variables = zip(*_arguments(jaxpr, params), strict=True)
     sources = _sources(jaxpr, len(params))[1]
-    segments = _segments_of(jaxpr, len(params))
     return chain_of(segments, variables, sources, gates, counting, end, len(params), title)
 
 

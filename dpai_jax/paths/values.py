@@ -40,7 +40,7 @@ class Spread(NamedTuple):
       array: the array; along an axis of size one the values are uniform.
       shape: the shape of the larger array.
       below: an upper bound of all entries, if one is known when the program is built.
-      order: the axes in the order in which they lie in memory, if another than their own.
+      order: the axes in the order in which they lie in memory, if that is known.
     """
 
     array: Array
