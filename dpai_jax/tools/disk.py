@@ -17,9 +17,10 @@ import os
 import pathlib
 import pickle
 import platform
+import threading
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +46,8 @@ class UnnamedError(Exception):
 def keep_in(folder: pathlib.Path) -> None:
     """Keeps programs in a folder from now on."""
     global _folder  # noqa: PLW0603  (one folder for the process)
+    if _folder is None:
+        jax.monitoring.register_event_listener(_found_by_jax.listen)
     _folder = folder
 
 
@@ -81,17 +84,42 @@ def has(name: str) -> bool:
 
 
 def read(name: str, device: jax.Device) -> jax.stages.Compiled | None:
-    """The compiled program of this name for a device; None if it cannot be read."""
+    """The compiled program of this name for a device; None, and removed, if it cannot be read."""
     assert _folder is not None
     try:
         parts: tuple[Any, Any, Any] = pickle.loads((_folder / name).read_bytes())
         return serialize_executable.deserialize_and_load(*parts, execution_devices=[device])
     except Exception:  # noqa: BLE001  (whatever is wrong with a file, its program is compiled anew)
+        with contextlib.suppress(OSError):
+            (_folder / name).unlink()
         return None
 
 
-def write(name: str, compiled: jax.stages.Compiled) -> None:
-    """Keeps a compiled program, if it is of a kind that can be kept; warns if that fails."""
+def kept(name: str, compiler: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
+    """Compiles a program and keeps it, if it is of a kind that can be kept; warns if that fails.
+
+    What JAX's own cache gave back is not kept: XLA on CPUs writes it without its functions.
+    """
+    before = _found_by_jax.number
+    compiled = compiler()
+    if _found_by_jax.number == before:
+        _write(name, compiled)
+    return compiled
+
+
+class _FoundByJax(threading.local):
+    """How many programs JAX's own cache gave back to this thread."""
+
+    number = 0
+
+    def listen(self, event: str, **_: Any) -> None:
+        self.number += event == "/jax/compilation_cache/cache_hits"
+
+
+_found_by_jax = _FoundByJax()
+
+
+def _write(name: str, compiled: jax.stages.Compiled) -> None:
     assert _folder is not None
     try:
         parts = serialize_executable.serialize(compiled)
@@ -136,8 +164,11 @@ def _described_function(value: Any) -> str:
     if isinstance(value, functools.partial):
         return f"partial{_described((value.func, value.args, tuple(value.keywords.items())))}"
     function = getattr(value, "__wrapped__", value)  # of jax.jit
-    if not isinstance(function, types.FunctionType):
-        raise UnnamedError(repr(type(value)))
+    is_of_file = (
+        isinstance(function, types.FunctionType) and function.__code__.co_filename[0] != "<"
+    )
+    if not is_of_file:  # a function without a file can be another one in the next process
+        raise UnnamedError(repr(value))
     code, cells = function.__code__, [cell.cell_contents for cell in function.__closure__ or ()]
     constants = [x for x in code.co_consts if not isinstance(x, types.CodeType)]
     own = code.co_firstlineno, code.co_code, code.co_names, constants

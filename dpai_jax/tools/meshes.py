@@ -182,14 +182,9 @@ class _Compiled:
 
     def _submit(self, key: Hashable, compiler: Callable[[], jax.stages.Compiled]) -> None:
         name = self._names.get(key)
-
-        def run() -> jax.stages.Compiled:
-            compiled = compiler()
-            if name is not None:
-                disk.write(name, compiled)
-            return compiled
-
-        self._ahead[key] = _COMPILERS.submit(run)
+        if name is not None:
+            compiler = functools.partial(disk.kept, name, compiler)
+        self._ahead[key] = _COMPILERS.submit(compiler)
         _UNDER_WAY.add(self._ahead[key])
 
     def _compiled(self, key: Hashable) -> jax.stages.Compiled:
