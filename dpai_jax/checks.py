@@ -13,6 +13,9 @@ import numpy as np
 from jax import Array
 
 from dpai_jax.paths import Network
+from dpai_jax.tools import meshes
+from dpai_jax.tools.host import Quick
+from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.trees import check_structure, named_leaves, shown
 
 PyTree = Any
@@ -145,8 +148,27 @@ def score_array(name: str, score: Any) -> None:
     dtype = jnp.result_type(score)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"scores must be floating, but {name} is {dtype}")
-    if not _is_traced(score) and bool(jnp.any(jnp.isnan(score))):
+    if not _is_traced(score) and np.any(_are_nan(None, [jnp.asarray(score)])):
         raise ValueError(f"scores must be numbers, but {name} has a NaN")
+
+
+def all_numbers(argument: str, net: Network, arrays: list[Array], cause: str = "") -> None:
+    """Checks that the layers' arrays have no NaN."""
+    groups = groups_of(net, arrays)
+    found = jax.device_get([_are_nan(group.owner, group.of(arrays)) for group in groups])
+    for layer, n_nan in zip(net.layers, in_order(groups, found), strict=True):
+        if n_nan:
+            raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
+
+
+@meshes.program(layers=lambda arrays: arrays, by_numpy=lambda: Quick(_are_nan_by_numpy))
+def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
+    """The number of NaN entries in each array."""
+    return counts_of([x.astype(jnp.float32) for x in arrays], are_small(arrays), jnp.isnan)
+
+
+def _are_nan_by_numpy(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.asarray([np.count_nonzero(np.isnan(x)) for x in arrays], np.uint32)
 
 
 def parallel_masks(tree: PyTree, masks: PyTree) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dpai_jax import checks, grouping, selection
@@ -77,11 +78,19 @@ def select_layers(scores: Sequence[Array], keep: Keep, parts: grouping.Parts = (
     return masks
 
 
-@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
+@meshes.program(
+    like=lambda scores, _: scores,
+    layers=lambda scores, _: scores,
+    by_numpy=lambda parts: "exactly" if parts else _select_by_numpy,
+)
 def _select(
     _: None, scores: list[Array], keep: list[Array] | Array, *, parts: grouping.Parts
 ) -> list[Array]:
     return grouping.select(scores, keep, parts=parts)[0]
+
+
+def _select_by_numpy(scores: list[np.ndarray], keep: Any) -> list[np.ndarray]:
+    return selection.select_by_numpy(scores, keep)[0]
 
 
 @usual_switches()

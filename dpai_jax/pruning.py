@@ -28,8 +28,6 @@ from dpai_jax.progress import ProgressLine
 from dpai_jax.repairing import repaired_layers
 from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
-from dpai_jax.tools.host import Quick
-from dpai_jax.tools.rows import are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.settings import described
 from dpai_jax.tools.switches import usual_switches
 from dpai_jax.tools.trees import shown
@@ -196,7 +194,7 @@ def results_of(
     leaves, one = net.leaves(problem.params), jnp.ones((), bool)
     masks = []
     for problem, pruned in zip(problems, found, strict=True):
-        _refuse_nan("scores of method", net, pruned.scores, ": its optimizer diverged")
+        checks.all_numbers("scores of method", net, pruned.scores, ": its optimizer diverged")
         own: list[Any] = pruned.masks
         if repair:
             rank = pruned.scores if pruned.rank is None else pruned.rank()
@@ -293,25 +291,7 @@ def check_network(net: Network, params: PyTree) -> None:
         raise ValueError("fn has no path from x to its output even with all weights kept")
     weights = net.leaves(params)
     if not any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
-        _refuse_nan("params", net, weights)
-
-
-def _refuse_nan(argument: str, net: Network, arrays: list[Array], cause: str = "") -> None:
-    groups = groups_of(net, arrays)
-    found = jax.device_get([_are_nan(group.owner, group.of(arrays)) for group in groups])
-    for layer, n_nan in zip(net.layers, in_order(groups, found), strict=True):
-        if n_nan:
-            raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
-
-
-@meshes.program(layers=lambda arrays: arrays, by_numpy=lambda: Quick(_are_nan_by_numpy))
-def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
-    """The number of NaN entries in each array."""
-    return counts_of([x.astype(jnp.float32) for x in arrays], are_small(arrays), jnp.isnan)
-
-
-def _are_nan_by_numpy(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.asarray([np.count_nonzero(np.isnan(x)) for x in arrays], np.uint32)
+        checks.all_numbers("params", net, weights)
 
 
 def _at_terminal() -> bool:

@@ -214,13 +214,22 @@ class _Repair:
         through = _needed(slots, lambda slots: bool(np.any(entries(slots))))
         entry = _ranked(entries(through), ranking)[0]
 
-        def joined(weights: Sequence[int]) -> np.ndarray:
+        def joined(weights: Sequence[int] | np.ndarray) -> np.ndarray:
             longer = masks.copy()
-            longer[[entry, *weights]] = True
+            longer[entry] = longer[list(weights)] = True
             return longer
 
-        places = _ranked(self.opened(masks, through) & ~joined([]), ranking)
-        new = _needed(places, lambda weights: bool(self.reached(joined(weights))[entry]))
+        def completes(weights: Sequence[int] | np.ndarray) -> bool:
+            return bool(self.reached(joined(weights))[entry])
+
+        # Places on no path with all of them open would not help; most that are on one now would
+        # not either, as they join units that are on one.
+        opened = self.opened(masks, through)
+        able = self.reached(opened | joined([])) & opened & ~joined([])
+        items = _ranked(able & ~self.reached(masks), ranking)
+        if not completes(items):
+            items = _ranked(able, ranking)
+        new = _needed(items, completes)
         if target not in through:
             self.between[target] = through
         return self._relieved(joined(new), masks, ranking)

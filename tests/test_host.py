@@ -1,6 +1,7 @@
 """What NumPy runs, held bit by bit against XLA; and which calls it runs."""
 
 import contextlib
+import dataclasses
 import functools
 import platform
 import sys
@@ -17,7 +18,8 @@ from hypothesis.extra import numpy as stnp
 from jax import lax
 
 import dpai_jax as dpai
-from dpai_jax import measuring, pruning
+from dpai_jax import checks, measuring
+from dpai_jax.methods import saliency
 from dpai_jax.selection import select, select_by_numpy
 from dpai_jax.tools import host, meshes
 from dpai_jax.tools.host.floats import as_xla, flushes
@@ -473,6 +475,41 @@ def test_networks_are_pruned_as_xla_prunes_them(network: Any, settings: Any) -> 
     assert first.topology.log_paths == pytest.approx(second.topology.log_paths, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", [dpai.Magnitude(), dpai.SynFlow(steps=3)], ids=str)
+def test_saliencies_are_selected_as_xla_selects_them(method: dpai.Method) -> None:
+    fn, shape = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], (300, 240)
+    rng = np.random.default_rng(0)
+    params = {
+        "a": rng.standard_normal(shape, np.float32),
+        "b": np.round(3 * rng.random((240, 9)), 1),
+    }
+    args = fn, jax.tree.map(jnp.float32, params), jnp.ones((1, 300))
+    for allocation in (dpai.global_threshold, dpai.erk):
+        how = {"method": dataclasses.replace(method, allocation=allocation), "progress": False}
+        first = dpai.prune(*args, 0.9, **how)
+        with host.compiled_only():
+            second = dpai.prune(*args, 0.9, **how)
+        jax.tree.map(np.testing.assert_array_equal, first.masks, second.masks)
+        jax.tree.map(np.testing.assert_array_equal, first.scores, second.scores)
+
+
+def test_first_selections_of_saliencies_compile_nothing(compilations: list[str]) -> None:
+    fn, params = lambda p, x: x @ p["w"], {"w": jnp.arange(131.0 * 509).reshape(131, 509)}
+    dpai.prune(fn, params, jnp.ones((1, 131)), 0.5, method=dpai.Magnitude(), progress=False)
+    assert set(compilations) == {"NumPy"}
+
+
+def test_numpy_counts_saliencies_as_xla_does() -> None:
+    values = np.array([np.nan, 0.0, -0.0, np.inf, -1.0, 2.0**-140], np.float32)
+    arrays = [jnp.asarray(values), jnp.asarray(np.tile(values, (300, 100)))]
+    first = saliency._counts(None, arrays)
+    with host.compiled_only():
+        second = saliency._counts(None, arrays)
+    np.testing.assert_array_equal(first, second)
+    # A number below the smallest normal one is zero to XLA on a CPU.
+    np.testing.assert_array_equal(first[0], [1, 3])
+
+
 @given(st.data(), st.booleans(), st.booleans())
 def test_selection_by_numpy_is_that_of_the_search(data: Any, magnitude: bool, shared: bool) -> None:
     shapes = [(4, 5), (2, 3, 3), (7,)]
@@ -515,7 +552,7 @@ def test_numpy_counts_a_topology_and_nan_as_xla_does() -> None:
     for context in (contextlib.nullcontext, host.compiled_only):
         with context():
             found.append(measuring._count_layers(None, kept, reached, axes=axes))
-            found.append(pruning._are_nan(None, weights))
+            found.append(checks._are_nan(None, weights))
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_array_equal(found[1], found[3])
     np.testing.assert_array_equal(found[1], [int(k.sum()) for k in kept])

@@ -240,8 +240,9 @@ def test_paths_through_gated_depthwise_convolutions_are_found_together(
     repaired = repair(net, masks, scores, jax.random.key(0))
     topology = dpai.topology(net, repaired)
     assert topology.effective == topology.weights == sum(net.leaves(keep))
-    # One path after another takes twenty for each weight of the depthwise filters: thousands.
-    assert len(searches) < 500
+    # One path after another takes twenty for each weight of the depthwise filters: thousands. A
+    # search among all places of the slots, in place of those the new path can pass, takes 255.
+    assert len(searches) < 250
 
 
 # The zoo: no less than before on any network.

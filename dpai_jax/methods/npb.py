@@ -108,9 +108,9 @@ class NPB:
         scores = _moved(net, masks, rng)
         # A repair chooses at random.
         noise = [rng.random(score.shape, np.float32) for score in scores]
-        arrays = [jnp.asarray(score) for score in scores]
+        chosen = [jnp.asarray(score > 0) for score in scores]
         rank = [jnp.asarray(score + n) for score, n in zip(scores, noise, strict=True)]
-        return Pruned([s > 0 for s in arrays], arrays, rank=lambda: rank)
+        return Pruned(chosen, list(map(jnp.asarray, scores)), rank=lambda: rank)
 
     def solve(self, incoming: np.ndarray, keep: int, rng: np.random.Generator) -> np.ndarray:
         """The mask of a layer, from the paths that enter at each weight.
@@ -190,7 +190,7 @@ class _Choice:
         net = self.net.unrolled()
         numbers, _ = numbered_weights(net, lambda use: use.weight.array)
         self.numbers = iter(numbers)
-        ones = [jnp.ones(layer.shape, jnp.float32) for layer in net.layers]
+        ones = [jnp.asarray(np.ones(layer.shape, np.float32)) for layer in net.layers]
         net.evaluate(ones, Interpreter(net.gates, at_kernel=self._at_kernel))
         self._choose(list(self.waiting))
         return self.net.unravel(self.kept)

@@ -98,8 +98,9 @@ class PHEW:
             _walk(walks, passes, keep, history, problem.report)
         if missing := keep - np.count_nonzero(passes):
             passes[np.lexsort((-strength, ~on_path, passes > 0))[:missing]] = 0.5
-        scores = [jnp.asarray(part) for part in net.unravel(passes)]
-        return Pruned([s > 0 for s in scores], scores, {"weights": np.asarray(history[1:])})
+        scores = net.unravel(passes)
+        masks = [jnp.asarray(s > 0) for s in scores]
+        return Pruned(masks, list(map(jnp.asarray, scores)), {"weights": np.asarray(history[1:])})
 
 
 def _magnitudes(problem: Problem) -> list[np.ndarray]:

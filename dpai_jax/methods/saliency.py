@@ -17,6 +17,7 @@ from dpai_jax.allocation import Allocation, check_allocation, global_threshold
 from dpai_jax.methods.base import Problem, Pruned
 from dpai_jax.paths import Network
 from dpai_jax.tools import meshes
+from dpai_jax.tools.host import Quick
 from dpai_jax.tools.rows import are_small, by_groups, counts_of, groups_of, in_order
 
 PyTree = Any
@@ -109,7 +110,7 @@ def check(problem: Problem, saliencies: list[Array], *, warn: bool = True) -> No
         )
 
 
-@meshes.program(layers=lambda saliencies: saliencies)
+@meshes.program(layers=lambda saliencies: saliencies, by_numpy=lambda: Quick(_counts_by_numpy))
 def _counts(_: Network | None, saliencies: list[Array]) -> Array:
     """How many saliencies of each layer are NaN, and how many are not zero: (layer, 2)."""
     small = are_small(saliencies)
@@ -117,13 +118,18 @@ def _counts(_: Network | None, saliencies: list[Array]) -> Array:
     return jnp.stack([counts_of(saliencies, small, test) for test in tests], 1)
 
 
-@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores)
+def _counts_by_numpy(saliencies: list[np.ndarray]) -> np.ndarray:
+    numbers = [(np.count_nonzero(np.isnan(s)), np.count_nonzero(s)) for s in saliencies]
+    return np.asarray(numbers, np.uint32)
+
+
+@meshes.program(like=lambda scores, _: scores, layers=lambda scores, _: scores, by_numpy="exactly")
 def _left(_: Network | None, scores: list[Array], masks: list[Array]) -> list[Array]:
     """The scores of the weights that are left; −∞ for the others."""
     return [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, scores, strict=True)]
 
 
-@meshes.program(like=lambda arrays: arrays, layers=lambda arrays: arrays)
+@meshes.program(like=lambda arrays: arrays, layers=lambda arrays: arrays, by_numpy="exactly")
 def magnitudes(_: Network, arrays: list[Array]) -> list[Array]:
     """The magnitudes of each layer's entries, in float32."""
     return [jnp.abs(x).astype(jnp.float32) for x in arrays]

@@ -178,7 +178,7 @@ def _follow(
     """A function from features' numbers to where they lead: features read and, last, the output."""
     sizes = [groups * outputs for groups, _, outputs, _ in shapes]
     ends = np.cumsum(sizes)
-    leaves = [jnp.zeros(layer.shape, jnp.float32) for layer in net.layers]
+    leaves = [jnp.asarray(np.zeros(layer.shape, np.float32)) for layer in net.layers]
 
     def follow(feature: Array) -> Array:
         starts = [
@@ -209,7 +209,7 @@ def _follow(
 def are_outputs(net: Network) -> list[bool]:
     """For each layer, whether the network's output reads what it writes with no kernel between."""
     places = {layer.index: i for i, layer in enumerate(net.layers)}
-    leaves = [jnp.zeros(layer.shape, jnp.float32) for layer in net.layers]
+    leaves = [jnp.asarray(np.zeros(layer.shape, np.float32)) for layer in net.layers]
 
     @jax.jit
     @jax.grad
