@@ -475,7 +475,9 @@ def test_networks_are_pruned_as_xla_prunes_them(network: Any, settings: Any) -> 
     assert first.topology.log_paths == pytest.approx(second.topology.log_paths, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", [dpai.Magnitude(), dpai.SynFlow(steps=3)], ids=str)
+@pytest.mark.parametrize(
+    "method", [dpai.Magnitude(), dpai.SynFlow(steps=3)], ids=["magnitude", "synflow"]
+)
 def test_saliencies_are_selected_as_xla_selects_them(method: dpai.Method) -> None:
     fn, shape = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], (300, 240)
     rng = np.random.default_rng(0)
