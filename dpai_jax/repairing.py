@@ -214,20 +214,21 @@ class _Repair:
         through = _needed(slots, lambda slots: bool(np.any(entries(slots))))
         entry = _ranked(entries(through), ranking)[0]
 
-        def joined(weights: Sequence[int] | np.ndarray) -> np.ndarray:
+        def joined(weights: Sequence[int]) -> np.ndarray:
             longer = masks.copy()
-            longer[entry] = longer[list(weights)] = True
+            longer[[entry, *weights]] = True
             return longer
 
-        def completes(weights: Sequence[int] | np.ndarray) -> bool:
+        def completes(weights: Sequence[int]) -> bool:
             return bool(self.reached(joined(weights))[entry])
 
         # Places on no path with all of them open would not help; most that are on one now would
         # not either, as they join units that are on one.
-        opened = self.opened(masks, through)
-        able = self.reached(opened | joined([])) & opened & ~joined([])
+        begun = joined([])
+        opened = self.opened(begun, through)
+        able = self.reached(opened) & opened & ~begun
         items = _ranked(able & ~self.reached(masks), ranking)
-        if not completes(items):
+        if not completes(items.tolist()):
             items = _ranked(able, ranking)
         new = _needed(items, completes)
         if target not in through:

@@ -190,6 +190,7 @@ class _Choice:
         net = self.net.unrolled()
         numbers, _ = numbered_weights(net, lambda use: use.weight.array)
         self.numbers = iter(numbers)
+        # Written by NumPy: JAX would compile a program for each shape.
         ones = [jnp.asarray(np.ones(layer.shape, np.float32)) for layer in net.layers]
         net.evaluate(ones, Interpreter(net.gates, at_kernel=self._at_kernel))
         self._choose(list(self.waiting))

@@ -178,7 +178,7 @@ def _follow(
     """A function from features' numbers to where they lead: features read and, last, the output."""
     sizes = [groups * outputs for groups, _, outputs, _ in shapes]
     ends = np.cumsum(sizes)
-    leaves = [jnp.asarray(np.zeros(layer.shape, np.float32)) for layer in net.layers]
+    leaves = _zeros(net)
 
     def follow(feature: Array) -> Array:
         starts = [
@@ -206,10 +206,15 @@ def _follow(
     return jax.jit(jax.vmap(follow))
 
 
+def _zeros(net: Network) -> list[Array]:
+    """A zero for each weight, written by NumPy: JAX would compile a program for each shape."""
+    return [jnp.asarray(np.zeros(layer.shape, np.float32)) for layer in net.layers]
+
+
 def are_outputs(net: Network) -> list[bool]:
     """For each layer, whether the network's output reads what it writes with no kernel between."""
     places = {layer.index: i for i, layer in enumerate(net.layers)}
-    leaves = [jnp.asarray(np.zeros(layer.shape, np.float32)) for layer in net.layers]
+    leaves = _zeros(net)
 
     @jax.jit
     @jax.grad
