@@ -159,26 +159,28 @@ def direction(
       objective: what to ascend.
       weights: α, β and γ.
       scores: a float32 array of each layer's shape.
-      masks: the boolean masks of the scores.
+      masks: the boolean masks of the scores; or, where only weights that are kept are moved, by
+        what each of these multiplies a path, float32, zero for the others.
       strengths: by what each weight multiplies a path, not negative; by one if not given.
 
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
+    is_weighed = bool(strengths) or any(m.dtype != bool for m in masks)
 
     def count(floats: list[Array]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
-        return counts.log_count(net, floats, objective.counting, bound(strengths))
+        return counts.log_count(net, floats, objective.counting, bound(is_weighed))
 
     log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
     directions, measured = directions_of(net.layers, objective, weights, scores, masks, gradients)
     return directions, {"log_paths": log_paths, **measured}
 
 
-def bound(strengths: Sequence[Any]) -> float | None:
-    """What no mask exceeds where strengths multiply them, if that is known."""
-    return None if strengths else 1.0
+def bound(is_weighed: bool) -> float | None:
+    """What no mask exceeds, if that is known; weighed by strengths it can be anything."""
+    return None if is_weighed else 1.0
 
 
 def directions_of(
@@ -198,24 +200,25 @@ def directions_of(
       weights: as for `direction`.
       scores: of these layers.
       masks: of these layers.
-      gradients: ∂ log R_P/∂m.
+      gradients: ∂ log R_P/∂m, or by what each weight that is kept multiplies a path, as the masks.
       largest: see `rows.sums_of`.
 
     Returns:
       The layers' directions, and their `nodes` and `kernels`.
     """
     balance, _, normalize, sharp, falls = objective
+    kept = list(map(_of_kept, masks, gradients))
     if falls:  # what was removed stays removed
-        gradients = [jnp.where(m, g, 0.0) for m, g in zip(masks, gradients, strict=True)]
+        gradients = kept
     if balance == "even":
         of_layers = [
-            _even_slopes(_axes(layer), weights, m, g)
-            for layer, m, g in zip(layers, masks, gradients, strict=True)
+            _even_slopes(_axes(layer), weights, own, g)
+            for layer, own, g in zip(layers, kept, gradients, strict=True)
         ]
     else:
         of_layers = [
-            _slopes((layer.inputs, layer.taps), sharp, weights, m, g)
-            for layer, m, g in zip(layers, masks, gradients, strict=True)
+            _slopes((layer.inputs, layer.taps), sharp, weights, own, g)
+            for layer, own, g in zip(layers, kept, gradients, strict=True)
         ]
     slopes, sizes, open_kernels = zip(*of_layers, strict=True)
     if normalize:
@@ -251,13 +254,18 @@ def moved(
     return after, memory
 
 
+def _of_kept(mask: Array, gradient: Array) -> Array:
+    """The share of all paths that passes each weight that is kept; zero for the others."""
+    return jnp.where(mask, gradient, 0.0) if mask.dtype == bool else mask * gradient
+
+
 # Traced once for layers of one shape.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _slopes(
     axes: tuple[tuple[int, ...], tuple[int, ...]],
     sharp: bool,
     weights: tuple[Any, Any, Any],
-    mask: Array,
+    kept: Array,
     gradient: Array,
 ) -> tuple[Array, Array, Array]:
     """By what a layer's gradient is multiplied, its products summed over taps, and open kernels.
@@ -266,7 +274,7 @@ def _slopes(
       axes: those of the input features and of the taps.
       sharp: see `Objective`.
       weights: α, β and γ.
-      mask: the layer's mask.
+      kept: see `_of_kept`.
       gradient: ∂ log R_P/∂m.
 
     Returns:
@@ -274,7 +282,7 @@ def _slopes(
       each node the number, of which the input features have size one, too.
     """
     (alpha, beta, gamma), (inputs, taps) = weights, axes
-    kernel = sum_taps(jnp.where(mask, gradient, 0.0), taps)
+    kernel = sum_taps(kept, taps)
     # Sums over taps are read more than once; where there are none, they cost nothing.
     kernel, again = written_out(kernel) if taps else (kernel, kernel)
     open_kernels = jnp.sum((kernel > 0).astype(jnp.float32), inputs, keepdims=True)
@@ -311,11 +319,11 @@ def _axes(layer: Layer) -> _Axes:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _even_slopes(
-    axes: _Axes, weights: tuple[Any, Any, Any], mask: Array, gradient: Array
+    axes: _Axes, weights: tuple[Any, Any, Any], kept: Array, gradient: Array
 ) -> tuple[Array, Array, Array]:
     """As `_slopes`, for the balance "even"."""
     alpha, beta, _ = weights
-    kernel = sum_taps(jnp.where(mask, gradient, 0.0), axes.taps)
+    kernel = sum_taps(kept, axes.taps)
     # Read by the sums, and by all taps.
     kernel, again = written_out(kernel) if axes.taps else (kernel, kernel)
     scaled, scale = below_one(kernel)

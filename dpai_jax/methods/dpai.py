@@ -20,7 +20,7 @@ from dpai_jax.methods import folded, noise
 from dpai_jax.methods.balance import BALANCES, Objective, bound, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
-from dpai_jax.methods.selector import Selector
+from dpai_jax.methods.selector import Selector, Weigher
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
@@ -161,11 +161,15 @@ class DPaI:
         weights, settings = self._weights(), self._settings(parts)
         steps, init = self._folded(net, scores, strengths, parts), self._init
         on_device = jax.device_put(weights)
+        weigh = Weigher(net, strengths) if self._moves_kept and strengths else None
+        factors = strengths if weigh is None else []
 
         def step(state: _State, masks: list[Array]) -> tuple[_State, dict[str, Array]]:
+            if weigh is not None:
+                masks = weigh(masks)
             if steps is None:
-                return _step(net, state, masks, strengths, weights, **settings)
-            *after, measured = steps(*state, masks, strengths, on_device)
+                return _step(net, state, masks, factors, weights, **settings)
+            *after, measured = steps(*state, masks, factors, on_device)
             return _State(*after), measured
 
         state = _State(scores, init(scores) if steps is None else steps.memory(scores, init))
@@ -234,11 +238,15 @@ class DPaI:
         start = init if steps is None else functools.partial(steps.memory, init=init)
         state = _State(shapes, jax.eval_shape(start, shapes))
         masks, weights = self._shapes(problem, bool), self._weights()
+        weighs = self._moves_kept and bool(strengths)
+        args = (shapes, []) if weighs else (masks, strengths)
         if steps is None:
             settings = self._settings(parts)
-            _step.ahead(net, state, masks, strengths, weights, calls=self.steps, **settings)
+            _step.ahead(net, state, *args, weights, calls=self.steps, **settings)
         else:
-            steps(*state, masks, strengths, weights, ahead=self.steps)
+            steps(*state, *args, weights, ahead=self.steps)
+        if weighs:
+            Weigher.compile_ahead(net, shapes, masks, self.steps)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
 
@@ -246,7 +254,7 @@ class DPaI:
         self, net: Network, scores: list[Any], strengths: list[Any], parts: grouping.Parts
     ) -> folded.Steps | None:
         """The steps block by block, if the network repeats itself and layers go each by itself."""
-        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], bound(strengths))
+        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], bound(bool(strengths)))
         by_array = self.optimizer is None or folded.goes_by_array(self.optimizer)
         if not calls or parts or not by_array:
             return None
@@ -260,10 +268,17 @@ class DPaI:
 
     def _settings(self, parts: grouping.Parts = ()) -> dict[str, Any]:
         """What a step is compiled for."""
-        falls, sharp = self.schedule == "falling", math.isinf(self.gamma)
-        objective = Objective(self.balance, self.counting, self.normalize, sharp, falls)
+        sharp = math.isinf(self.gamma)
+        objective = Objective(
+            self.balance, self.counting, self.normalize, sharp, falls=self._moves_kept
+        )
         update = None if self.optimizer is None else Alike(self.optimizer.update)
         return {"objective": objective, "update": update, "parts": parts}
+
+    @property
+    def _moves_kept(self) -> bool:
+        """Whether only weights that are kept are moved."""
+        return self.schedule == "falling"
 
     @property
     def _init(self) -> Callable[[Any], Any]:

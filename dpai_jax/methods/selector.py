@@ -15,7 +15,7 @@ from dpai_jax import grouping
 from dpai_jax.paths import Network
 from dpai_jax.selection import select_by_numpy
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import Group, groups_of, in_order
+from dpai_jax.tools.rows import Group, by_groups, groups_of, in_order
 
 
 class Selector:
@@ -71,6 +71,47 @@ class Selector:
             )
             found.append(masks)
         return in_order(self._groups, found)
+
+
+class Weigher:
+    """The strengths of the weights that masks keep, zero for the others, again and again.
+
+    They are written where those of the masks before were, as new memory takes a CPU about as long
+    as all that is done with it.
+
+    Args:
+      net: the traced network.
+      strengths: a float32 array for each layer.
+    """
+
+    def __init__(self, net: Network, strengths: list[Array]):
+        self.net, self.strengths = net, strengths
+        self._found = list(map(jnp.copy, strengths))
+
+    def __call__(self, masks: list[Array]) -> list[Array]:
+        """The strengths under masks; they are there until the next call."""
+        self._found = by_groups(_weighed, self.net, self._found, self.strengths, masks)
+        return self._found
+
+    @staticmethod
+    def compile_ahead(net: Network, shapes: list[Any], masks: list[Any], calls: int) -> None:
+        """Starts to compile what is called so often, for strengths and masks of these shapes."""
+        for group in groups_of(net, shapes):
+            own = group.of(shapes)
+            _weighed.ahead(group.owner, own, own, group.of(masks), calls=calls)
+
+
+@meshes.program(
+    like=lambda before, *_: before,
+    layers=lambda before, *_: before,
+    donate=(0,),
+    by_numpy="exactly",
+)
+def _weighed(
+    _: Network | None, before: list[Array], strengths: list[Array], masks: list[Array]
+) -> list[Array]:
+    del before  # lends its memory
+    return [jnp.where(m, s, 0.0) for m, s in zip(masks, strengths, strict=True)]
 
 
 @meshes.program(
