@@ -24,6 +24,9 @@ PyTree = Any
 # How often to try for a new path through each layer: first by score, then in random order.
 _TRIES = 32
 
+# Of how many masks to remember what is reached.
+_KNOWN = 8
+
 
 @usual_switches()
 def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None = None) -> PyTree:
@@ -114,6 +117,7 @@ class _Repair:
         self.counts = self.used(kept)
         self.noise = rng.random(kept.size, np.float32)
         self.between: dict[int, list[int]] = {}
+        self.known: dict[bytes, np.ndarray] = {}
 
     def used(self, masks: np.ndarray) -> np.ndarray:
         """The number of weights kept in each slot."""
@@ -125,7 +129,13 @@ class _Repair:
 
     def reached(self, masks: np.ndarray) -> np.ndarray:
         """Which weights are on a path, or would be if they were kept."""
-        return self.net.ravel(jax.device_get(reached(self.net, self.net.unravel(masks))))
+        key = np.packbits(masks).tobytes()
+        if key not in self.known:
+            if len(self.known) >= _KNOWN:
+                del self.known[next(iter(self.known))]
+            found = jax.device_get(reached(self.net, self.net.unravel(masks)))
+            self.known[key] = self.net.ravel(found)
+        return self.known[key]
 
     def opened(self, masks: np.ndarray, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """The masks with every weight of some slots added."""
@@ -148,8 +158,10 @@ class _Repair:
 
     @functools.cached_property
     def ranking(self) -> np.ndarray:
-        """All weights, those of the highest scores first."""
-        return self.ranked(np.arange(self.scores.size))
+        """The place of each weight among all, those of the highest scores first."""
+        places = np.empty(self.scores.size, np.int32 if self.scores.size < 2**31 else np.int64)
+        places[self.ranked(np.arange(self.scores.size))] = np.arange(self.scores.size)
+        return places
 
     def topped_up(self, masks: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """The masks with each slot's missing weights added, the best of those allowed."""
@@ -183,7 +195,8 @@ class _Repair:
 
         None if no slot can spare the weights for one.
         """
-        possible = self.reached(self.opened(masks, np.flatnonzero(self.counts))) & ~masks
+        reached(self.net, self.net.unravel(masks), ahead=True)
+        possible = self.possible & ~masks
         targets = np.flatnonzero((self.used(masks) < self.counts) & (self.used(possible) > 0))
         ranking = self.ranking
         # One path often opens places for all missing weights. If the last one did not, many are
@@ -207,33 +220,65 @@ class _Repair:
             return self.within(target, self.reached(self.opened(masks, slots)) & ~masks)
 
         # Slots that lack weights come first, the target itself last: a path can pass it twice if
-        # its kernel is shared.
+        # its kernel is shared. Otherwise near ones, which most new paths pass.
         full = self.used(masks) == self.counts
         slots = self.rng.permutation(np.flatnonzero(self.counts))
-        slots = slots[np.lexsort((full[slots], slots == target))]
+        far = abs(slots - target) if ranking is self.ranking else np.zeros_like(slots)
+        slots = slots[np.lexsort((far, full[slots], slots == target))]
         through = _needed(slots, lambda slots: bool(np.any(entries(slots))))
         entry = _ranked(entries(through), ranking)[0]
-
-        def joined(weights: Sequence[int]) -> np.ndarray:
-            longer = masks.copy()
-            longer[[entry, *weights]] = True
-            return longer
-
-        def completes(weights: Sequence[int]) -> bool:
-            return bool(self.reached(joined(weights))[entry])
-
-        # Places on no path with all of them open would not help; most that are on one now would
-        # not either, as they join units that are on one.
-        begun = joined([])
-        opened = self.opened(begun, through)
-        able = self.reached(opened) & opened & ~begun
-        items = _ranked(able & ~self.reached(masks), ranking)
-        if not completes(items.tolist()):
-            items = _ranked(able, ranking)
-        new = _needed(items, completes)
         if target not in through:
             self.between[target] = through
-        return self._relieved(joined(new), masks, ranking)
+        longer = self._completed(entry, through, masks, ranking)
+        return self._relieved(longer, masks, ranking)
+
+    def _completed(
+        self, entry: int, through: list[int], masks: np.ndarray, ranking: np.ndarray
+    ) -> np.ndarray:
+        """The masks with a path through a new weight, and no more weights of slots than needed."""
+        longer = self.opened(masks, through)
+        longer[entry] = True
+        open_ = self.reached(longer)
+        for i in through:
+            longer[self.slots[i]] = masks[self.slots[i]]
+            longer[entry] = False
+            before = self.reached(longer)
+            longer[entry] = True
+            after = self.reached(longer)
+            # What is on no path without the entry is on one through it.
+            fresh = _ranked(self.within(i, after & ~before), ranking)
+            new = fresh[:1].tolist()
+            if not new:
+                items = _ranked(self.within(i, open_ & ~longer), ranking)
+                # Gates and depthwise kernels join features of equal numbers.
+                is_likely = after[items] & self._have_equal_features(items, entry)
+                items = np.concatenate([items[is_likely], items[~is_likely]])
+                new = _needed(items, functools.partial(self._completes, entry, longer))
+            longer[new] = True
+        return longer
+
+    def _completes(self, entry: int, masks: np.ndarray, weights: Sequence[int]) -> bool:
+        """Whether a weight is on a path if others are added to the masks."""
+        longer = masks.copy()
+        longer[list(weights)] = True
+        return bool(self.reached(longer)[entry])
+
+    def _have_equal_features(self, weights: np.ndarray, weight: int) -> np.ndarray:
+        """Which weights read or write a feature of a number that another weight reads or writes."""
+        numbers = [of_weights[weight] for of_weights in self.features]
+        return np.any([np.isin(of_weights[weights], numbers) for of_weights in self.features], 0)
+
+    @functools.cached_property
+    def features(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each weight the number of the feature it reads, and of that it writes."""
+        reads, writes = np.empty((2, self.net.size), np.int64)
+        places = self.net.unravel(np.arange(self.net.size))
+        for layer, own in zip(self.net.layers, places, strict=True):
+            weights = layer.by_features(own)
+            _, groups, inputs, outputs, _ = weights.shape
+            reads[weights] = np.arange(groups * inputs).reshape(groups, inputs, 1, 1)
+            writes[weights] = np.arange(groups * outputs).reshape(groups, 1, outputs, 1)
+        return reads, writes
 
     def _many_through(self, target: int, masks: np.ndarray) -> np.ndarray | None:
         """The masks with paths through as many new weights of a slot as possible.
@@ -291,6 +336,11 @@ class _Repair:
         return None if np.any(excess) or not self.is_effective(masks) else masks
 
     @functools.cached_property
+    def possible(self) -> np.ndarray:
+        """What can be reached by any masks that keep weights in the same slots."""
+        return self.reached(self.opened(np.zeros(self.net.size, bool), np.flatnonzero(self.counts)))
+
+    @functools.cached_property
     def lines(self) -> tuple[np.ndarray, np.ndarray]:
         """For each weight the input and the output that it joins, as numbers."""
         inputs, outputs = np.empty((2, self.net.size), np.int64)
@@ -324,9 +374,14 @@ class _Repair:
         return None if np.any(excess) else masks
 
 
+# How fast a search for one of the first items goes on to later ones.
+_STRIDE = 8
+
+
 def _ranked(flags: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-    """The weights whose flag is set, in the order of a ranking of all weights."""
-    return ranking[flags[ranking]]
+    """The weights whose flag is set, in the order of their places in a ranking."""
+    weights = np.flatnonzero(flags)
+    return weights[np.argsort(ranking[weights])]
 
 
 def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[int]:
@@ -338,7 +393,10 @@ def _needed(items: np.ndarray, holds: Callable[[Sequence[int]], bool]) -> list[i
     taken: list[int] = []
     end = len(items)
     while end and not holds(taken):
-        low, high = 0, end
+        low, high = 0, 1
+        while high < end and not holds([*taken, *items[:high].tolist()]):
+            low, high = high, _STRIDE * high
+        high = min(high, end)
         while low < high:
             middle = (low + high) // 2
             if holds([*taken, *items[:middle].tolist()]):

@@ -232,17 +232,18 @@ def test_paths_through_gated_depthwise_convolutions_are_found_together(
     masks = dpai.binarize(scores, keep)
     searches = []
 
-    def searched(*args: Any) -> Any:
-        searches.append(args)
-        return reached(*args)
+    def searched(*args: Any, ahead: bool = False) -> Any:
+        if not ahead:
+            searches.append(args)
+        return reached(*args, ahead=ahead)
 
     monkeypatch.setattr(repairing, "reached", searched)
     repaired = repair(net, masks, scores, jax.random.key(0))
     topology = dpai.topology(net, repaired)
     assert topology.effective == topology.weights == sum(net.leaves(keep))
-    # One path after another takes twenty for each weight of the depthwise filters: thousands. A
-    # search among all places of the slots, in place of those the new path can pass, takes 255.
-    assert len(searches) < 250
+    # One path after another takes ten or more for each weight of the depthwise filters: thousands.
+    # Together they take 111, and 128 if only what the last masks reach is remembered.
+    assert len(searches) < 120
 
 
 # The zoo: no less than before on any network.
