@@ -17,7 +17,13 @@ from jax import Array, lax
 
 from dpai_jax.paths import values as v
 from dpai_jax.paths.values import Flow, Shape, Spread
-from dpai_jax.tools.sums import product_sum, scaled, sum_over, written_out_backward
+from dpai_jax.tools.sums import (
+    finite_backward,
+    product_sum,
+    scaled,
+    sum_over,
+    written_out_backward,
+)
 
 # Axes of the two sides of a contraction, as in the dimension numbers of `lax.dot_general`.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -104,6 +110,11 @@ class MeanField(Counting):
 
     averages = True
     tracks_constants = False
+
+    def normalize(self, counts: Spread, exponent: Array, filled: Any = None) -> Normal:
+        """See `Counting.normalize`."""
+        counts = counts._replace(array=finite_backward(counts.array))
+        return super().normalize(counts, exponent, filled)
 
     def joined(self, array: Array) -> Array:
         """See `Counting.joined`."""

@@ -62,13 +62,17 @@ def _of_logarithm(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> 
     return logarithm(number, exponent), tangent / number
 
 
+# The largest number of which the power of two above, and one over that, are normal numbers.
+MOST = np.nextafter(np.float32(2.0**126), np.float32(0))
+
+
 def rounded(product: Array) -> Array:
-    """A finite product, rounded before it is added to another number.
+    """A product, at most `MOST`, rounded before it is added to another number.
 
     Otherwise processors that multiply and add at once round only the sum, and it depends on the
     compiler where they do.
     """
-    return jnp.minimum(product, np.finfo(np.float32).max)
+    return jnp.minimum(product, MOST)
 
 
 def stages(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -57,7 +57,7 @@ def product_sum(
     if math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes) == 1:
         return rounded(a * b)
     (a, scale_a), (b, scale_b) = below_one(a, below[0]), below_one(b, below[1])
-    return sum_below_one(a * b, axes)[0] * scale_a * scale_b
+    return rounded(sum_below_one(a * b, axes)[0] * scale_a * scale_b)
 
 
 def _forward(
@@ -290,8 +290,18 @@ def written_out_backward(array: Array) -> Array:
 
 
 written_out_backward.defvjp(
-    lambda array: (array, None), lambda _, cotangent: (jnp.maximum(*written_out(cotangent)),)
+    lambda array: (array, None),
+    lambda _, cotangent: (rounded(jnp.maximum(*written_out(cotangent))),),
 )
+
+
+@jax.custom_vjp
+def finite_backward(array: Array) -> Array:
+    """Returns the array; its cotangent is at most `MOST`, that of paths that are missing too."""
+    return array
+
+
+finite_backward.defvjp(lambda array: (array, None), lambda _, cotangent: (rounded(cotangent),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

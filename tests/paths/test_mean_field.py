@@ -510,6 +510,28 @@ def test_a_transposed_kernel_is_summed_as_it_lies_in_memory(fn: Any, features: A
     np.testing.assert_allclose(gradient["w"], np.full(mask.shape, 1 / mask.sum()), rtol=1e-6)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_paths_that_are_missing_are_finite_however_many_they_would_be(gated: bool) -> None:
+    """Behind a first layer without weights 64^29 paths are missing for each of them: 2^174."""
+    depth, width = 30, 64
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        x = x @ params["w00"]
+        for i in range(1, depth):
+            y = jax.nn.relu(x @ params[f"w{i:02}"])
+            x = y * jax.nn.sigmoid(x) if gated else y
+        return x
+
+    net = traced(fn, {f"w{i:02}": (width, width) for i in range(depth)}, (1, width))
+    masks = [np.zeros((width, width)), *[np.ones((width, width))] * (depth - 1)]
+    count, (first, *others) = counting(net, "mean_field")(masks)
+    assert count == -math.inf
+    assert np.all(np.isfinite(first))
+    assert np.all(first > 0)
+    # These would need another weight before them.
+    assert not np.any(others)
+
+
 @pytest.mark.parametrize("counting_", ["mean", "Exact", "", None, 3])
 def test_an_unknown_way_of_counting_is_refused(counting_: Any) -> None:
     net = traced(lambda p, x: x @ p["kernel"], {"kernel": (3, 2)}, (1, 3))
