@@ -172,9 +172,10 @@ def prune(
     report = progress if callable(progress) else line or silent
     problem = Problem(net, params, sparsity, key, report, fn, x, data, by)
     with meshes.given_up_on_failure():
+        # In the order in which they are needed.
+        compile_ahead(net, net.leaves(params))
         if hasattr(method, "compile_ahead"):
             method.compile_ahead(problem)
-        compile_ahead(net, net.leaves(params))
         check_network(net, params)
         (result,) = results_of([method], [problem], [method.run(problem)], repair)
         meshes.keep_on_disk()

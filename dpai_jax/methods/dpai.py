@@ -155,7 +155,8 @@ class DPaI:
         net, keeps = problem.net, self._keeps(problem)
         parts = problem.granularity.parts(net)
         shapes = self._shapes(problem, jnp.float32)
-        selector = Selector(net, shapes, keeps[0], parts, calls=len(keeps))
+        calls = 0 if self._is_one_number(parts) else len(keeps)  # or announced before
+        selector = Selector(net, shapes, keeps[0], parts, calls=calls)
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)
@@ -247,6 +248,8 @@ class DPaI:
             steps(*state, *args, weights, ahead=self.steps)
         if weighs:
             Weigher.compile_ahead(net, shapes, masks, self.steps)
+        if self._is_one_number(parts):
+            Selector(net, shapes, as_count(0), calls=self.steps + 1)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
 
@@ -274,6 +277,10 @@ class DPaI:
         )
         update = None if self.optimizer is None else Alike(self.optimizer.update)
         return {"objective": objective, "update": update, "parts": parts}
+
+    def _is_one_number(self, parts: grouping.Parts) -> bool:
+        """Whether the number to keep is one for all layers, as is known before it is worked out."""
+        return self.allocation is global_threshold and not parts
 
     @property
     def _moves_kept(self) -> bool:
