@@ -27,6 +27,9 @@ _TRIES = 32
 # Of how many masks to remember what is reached.
 _KNOWN = 8
 
+# How fast a search for one of the first items goes on to later ones.
+_STRIDE = 8
+
 
 @usual_switches()
 def repair(net: Network, masks: PyTree, scores: PyTree = None, key: Array | None = None) -> PyTree:
@@ -117,7 +120,7 @@ class _Repair:
         self.counts = self.used(kept)
         self.noise = rng.random(kept.size, np.float32)
         self.between: dict[int, list[int]] = {}
-        self.known: dict[bytes, np.ndarray] = {}
+        self._remembered = functools.lru_cache(_KNOWN)(self._reached)
 
     def used(self, masks: np.ndarray) -> np.ndarray:
         """The number of weights kept in each slot."""
@@ -129,13 +132,12 @@ class _Repair:
 
     def reached(self, masks: np.ndarray) -> np.ndarray:
         """Which weights are on a path, or would be if they were kept."""
-        key = np.packbits(masks).tobytes()
-        if key not in self.known:
-            if len(self.known) >= _KNOWN:
-                del self.known[next(iter(self.known))]
-            found = jax.device_get(reached(self.net, self.net.unravel(masks)))
-            self.known[key] = self.net.ravel(found)
-        return self.known[key]
+        return self._remembered(np.packbits(masks).tobytes())
+
+    def _reached(self, bits: bytes) -> np.ndarray:
+        """The same of packed masks."""
+        masks = np.unpackbits(np.frombuffer(bits, np.uint8), count=self.net.size).view(bool)
+        return self.net.ravel(jax.device_get(reached(self.net, self.net.unravel(masks))))
 
     def opened(self, masks: np.ndarray, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """The masks with every weight of some slots added."""
@@ -159,8 +161,9 @@ class _Repair:
     @functools.cached_property
     def ranking(self) -> np.ndarray:
         """The place of each weight among all, those of the highest scores first."""
-        places = np.empty(self.scores.size, np.int32 if self.scores.size < 2**31 else np.int64)
-        places[self.ranked(np.arange(self.scores.size))] = np.arange(self.scores.size)
+        order = self.ranked(np.arange(self.scores.size))
+        places = np.empty_like(order)
+        places[order] = np.arange(order.size)
         return places
 
     def topped_up(self, masks: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -195,6 +198,7 @@ class _Repair:
 
         None if no slot can spare the weights for one.
         """
+        # So many searches follow that a program is worth compiling beside them.
         reached(self.net, self.net.unravel(masks), ahead=True)
         possible = self.possible & ~masks
         targets = np.flatnonzero((self.used(masks) < self.counts) & (self.used(possible) > 0))
@@ -271,14 +275,13 @@ class _Repair:
     @functools.cached_property
     def features(self) -> tuple[np.ndarray, np.ndarray]:
         """For each weight the number of the feature it reads, and of that it writes."""
-        reads, writes = np.empty((2, self.net.size), np.int64)
-        places = self.net.unravel(np.arange(self.net.size))
-        for layer, own in zip(self.net.layers, places, strict=True):
-            weights = layer.by_features(own)
+
+        def numbers(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             _, groups, inputs, outputs, _ = weights.shape
-            reads[weights] = np.arange(groups * inputs).reshape(groups, inputs, 1, 1)
-            writes[weights] = np.arange(groups * outputs).reshape(groups, 1, outputs, 1)
-        return reads, writes
+            reads = np.arange(groups * inputs).reshape(groups, inputs, 1, 1)
+            return reads, np.arange(groups * outputs).reshape(groups, 1, outputs, 1)
+
+        return self._by_ends(numbers)
 
     def _many_through(self, target: int, masks: np.ndarray) -> np.ndarray | None:
         """The masks with paths through as many new weights of a slot as possible.
@@ -343,13 +346,25 @@ class _Repair:
     @functools.cached_property
     def lines(self) -> tuple[np.ndarray, np.ndarray]:
         """For each weight the input and the output that it joins, as numbers."""
+        # A line's number is the index of its first weight.
+        return self._by_ends(lambda weights: (weights[:, :, :, :1, :1], weights[:, :, :1, :, :1]))
+
+    def _by_ends(
+        self, numbers: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For each weight a number of its input, and one of its output.
+
+        Args:
+          numbers: gives both for a layer's weights, arranged as by `Layer.by_features`.
+
+        Returns:
+          Two rows of all weights.
+        """
         inputs, outputs = np.empty((2, self.net.size), np.int64)
         places = self.net.unravel(np.arange(self.net.size))
         for layer, own in zip(self.net.layers, places, strict=True):
-            features = layer.by_features(own)
-            # A feature's number is the index of its first weight.
-            inputs[features] = features[:, :, :, :1, :1]
-            outputs[features] = features[:, :, :1, :, :1]
+            weights = layer.by_features(own)
+            inputs[weights], outputs[weights] = numbers(weights)
         return inputs, outputs
 
     def _relieved(
@@ -372,10 +387,6 @@ class _Repair:
                 elif excess[i] == 0:
                     break
         return None if np.any(excess) else masks
-
-
-# How fast a search for one of the first items goes on to later ones.
-_STRIDE = 8
 
 
 def _ranked(flags: np.ndarray, ranking: np.ndarray) -> np.ndarray:

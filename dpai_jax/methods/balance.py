@@ -200,7 +200,7 @@ def directions_of(
       weights: as for `direction`.
       scores: of these layers.
       masks: of these layers.
-      gradients: ∂ log R_P/∂m, or by what each weight that is kept multiplies a path, as the masks.
+      gradients: of log R_P, by the masks as they are given.
       largest: see `rows.sums_of`.
 
     Returns:

@@ -155,14 +155,15 @@ class DPaI:
         net, keeps = problem.net, self._keeps(problem)
         parts = problem.granularity.parts(net)
         shapes = self._shapes(problem, jnp.float32)
-        calls = 0 if self._is_one_number(parts) else len(keeps)  # or announced before
-        selector = Selector(net, shapes, keeps[0], parts, calls=calls)
+        selector = Selector(net, shapes, keeps[0], parts)
+        if not self._is_one_number(parts):
+            selector.compile_ahead(shapes, keeps[0], len(keeps))
         strengths = self._strengths(problem)
         scores = self._start(problem, strengths)
         weights, settings = self._weights(), self._settings(parts)
         steps, init = self._folded(net, scores, strengths, parts), self._init
         on_device = jax.device_put(weights)
-        weigh = Weigher(net, strengths) if self._moves_kept and strengths else None
+        weigh = Weigher(net, strengths) if self._weighs_kept else None
         factors = strengths if weigh is None else []
 
         def step(state: _State, masks: list[Array]) -> tuple[_State, dict[str, Array]]:
@@ -239,17 +240,17 @@ class DPaI:
         start = init if steps is None else functools.partial(steps.memory, init=init)
         state = _State(shapes, jax.eval_shape(start, shapes))
         masks, weights = self._shapes(problem, bool), self._weights()
-        weighs = self._moves_kept and bool(strengths)
-        args = (shapes, []) if weighs else (masks, strengths)
+        args = (shapes, []) if self._weighs_kept else (masks, strengths)
         if steps is None:
             settings = self._settings(parts)
             _step.ahead(net, state, *args, weights, calls=self.steps, **settings)
         else:
             steps(*state, *args, weights, ahead=self.steps)
-        if weighs:
+        if self._weighs_kept:
             Weigher.compile_ahead(net, shapes, masks, self.steps)
         if self._is_one_number(parts):
-            Selector(net, shapes, as_count(0), calls=self.steps + 1)
+            number = as_count(0)  # any
+            Selector(net, shapes, number).compile_ahead(shapes, number, self.steps + 1)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
 
@@ -271,10 +272,8 @@ class DPaI:
 
     def _settings(self, parts: grouping.Parts = ()) -> dict[str, Any]:
         """What a step is compiled for."""
-        sharp = math.isinf(self.gamma)
-        objective = Objective(
-            self.balance, self.counting, self.normalize, sharp, falls=self._moves_kept
-        )
+        falls, sharp = self.schedule == "falling", math.isinf(self.gamma)
+        objective = Objective(self.balance, self.counting, self.normalize, sharp, falls)
         update = None if self.optimizer is None else Alike(self.optimizer.update)
         return {"objective": objective, "update": update, "parts": parts}
 
@@ -283,9 +282,9 @@ class DPaI:
         return self.allocation is global_threshold and not parts
 
     @property
-    def _moves_kept(self) -> bool:
-        """Whether only weights that are kept are moved."""
-        return self.schedule == "falling"
+    def _weighs_kept(self) -> bool:
+        """Whether steps take the strengths of kept weights alone, as the others do not move."""
+        return self.schedule == "falling" and _STRENGTHS[self.strength] is not None
 
     @property
     def _init(self) -> Callable[[Any], Any]:

@@ -27,7 +27,6 @@ class Selector:
       keep: numbers to keep, of the structure of all that come.
       parts: which weights stand or fall together.
       many: the number of problems side by side, if there are several.
-      calls: how many selections are expected.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Selector:
         keep: list[Array] | Array,
         parts: grouping.Parts = (),
         many: tuple[int, ...] = (),
-        calls: int = 1,
     ):
         self.many = many
         # One threshold for all layers is found in all of them.
@@ -50,10 +48,12 @@ class Selector:
         self._thresholds = [
             jnp.zeros((*many, 2, size // math.prod(many)), jnp.uint32) for size in sizes
         ]
-        if not many:
-            each = zip(self._groups, numbers, self._thresholds, self._parts, strict=True)
-            for group, *args, own in each:
-                _select.ahead(group.owner, group.of(scores), *args, calls=calls, parts=own)
+
+    def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
+        """Starts to compile the selection, which is called so often, of a single problem."""
+        each = zip(self._groups, self._numbers(keep), self._thresholds, self._parts, strict=True)
+        for group, *args, own in each:
+            _select.ahead(group.owner, group.of(scores), *args, calls=calls, parts=own)
 
     def _numbers(self, keep: Any) -> list[Any]:
         return [g.of(keep) if isinstance(keep, list) else keep for g in self._groups]
