@@ -109,7 +109,11 @@ def _log_count(net: Network, masks: list[Array], *, counting: str, below: float 
 
 
 def log_count(
-    net: Network, masks: Sequence[Array], counting: str, below: float | None = None
+    net: Network,
+    masks: Sequence[Array],
+    counting: str,
+    below: float | None = None,
+    gains: Sequence[tuple[Array, ...]] = (),
 ) -> Array:
     """`log_paths` of the layers' masks in float32, for use within a program.
 
@@ -118,13 +122,14 @@ def log_count(
       masks: a float32 array for each layer.
       counting: as in `log_paths`.
       below: what no entry of the masks exceeds, where that is known.
+      gains: for each layer ones that its mask is multiplied by (see `Weight.gains`).
 
     Returns:
       float32 scalar.
     """
     shardings = _count_shardings(net, masks)
     masks = _resharded(net, masks, shardings)
-    return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings), below)
+    return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings), below, gains)
 
 
 def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Array]:

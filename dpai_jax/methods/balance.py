@@ -17,15 +17,15 @@ from dpai_jax import checks, counts, selection
 from dpai_jax.allocation import keep_of_layers
 from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
-from dpai_jax.tools.powers import rounded
-from dpai_jax.tools.rows import are_small, sums_of
+from dpai_jax.tools.powers import rounded, scaling
+from dpai_jax.tools.rows import Copies, are_small, sums_of
 from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import (
-    below_one,
-    held_by,
-    sum_below_one,
+    digits_of,
+    from_digits,
     sum_over,
     sum_taps,
+    totals,
     written_out,
 )
 from dpai_jax.tools.switches import usual_switches
@@ -37,6 +37,9 @@ BALANCES = ("even", "indicator")
 
 # A smaller share of all paths counts as none: its inverse would overflow.
 _LEAST = 2.0**-100
+
+# No layer has more features.
+_MOST_FEATURES = 2**20
 
 
 @usual_switches()
@@ -143,6 +146,21 @@ class Objective(NamedTuple):
     sharp: bool
     falls: bool = False
 
+    def shares(self, layer: Layer) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the shares of all paths that pass a layer's features.
+
+        Those of output features come first, then those of input features, if features are not split
+        into groups. Each is the gradient of log R_P by a gain of the feature (see `Weight.gains`),
+        as N = Σ m·∂ log R_P/∂m over the weights of one feature. The indicators need none.
+        """
+        axes = _axes(layer)
+        others = [axes.inputs, axes.outputs] if axes.outputs else [axes.inputs]
+        return tuple(
+            tuple(1 if i in (*own, *axes.taps) else size for i, size in enumerate(layer.shape))
+            for own in others
+            if self.balance == "even"
+        )
+
 
 def direction(
     net: Network,
@@ -168,13 +186,15 @@ def direction(
     """
     is_weighed = bool(strengths) or any(m.dtype != bool for m in masks)
 
-    def count(floats: list[Array]) -> Array:
+    def count(floats: list[Array], gains: list[tuple[Array, ...]]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
-        return counts.log_count(net, floats, objective.counting, bound(is_weighed))
+        return counts.log_count(net, floats, objective.counting, bound(is_weighed), gains)
 
-    log_paths, gradients = jax.value_and_grad(count)([m.astype(jnp.float32) for m in masks])
-    directions, measured = directions_of(net.layers, objective, weights, scores, masks, gradients)
+    floats = [m.astype(jnp.float32) for m in masks]
+    gains = [tuple(map(jnp.ones, sizes)) for sizes in map(objective.shares, net.layers)]
+    log_paths, found = jax.value_and_grad(count, (0, 1))(floats, gains)
+    directions, measured = directions_of(net.layers, objective, weights, scores, masks, *found)
     return directions, {"log_paths": log_paths, **measured}
 
 
@@ -190,6 +210,7 @@ def directions_of(
     scores: Sequence[Array],
     masks: Sequence[Array],
     gradients: Sequence[Array],
+    shares: Sequence[tuple[Array, ...]],
     largest: int | None = None,
 ) -> tuple[list[Array], dict[str, Array]]:
     """`direction` from the gradients, of some of a network's layers.
@@ -201,6 +222,7 @@ def directions_of(
       scores: of these layers.
       masks: of these layers.
       gradients: of log R_P, by the masks as they are given.
+      shares: those of all paths that pass features (see `Objective.shares`).
       largest: see `rows.sums_of`.
 
     Returns:
@@ -208,33 +230,41 @@ def directions_of(
     """
     balance, _, normalize, sharp, falls = objective
     kept = list(map(_of_kept, masks, gradients))
-    if falls:  # what was removed stays removed
-        gradients = kept
+    moving = kept if falls else gradients  # what was removed stays removed
     if balance == "even":
-        of_layers = [
-            _even_slopes(_axes(layer), weights, own, g)
-            for layer, own, g in zip(layers, kept, gradients, strict=True)
-        ]
+        slopes, sizes, measured = _even(layers, weights, masks, gradients, moving, shares)
     else:
         of_layers = [
             _slopes((layer.inputs, layer.taps), sharp, weights, own, g)
-            for layer, own, g in zip(layers, kept, gradients, strict=True)
+            for layer, own, g in zip(layers, kept, moving, strict=True)
         ]
-    slopes, sizes, open_kernels = zip(*of_layers, strict=True)
+        slopes, sizes, open_kernels = zip(*of_layers, strict=True)
+        kernels = jnp.concatenate([x.ravel() for x in open_kernels]).astype(jnp.uint32)
+        measured = {
+            "nodes": jnp.sum(kernels > 0, dtype=jnp.uint32),
+            "kernels": jnp.sum(kernels, dtype=jnp.uint32),
+        }
     if normalize:
         slopes = tuple(
             slope * jnp.where(mean > 0, 1 / mean, 0.0)
             for slope, mean in zip(slopes, _means(layers, masks, sizes, largest), strict=True)
         )
     directions = [
-        slope * g * jnp.sign(s) for slope, g, s in zip(slopes, gradients, scores, strict=True)
+        _direction(slope, gradient, score, mask if falls else None)
+        for slope, gradient, score, mask in zip(slopes, gradients, scores, masks, strict=True)
     ]
-    kernels = jnp.concatenate([x.ravel() for x in open_kernels]).astype(jnp.uint32)
-    measured = {
-        "nodes": jnp.sum(kernels > 0, dtype=jnp.uint32),
-        "kernels": jnp.sum(kernels, dtype=jnp.uint32),
-    }
     return directions, measured
+
+
+def _direction(slope: Array, gradient: Array, score: Array, mask: Array | None) -> Array:
+    """A layer's direction; zero for weights that are not kept, if there is a mask."""
+    sign = jnp.sign(score)
+    if mask is None:
+        return slope * (gradient * sign)
+    if mask.dtype == bool:
+        return jnp.where(mask, slope * (gradient * sign), 0.0)
+    # Not by what `_of_kept` gives, which XLA would write out for both of its readers.
+    return slope * (gradient * (mask * sign))
 
 
 def moved(
@@ -317,30 +347,91 @@ def _axes(layer: Layer) -> _Axes:
     return _Axes(layer.inputs, layer.outputs if layer.groups == 1 else (), layer.taps, every)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _even_slopes(
-    axes: _Axes, weights: tuple[Any, Any, Any], kept: Array, gradient: Array
-) -> tuple[Array, Array, Array]:
-    """As `_slopes`, for the balance "even"."""
+def _even(
+    layers: Sequence[Layer],
+    weights: tuple[Any, Any, Any],
+    masks: Sequence[Array],
+    gradients: Sequence[Array],
+    moving: Sequence[Array],
+    shares: Sequence[tuple[Array, ...]],
+) -> tuple[list[Array], list[Array], dict[str, Array]]:
+    """What `_slopes` gives for each layer, for the balance "even", and what is measured.
+
+    What is worked out of vectors is worked out in a row of those of all layers, as each kernel that
+    XLA writes takes long to compile.
+    """
+    all_axes, stacks = list(map(_axes, layers)), [layer.stack for layer in layers]
+    kernels = [
+        sum_taps(_of_kept(mask, gradient), axes.taps)
+        for axes, mask, gradient in zip(all_axes, masks, gradients, strict=True)
+    ]
+    # Sums over taps are read twice; where there are none, they cost nothing.
+    kernels, again = zip(
+        *(written_out(x) if axes.taps else (x, x) for axes, x in zip(all_axes, kernels, strict=True)),
+        strict=True,
+    )
+    lines = [
+        totals([kernel > 0, kernel >= _LEAST], _last(kernel.shape, axes.all))
+        for axes, kernel in zip(all_axes, kernels, strict=True)
+    ]
+    counted = Copies([x.shape for x, _ in lines], stacks)
+    open_kernels, n_kernels = counted.row.sums(
+        [counted.blocks(flags) for flags in zip(*lines, strict=True)]
+    )
+    features = Copies(
+        [x.shape for own in shares for x in own],
+        [stack for own, stack in zip(shares, stacks, strict=True) for _ in own],
+    )
+    row, blocks = features.row, features.blocks([x for own in shares for x in own])
+    scale, inverse, _ = scaling(row.largest(blocks))
+    digits, base = digits_of(blocks * row.spread(inverse), _MOST_FEATURES)
+    flags = [(blocks >= _LEAST).astype(jnp.int32), (blocks > 0).astype(jnp.int32)]
+    *sums, n_features, n_open = row.sums([*digits, *flags])
+    # Written out, as otherwise each weight would work out those of its features anew.
+    even = jnp.maximum(*written_out(_evenness(blocks, row.spread(n_features)).ravel()))
+    of_features = iter(features.arrays(even))
+    of_copies = iter(features.numbers(from_digits(sums, base) * scale))
+    opened = iter(features.numbers(n_open))
+    slopes, sizes, nodes = [], [], []
+    for axes, own, number, kernel, mask, gradient, moved_by in zip(
+        all_axes,
+        shares,
+        counted.numbers(n_kernels),
+        again,
+        masks,
+        gradients,
+        moving,
+        strict=True,
+    ):
+        of_nodes = [next(of_features) for _ in own]
+        (total, *_), (is_open, *_) = ([next(x) for _ in own] for x in (of_copies, opened))
+        if axes.taps:
+            of_kernels = _evenness(kernel, number)
+        else:
+            of_kernels = _evenness_of_weights(mask, gradient, number)
+        slope = _even_slope(weights, total, of_nodes, of_kernels)
+        slopes.append(slope)
+        sizes.append(slope * sum_taps(moved_by, axes.taps))
+        nodes.append(is_open.ravel())
+    measured = {
+        "nodes": jnp.sum(jnp.concatenate(nodes)).astype(jnp.uint32),
+        "kernels": jnp.sum(open_kernels, dtype=jnp.uint32),
+    }
+    return slopes, sizes, measured
+
+
+def _last(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The last of some axes along which there is more than one entry."""
+    return tuple(i for i in axes if shape[i] > 1)[-1:] or axes[-1:]
+
+
+@jax.jit
+def _even_slope(
+    weights: tuple[Any, Any, Any], total: Array, of_nodes: list[Array], of_kernels: Array
+) -> Array:
     alpha, beta, _ = weights
-    kernel = sum_taps(kept, axes.taps)
-    # Read by the sums, and by all taps.
-    kernel, again = written_out(kernel) if axes.taps else (kernel, kernel)
-    scaled, scale = below_one(kernel)
-    # Counting in the passes that sum spares passes, each of which takes long to compile.
-    sums, open_kernels, large = sum_below_one(scaled, axes.inputs, kernel > 0, kernel >= _LEAST)
-    node, held = sums * scale, held_by(kernel.shape, axes.inputs)
-    others = tuple(i for i in axes.all if i not in axes.inputs)
-    total, n_nodes, n_kernels = sum_below_one(sums / held, others, node >= _LEAST, large)
-    of_nodes = _evenness(node, n_nodes)
-    if axes.outputs:
-        node = sum_below_one(scaled, axes.outputs)[0] * scale
-        n_nodes = jnp.sum(node >= _LEAST, axes.all, dtype=jnp.uint32, keepdims=True)
-        of_nodes = (of_nodes + _evenness(node, n_nodes)) / 2
-    of_kernels = _evenness(again, n_kernels)
-    total = total * (held * scale)
-    slope = _mixed(alpha, alpha * total, beta, of_nodes, of_kernels)
-    return slope, slope * sum_taps(gradient, axes.taps), open_kernels
+    of_node = functools.reduce(jnp.add, of_nodes) / len(of_nodes)
+    return _mixed(alpha, alpha * total, beta, of_node, of_kernels)
 
 
 def _mixed(alpha: Array, weight: Array, beta: Array, of_nodes: Array, of_kernels: Array) -> Array:
@@ -353,6 +444,20 @@ def _evenness(shares: Array, number: Array) -> Array:
     """The slope of the mean logarithm of the shares that are not zero, whose number is given."""
     is_any = shares >= _LEAST
     products = shares * number.astype(jnp.float32)
+    return jnp.where(is_any, 1 / jnp.where(is_any, products, 1.0), 0.0)
+
+
+def _evenness_of_weights(mask: Array, gradient: Array, number: Array) -> Array:
+    """`_evenness` of the shares of weights that are kernels by themselves.
+
+    Multiplied in another order, as XLA would write out the shares for both of their readers.
+    """
+    number = number.astype(jnp.float32)
+    if mask.dtype == bool:
+        products = jnp.where(mask, gradient * number, 0.0)
+    else:
+        products = gradient * (mask * number)
+    is_any = products >= jnp.maximum(number, 1.0) * _LEAST
     return jnp.where(is_any, 1 / jnp.where(is_any, products, 1.0), 0.0)
 
 

@@ -7,6 +7,7 @@ kernel is pulled back. So no gradient is written out, unless a kernel is used in
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,11 @@ class Steps:
             # Layers of other names take the same step.
             layers = (dataclasses.replace(net.layers[slot], name="", index=0) for _, slot in own)
             pairs = tuple(zip((place for place, _ in own), layers, strict=True))
-            ways.append(_Way(call.stage, pairs, objective, update, _largest_small(net)))
+            shares = tuple(
+                objective.shares(net.layers[slot]) if slot < len(net.layers) else ()
+                for slot in call.inputs
+            )
+            ways.append(_Way(call.stage, pairs, objective, update, _largest_small(net), shares))
         # The same objects at each call, so that programs are found without a comparison.
         self._ways = [net.programs.setdefault((_Way, way), way) for way in ways]
 
@@ -91,7 +96,7 @@ class Steps:
             args = (self.net, state, *pulled, factors, totals, weights)
             if ahead:
                 _step_behind.ahead(*args, calls=ahead, way=self._ways[i])
-                return call.stage.arguments
+                return self._ways[i].pulled
             (moved_scores, remembered[i]), totals, found = _step_behind(*args, way=self._ways[i])
             for (_, slot), x in zip(self._own[i], moved_scores, strict=True):
                 after[slot] = x
@@ -111,6 +116,7 @@ class _Way:
       objective: what to ascend.
       update: the optimizer's update, if there is one.
       largest: see `rows.sums_of`.
+      shares: for each argument that is a mask the shapes of what passes its features.
     """
 
     def __init__(
@@ -120,11 +126,19 @@ class _Way:
         objective: Objective,
         update: Alike | None,
         largest: int,
+        shares: tuple[tuple[tuple[int, ...], ...], ...],
     ):
         self.stage, self.layers, self.objective = stage, layers, objective
-        self.update, self.largest = update, largest
-        self.fingerprint = stage, layers, objective, update, largest
+        self.update, self.largest, self.shares = update, largest, shares
+        self.fingerprint = stage, layers, objective, update, largest, shares
         self._hash = hash(self.fingerprint)
+
+    @property
+    def pulled(self) -> list[Any]:
+        """The shapes of what is pulled back to the stage's arguments."""
+        like = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+        pairs = zip(self.stage.arguments, self.shares, strict=True)
+        return [(x, tuple(map(like, own))) if own else x for x, own in pairs]
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Way) and self.fingerprint == other.fingerprint)
@@ -151,35 +165,42 @@ def _step_behind(
     state: tuple[list[Array], Any],
     arrays: list[Array],
     cotangents: list[Array],
-    so_far: list[Array | None],
+    so_far: list[Any],
     factors: list[Array | None],
     totals: dict[str, Array],
     weights: tuple[Any, Any, Any],
     *,
     way: _Way,
-) -> tuple[Any, dict[str, Array], list[Array | None]]:
+) -> tuple[Any, dict[str, Array], list[Any]]:
     """The step of the layers whose gradients are done behind a stage."""
-    found = pulled_back(way.stage, multiplied(arrays, factors), cotangents, so_far)
+    gains = [tuple(map(jnp.ones, sizes)) for sizes in way.shares]
+    found = pulled_back(way.stage, multiplied(arrays, factors), cotangents, so_far, gains)
     if not way.layers:
         return state, totals, found
     scores, memory = state
+    taken = [_taken(found, place, factors[place]) for place, _ in way.layers]
+    gradients, shares = zip(*taken, strict=True)
     directions, measured = directions_of(
         [layer for _, layer in way.layers],
         way.objective,
         weights,
         scores,
         [arrays[place] for place, _ in way.layers],
-        [_taken(found, place, factors[place]) for place, _ in way.layers],
+        gradients,
+        shares,
         way.largest,
     )
     totals = {name: total + measured[name] for name, total in totals.items()}
     return moved(directions, scores, memory, way.update), totals, found
 
 
-def _taken(found: list[Array | None], place: int, factor: Array | None) -> Array:
-    gradient, found[place] = found[place], None
-    assert gradient is not None
-    return gradient if factor is None else gradient * factor
+def _taken(
+    found: list[Any], place: int, factor: Array | None
+) -> tuple[Array, tuple[Array, ...]]:
+    """The gradient of a mask, and the shares of all paths that pass its features."""
+    pulled, found[place] = found[place], None
+    gradient, shares = pulled if isinstance(pulled, tuple) else (pulled, ())
+    return gradient if factor is None else gradient * factor, shares
 
 
 def goes_by_array(optimizer: optax.GradientTransformation) -> bool:

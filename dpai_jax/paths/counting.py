@@ -75,6 +75,10 @@ class Counting:
         """An array times a constant."""
         return array * factor
 
+    def product(self, a: Array, b: Array) -> Array:
+        """The product of two arrays of one rank, which broadcast."""
+        return a * b
+
     def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
         return jnp.sum(array, axes, keepdims=True)
 
@@ -124,6 +128,10 @@ class MeanField(Counting):
     def scaled(self, array: Array, factor: Array | float) -> Array:
         """See `Counting.scaled`."""
         return scaled(array, factor)
+
+    def product(self, a: Array, b: Array) -> Array:
+        """See `Counting.product`."""
+        return product_sum(a, b, ())
 
     def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
         return sum_over(array, axes)

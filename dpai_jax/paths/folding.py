@@ -10,7 +10,7 @@ units of a stage's results get their own names again; so a chain counts as the w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -24,6 +24,9 @@ from dpai_jax.paths.interpreter import Interpreter
 from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
 from dpai_jax.paths.repeats import Segment
 from dpai_jax.paths.values import Flow, Shape, Spread, Value, Weight, WeightSum
+
+# For each argument of a stage that is a kernel's mask, its gains (see `Weight.gains`); else none.
+Gains = Sequence[tuple[Array, ...]]
 
 # What is made of the flows at the network's outputs.
 End = Callable[[Counting, list[Flow]], Array]
@@ -99,16 +102,16 @@ class Stage:
     def __hash__(self) -> int:
         return self._hash
 
-    def __call__(self, arrays: Sequence[Array]) -> list[Array]:
+    def __call__(self, arrays: Sequence[Array], gains: Gains = ()) -> list[Array]:
         """The arrays among its results that it does not just hand on."""
-        found: list[Array] = self._jitted(list(arrays))
+        found: list[Array] = self._jitted(list(arrays), list(gains))
         return found
 
     @property
     def outcome(self) -> _Outcome:
         """What its results are but for their numbers."""
         if self._outcome is None:
-            jax.eval_shape(self._jitted, self.arguments)
+            jax.eval_shape(self._jitted, self.arguments, [])
             assert self._outcome is not None
         return self._outcome
 
@@ -118,9 +121,11 @@ class Stage:
         made = {x.place: x for x in self.outcome.leaves if isinstance(x, Made)}
         return [jax.ShapeDtypeStruct(made[i].shape, made[i].dtype) for i in range(len(made))]
 
-    def _run(self, arrays: list[Array]) -> list[Array]:
+    def _run(self, arrays: list[Array], gains: list[tuple[Array, ...]]) -> list[Array]:
         filled = [arrays[x.place] if isinstance(x, Given) else x for x in self._leaves]
         operands = self._treedef.unflatten(filled)
+        own = {id(x): y for x, y in zip(arrays, gains, strict=False) if y}
+        operands = [_gained(x, own) for x in operands]
         uses: list[AxesOfLeaf] = []
 
         def record(use: KernelUse) -> Spread:
@@ -135,7 +140,9 @@ class Stage:
             ended = self._end(self._counting, flows_of(results))
             self._outcome = _Outcome([_marked(Made, 0, ended)], None, {}, uses)
             return [ended]
-        leaves, treedef = jax.tree.flatten([interpreter.settled(x) for x in results])
+        # A mask that is handed on gets its gains in the next stage.
+        plain = [interpreter.baked(_gained(x, dict.fromkeys(own, ()))) for x in results]
+        leaves, treedef = jax.tree.flatten([interpreter.settled(x) for x in plain])
         mark = {id(x): _marked(Given, i, x) for i, x in enumerate(arrays)}
         found: list[Array] = []
         for leaf in leaves:
@@ -146,6 +153,15 @@ class Stage:
         marked = [mark.get(id(leaf), leaf) for leaf in leaves]
         self._outcome = _Outcome(marked, treedef, origins, uses)
         return found
+
+
+def _gained(value: Value, gains: Mapping[int, tuple[Array, ...]]) -> Value:
+    """A value with the gains that are given for its mask, by the array's `id`."""
+    if isinstance(value, WeightSum):
+        return WeightSum(tuple(cast(Weight, _gained(term, gains)) for term in value.terms))
+    if not isinstance(value, Weight) or id(value.array) not in gains:
+        return value
+    return v.replace(value, gains=gains[id(value.array)])
 
 
 def _marked(kind: type[_Array], place: int, x: Any) -> _Array:
@@ -375,8 +391,9 @@ def pulled_back(
     stage: Stage,
     arrays: Sequence[Array],
     cotangents: Sequence[Array],
-    so_far: Sequence[Array | None],
-) -> list[Array | None]:
+    so_far: Sequence[Any],
+    gains: Gains = (),
+) -> list[Any]:
     """The cotangents of a stage's arguments, from those of its results.
 
     Args:
@@ -384,24 +401,27 @@ def pulled_back(
       arrays: its arguments; masks may be boolean.
       cotangents: those of its real results.
       so_far: for each argument the cotangent that later stages gave.
+      gains: for each argument its gains, if it is a mask.
 
     Returns:
-      The sums, None for arguments that are not real.
+      The sums, None for arguments that are not real. That of a mask with gains is a pair: its own
+      and those of its gains.
     """
     cast = in_dtypes(stage, arrays)
     real = [i for i, x in enumerate(cast) if is_real(x)]
 
-    def results(*numbers: Array) -> list[Array]:
+    def results(numbers: list[Array], gains: list[tuple[Array, ...]]) -> list[Array]:
         whole = list(cast)
         for i, x in zip(real, numbers, strict=True):
             whole[i] = x
-        return [x for x in stage(whole) if is_real(x)]
+        return [x for x in stage(whole, gains) if is_real(x)]
 
-    _, pull = jax.vjp(results, *(cast[i] for i in real))
-    found: list[Array | None] = [None] * len(cast)
-    for i, cotangent in zip(real, pull(list(cotangents)), strict=True):
-        before = so_far[i]
-        found[i] = cotangent if before is None else before + cotangent
+    _, pull = jax.vjp(results, [cast[i] for i in real], list(gains))
+    of_arrays, of_gains = pull(list(cotangents))
+    found: list[Any] = [None] * len(cast)
+    for i, cotangent in zip(real, of_arrays, strict=True):
+        own = (cotangent, of_gains[i]) if gains and gains[i] else cotangent
+        found[i] = own if so_far[i] is None else jax.tree.map(jnp.add, so_far[i], own)
     return found
 
 

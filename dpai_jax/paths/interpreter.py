@@ -33,6 +33,8 @@ _RULES: dict[str, Rule] = {}
 _INLINED: set[str] = set()
 # Primitives whose rules pass on the constants beside a flow themselves (see `Flow.constants`).
 _CARRIERS: set[str] = set()
+# Primitives whose rules apply or pass on the gains of a kernel themselves (see `Weight.gains`).
+_GAINED: set[str] = set()
 
 
 @dataclasses.dataclass
@@ -162,6 +164,8 @@ class Interpreter:
                     f"{self.source_line()}; give it one with dpai_jax.paths.register_rule"
                 )
             return unknown(eqn)
+        if name not in _GAINED:
+            args = tuple(map(self.baked, args))
         kernels = [i for i, arg in enumerate(args) if isinstance(arg, Weight | WeightSum)]
         # A call or a loop may use its kernels several times, so its inner equations are split.
         if len(kernels) == 1 and isinstance(args[kernels[0]], WeightSum) and name not in _CARRIERS:
@@ -170,6 +174,15 @@ class Interpreter:
         if name in _CARRIERS or not any(getattr(arg, "constants", None) for arg in args):
             return results
         return self._beside(rule, eqn, args, results)
+
+    def baked(self, value: Value) -> Value:
+        """The same value; kernels are multiplied by their gains."""
+        if isinstance(value, WeightSum):
+            return WeightSum(tuple(cast(Weight, self.baked(term)) for term in value.terms))
+        if not isinstance(value, Weight) or not value.gains:
+            return value
+        array = functools.reduce(self.counting.product, value.gains, value.array)
+        return v.replace(value, array=array, gains=())
 
     def _by_terms(self, eqn: JaxprEqn, args: Sequence[Value], i: int) -> Sequence[Value]:
         """The results of an equation with a sum of kernels as an operand, term by term."""
@@ -269,7 +282,11 @@ def register_rule(primitive: Primitive) -> Callable[[Rule], Rule]:
 
 
 def rules_for(
-    names: str, *, inlined: bool = False, carries_constants: bool = False
+    names: str,
+    *,
+    inlined: bool = False,
+    carries_constants: bool = False,
+    carries_gains: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Registers one rule for the primitives of these names, separated by spaces.
 
@@ -278,6 +295,8 @@ def rules_for(
       inlined: whether the primitive has inner equations, which are evaluated even if no operand is
         a flow.
       carries_constants: whether the rule passes on `Flow.constants` itself.
+      carries_gains: whether the rule applies or passes on `Weight.gains` itself; otherwise it gets
+        kernels that are multiplied by their gains.
 
     Returns:
       A decorator that returns the rule unchanged.
@@ -288,6 +307,7 @@ def rules_for(
             _RULES[name] = rule
             (_INLINED.add if inlined else _INLINED.discard)(name)
             (_CARRIERS.add if inlined or carries_constants else _CARRIERS.discard)(name)
+            (_GAINED.add if inlined or carries_gains else _GAINED.discard)(name)
         return rule
 
     return register

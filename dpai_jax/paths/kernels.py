@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
+from dpai_jax.paths import values as v
+from dpai_jax.paths.counting import Counting
 from dpai_jax.paths.values import Axes, Flow, Shape, Spread, Weight
 
 
@@ -67,6 +69,27 @@ class KernelUse:
         """The counts behind the kernel."""
         return self.contract(self.flow.spread, self.weight.spread)
 
+    def gained(self, counting: Counting) -> tuple[KernelUse, list[Array]]:
+        """The use without gains: they are applied to the flow, or left for the result.
+
+        Args:
+          counting: how paths are counted.
+
+        Returns:
+          The use, and gains that broadcast to its result.
+        """
+        flow, weight, behind = self.flow, self.weight, []
+        for gain in weight.gains:
+            axes = {i for i, size in enumerate(gain.shape) if size > 1}
+            if axes <= self.writes.keys():
+                behind.append(_placed(gain, self.writes, len(self.shape)))
+            elif axes <= self.reads.keys() and self.groups == 1:
+                placed = _placed(gain, self.reads, len(flow.shape))
+                flow = v.replace(flow, mantissa=counting.product(flow.mantissa, placed))
+            else:
+                weight = v.replace(weight, array=counting.product(weight.array, gain))
+        return dataclasses.replace(self, flow=flow, weight=v.replace(weight, gains=())), behind
+
     def kernel(self) -> Array:
         """The mask as (groups, inputs, outputs, taps)."""
         order = (*self.batch, *self.inputs, *self.outputs, *self.taps)
@@ -110,6 +133,15 @@ class KernelUse:
             groups = [self.weight.shape[i] for i in self.batch if axes[i].isdisjoint(inputs)]
             found.append(AxesOfLeaf(leaf, inputs, outputs, taps, self.groups * math.prod(groups)))
         return found
+
+
+def _placed(array: Array, places: Mapping[int, int], rank: int) -> Array:
+    """An array of the given rank in which axes have these places; along others its size is one."""
+    order, sizes = sorted(places, key=places.__getitem__), [1] * rank
+    for axis, place in places.items():
+        sizes[place] = array.shape[axis]
+    others = [i for i in range(array.ndim) if i not in places]
+    return array.transpose(*order, *others).reshape(sizes)
 
 
 def _own(axes: Axes, of_view: Iterable[int]) -> tuple[int, ...]:

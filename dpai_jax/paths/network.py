@@ -198,6 +198,7 @@ class Network:
         counting: Counting = EXACT,
         at_kernel: AtKernel = KernelUse.count,
         below: float | None = None,
+        gains: Sequence[tuple[Array, ...]] = (),
     ) -> Array:
         """The logarithm of the number of paths.
 
@@ -206,13 +207,13 @@ class Network:
           counting: how paths are counted.
           at_kernel: see `Interpreter`.
           below: what no entry of the masks exceeds, where that is known.
+          gains: for each layer ones that its mask is multiplied by (see `Weight.gains`).
 
         Returns:
           float32 scalar.
         """
-        return _log_of(
-            counting, self.evaluate(masks, Interpreter(self.gates, counting, at_kernel), below)
-        )
+        interpreter = Interpreter(self.gates, counting, at_kernel)
+        return _log_of(counting, self.evaluate(masks, interpreter, below, gains))
 
     def reached(self, masks: Sequence[Array], at_kernel: AtKernel = KernelUse.count) -> list[Array]:
         """Which weights a path passes, or would pass if they were kept.
@@ -231,10 +232,15 @@ class Network:
         return [g > 0.5 for g in jax.grad(count)(list(masks))]
 
     def evaluate(
-        self, masks: Sequence[Array], interpreter: Interpreter, below: float | None = None
+        self,
+        masks: Sequence[Array],
+        interpreter: Interpreter,
+        below: float | None = None,
+        gains: Sequence[tuple[Array, ...]] = (),
     ) -> list[Flow]:
-        """The flows at the network's outputs; no entry of the masks exceeds `below`."""
-        return _evaluate(self._jaxpr, self._segments, self._params(masks, below), interpreter)
+        """The flows at the network's outputs (see `log_count`)."""
+        params = self._params(masks, below, gains)
+        return _evaluate(self._jaxpr, self._segments, params, interpreter)
 
     def chain(self, counting: Counting, below: float | None = None) -> list[Call]:
         """`log_count` as a chain of stages, or for `REACH` that of which `reached` is the gradient.
@@ -278,12 +284,13 @@ class Network:
         """The program, in blocks if they repeat enough."""
         return _segments_of(self._jaxpr, len(self._shapes))
 
-    def _params(self, masks: Sequence[Any], below: float | None) -> list[Value]:
-        by_index = {layer.index: m for layer, m in zip(self.layers, masks, strict=True)}
-        return [
-            _weight(i, by_index[i], below) if i in by_index else Independent(shape)
-            for i, shape in enumerate(self._shapes)
-        ]
+    def _params(
+        self, masks: Sequence[Any], below: float | None, gains: Sequence[tuple[Array, ...]] = ()
+    ) -> list[Value]:
+        params: list[Value] = [Independent(shape) for shape in self._shapes]
+        for layer, mask, own in itertools.zip_longest(self.layers, masks, gains, fillvalue=()):
+            params[layer.index] = dataclasses.replace(_weight(layer.index, mask, below), gains=own)
+        return params
 
     def unrolled(self) -> Network:
         """The network with its scans written out: each copy of a layer is a use of its own."""

@@ -133,11 +133,15 @@ class Weight:
       sources: for each kernel in it, its index among the leaves of the parameters, and its axes
         that each axis of the view is made of.
       below: an upper bound of all entries, if known.
+      gains: ones that broadcast to the view, by which it is multiplied. Each goes along with a
+        kernel's features, and is applied to the counts before or behind the kernel, so that its
+        derivative, the share of all paths that pass a feature, takes no pass over the kernel.
     """
 
     array: Array
     sources: tuple[tuple[int, Axes], ...]
     below: float | None = None
+    gains: tuple[Array, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -235,7 +239,7 @@ jax.tree_util.register_dataclass(
     ["mantissa", "exponent", "filled", "constants"],
     ["shape", "unit", "ancestors", "views", "at_zero", "below"],
 )
-jax.tree_util.register_dataclass(Weight, ["array"], ["sources", "below"])
+jax.tree_util.register_dataclass(Weight, ["array", "gains"], ["sources", "below"])
 jax.tree_util.register_dataclass(WeightSum, ["terms"], [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,10 +58,10 @@ class Row:
         return jnp.concatenate(flat).reshape(-1, self.length)
 
     def arrays(self, blocks: Array) -> list[Array]:
-        """The inverse of `blocks`: the arrays, flat."""
-        ends = np.cumsum(np.bincount(self.array, minlength=len(self.sizes)))
-        pairs = zip([0, *ends], ends, self.sizes, strict=False)
-        return [blocks[start:end].ravel()[:size] for start, end, size in pairs]
+        """The inverse of `blocks`, which may be flat: the arrays, flat."""
+        row, ends = blocks.ravel(), np.cumsum(np.bincount(self.array, minlength=len(self.sizes)))
+        pairs = zip([0, *(ends[:-1] * self.length)], self.sizes, strict=True)
+        return [row[start : start + size] for start, size in pairs]
 
     def spread(self, numbers: Array) -> Array:
         """Numbers of the arrays, (..., array), repeated for their blocks, (..., block, 1)."""
@@ -86,6 +87,49 @@ class Row:
         else:
             found = jnp.max(jnp.where(self._members, most[None], 0), 1)
         return lax.bitcast_convert_type(found, jnp.float32)
+
+
+class Copies:
+    """Arrays in one row, of which each copy is an array of its own.
+
+    Args:
+      shapes: the arrays' shapes.
+      stacks: for each array the axes along which copies are stacked.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], stacks: Sequence[tuple[int, ...]]):
+        self._shapes, self._orders, self._stacked = shapes, [], []
+        for shape, stack in zip(shapes, stacks, strict=True):
+            self._orders.append((*stack, *(i for i in range(len(shape)) if i not in stack)))
+            self._stacked.append([n if i in stack else 1 for i, n in enumerate(shape)])
+        self._numbers = [math.prod(sizes) for sizes in self._stacked]
+        pairs = list(zip(shapes, self._numbers, strict=True))
+        self.row = Row([math.prod(shape) // n for shape, n in pairs for _ in range(n)])
+
+    def blocks(self, arrays: Sequence[Array]) -> Array:
+        """The arrays' entries, (block, length); zeros where there is none."""
+        copies: list[Array] = []
+        for array, order, n in zip(arrays, self._orders, self._numbers, strict=True):
+            copies += list(array.transpose(order).reshape(n, -1)) if n > 1 else [array]
+        return self.row.blocks(copies, 0)
+
+    def arrays(self, blocks: Array) -> list[Array]:
+        """The inverse of `blocks`."""
+        copies, found = iter(self.row.arrays(blocks)), []
+        for shape, order, n in zip(self._shapes, self._orders, self._numbers, strict=True):
+            own = [next(copies) for _ in range(n)]
+            array = (jnp.stack(own) if n > 1 else own[0]).reshape([shape[i] for i in order])
+            found.append(array.transpose(np.argsort(order)))
+        return found
+
+    def numbers(self, row: Array) -> list[Array]:
+        """Numbers of the copies, (copy,), for each array, to broadcast to it."""
+        ends = np.cumsum(self._numbers)
+        pairs = zip([0, *ends], ends, self._stacked, self._orders, strict=False)
+        return [
+            row[start:end].reshape([sizes[i] for i in order]).transpose(np.argsort(order))
+            for start, end, sizes, order in pairs
+        ]
 
 
 def are_small(layers: Sequence[Array]) -> list[bool]:

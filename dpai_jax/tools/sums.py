@@ -227,6 +227,9 @@ def _is_by_columns(shape: Sequence[int], axes: Sequence[int]) -> bool:
 
 def _sum_in_parts(array: Array, axes: Sequence[int]) -> Array:
     """The sum of integers over some axes, which keep size one, part by part of the longest."""
+    shape = [1 if i in axes else size for i, size in enumerate(array.shape)]
+    if tuple(axes) == tuple(range(len(axes))):  # rows in blocks are as many rows
+        array, axes = array.reshape(-1, *array.shape[len(axes) :]), (0,)
     longest = max(axes, key=lambda axis: array.shape[axis])
     size = array.shape[longest] // _PARTS
     ends = range(0, _PARTS * size + 1, size)
@@ -234,8 +237,8 @@ def _sum_in_parts(array: Array, axes: Sequence[int]) -> Array:
     sums = [functools.reduce(jnp.add, parts)]
     if array.shape[longest] > ends[-1]:
         sums.append(lax.slice_in_dim(array, ends[-1], None, axis=longest))
-    found = [jnp.sum(x, tuple(axes), dtype=x.dtype, keepdims=True) for x in sums]
-    return functools.reduce(jnp.add, found)
+    found = [jnp.sum(x, tuple(axes), dtype=x.dtype) for x in sums]
+    return functools.reduce(jnp.add, found).reshape(shape)
 
 
 @jax.custom_vjp

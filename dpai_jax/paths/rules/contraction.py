@@ -33,7 +33,7 @@ from dpai_jax.tools.sums import product_sum, sum_taps
 Bilinear = Callable[[Spread, Spread], Spread]
 
 
-@rules_for("dot_general")
+@rules_for("dot_general", carries_gains=True)
 def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     dims, shape = eqn.params["dimension_numbers"], shape_of(eqn.outvars[0])
     contracted, batch = dims
@@ -110,8 +110,9 @@ def _members(sizes: Array, rows: int) -> Array:
     return (row < ends) & (row >= ends - sizes[:, None])
 
 
-@rules_for("conv_general_dilated")
+@rules_for("conv_general_dilated", carries_gains=True)
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
+    lhs = interpreter.baked(lhs)  # it may be a kernel, slid over a flow
     params, shape = dict(eqn.params), shape_of(eqn.outvars[0])
     dims, batch_groups = params["dimension_numbers"], params["batch_group_count"]
     if batch_groups > 1:
@@ -158,7 +159,11 @@ def _batch_groups_as_features(value: Value, dims: Any, groups: int) -> Value:
 
 def pass_kernel(interpreter: Interpreter, use: KernelUse) -> Flow:
     """The flow behind a kernel, a new unit without ancestors."""
-    return interpreter.flow(interpreter.at_kernel(use), use.flow.exponent)
+    use, behind = use.gained(interpreter.counting)
+    counts = interpreter.at_kernel(use)
+    for gain in behind:
+        counts = counts._replace(array=interpreter.counting.product(counts.array, gain))
+    return interpreter.flow(counts, use.flow.exponent)
 
 
 def _contract(

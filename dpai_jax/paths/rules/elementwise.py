@@ -44,12 +44,12 @@ _FUNCTIONS = """
     """
 
 
-@rules_for(_SAME)
+@rules_for(_SAME, carries_gains=True)
 def _identity(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Sequence[Value]:
     return args
 
 
-@rules_for("convert_element_type")
+@rules_for("convert_element_type", carries_gains=True)
 def _convert(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     # An integer made from a real number (an argmax, a code) has no path. A token id has one.
     return unknown(eqn)[0] if is_real(eqn.invars[0]) and not is_real(eqn.outvars[0]) else x
@@ -63,7 +63,7 @@ def _compare(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     return _elementwise(interpreter, eqn, *args)
 
 
-@rules_for(_FUNCTIONS)
+@rules_for(_FUNCTIONS, carries_gains=True)
 def _function(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     return _elementwise(interpreter, eqn, *args)
 
@@ -74,7 +74,7 @@ def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value
     return _combine(interpreter, eqn, cases, _at_zero(eqn, args), add)
 
 
-@rules_for(_PRODUCTS)
+@rules_for(_PRODUCTS, carries_gains=True)
 def _product(interpreter: Interpreter, eqn: JaxprEqn, *args: Value) -> Value:
     """An elementwise product; a quotient is a product with a reciprocal."""
     if eqn.primitive.name == "mul" and any(

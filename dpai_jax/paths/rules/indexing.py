@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -35,13 +35,14 @@ def known_indices(*indices: Value) -> list[Array] | None:
     return [jnp.broadcast_to(k.value, shape) for k, shape in zip(known, shapes, strict=True)]
 
 
-@rules_for("gather")
+@rules_for("gather", carries_gains=True)
 def _gather(interpreter: Interpreter, eqn: JaxprEqn, operand: Value, indices: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
     known = known_indices(indices)
     if isinstance(operand, Weight):
-        spread = Spread(operand.array, operand.shape)
         if known:
+            operand = cast(Weight, interpreter.baked(operand))
+            spread = Spread(operand.array, operand.shape)
             gathered = _gather_at(spread, known[0], eqn.params, shape)
             dims = eqn.params["dimension_numbers"]
             picked = frozenset(dims.start_index_map) & frozenset(dims.collapsed_slice_dims)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
@@ -50,21 +50,22 @@ def rearranges(name: str) -> Callable[[Rearrangement], Rearrangement]:
             if not isinstance(x, Weight):
                 return unknown(eqn)[0]
             spread, axes = rearrange(eqn.params, Spread(x.array, x.shape), shape)
-            return viewed(x, spread, axes)
+            gains = [rearrange(eqn.params, Spread(g, x.shape), shape)[0].array for g in x.gains]
+            return viewed(x, spread, axes, gains)
 
-        rules_for(name)(rule)
+        rules_for(name, carries_gains=True)(rule)
         return rearrange
 
     return register
 
 
-def viewed(weight: Weight, spread: Spread, axes: Axes) -> Weight:
+def viewed(weight: Weight, spread: Spread, axes: Axes, gains: Sequence[Array] = ()) -> Weight:
     """The weight after an operation that made its axes from these of the old ones."""
     sources = tuple(
         (leaf, tuple(frozenset().union(*(before[i] for i in made_of)) for made_of in axes))
         for leaf, before in weight.sources
     )
-    return v.replace(weight, array=spread.full().array, sources=sources)
+    return v.replace(weight, array=spread.full().array, sources=sources, gains=tuple(gains))
 
 
 def same_axes(rank: int) -> Axes:
@@ -135,7 +136,7 @@ def _reverse(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
     return Spread(lax.rev(x.array, params["dimensions"]), shape), same_axes(len(shape))
 
 
-@rules_for("slice")
+@rules_for("slice", carries_gains=True)
 def _slice(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Value:
     shape = shape_of(eqn.outvars[0])
     steps = eqn.params["strides"] or (1,) * len(shape)
@@ -181,7 +182,7 @@ def _tile(params: dict[str, Any], x: Spread, shape: Shape) -> Rearranged:
     return Spread(jnp.tile(x.array, reps), shape), same_axes(len(shape))
 
 
-@rules_for("split")
+@rules_for("split", carries_gains=True)
 def _split(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
     axis = eqn.params["axis"]
     ends = list(itertools.accumulate(int(size) for size in eqn.params["sizes"]))
@@ -193,7 +194,7 @@ def _split(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]
     return parts
 
 
-@rules_for("unstack")
+@rules_for("unstack", carries_gains=True)
 def _unstack(interpreter: Interpreter, eqn: JaxprEqn, x: Value) -> Sequence[Value]:
     axis = eqn.params["axis"]
     parts: list[Value] = []
@@ -216,16 +217,17 @@ def _part(
     """Slices a value, and drops one axis if asked to."""
     if not isinstance(x, Flow | Weight):
         return v.Independent(shape)
-    spread = x.spread
-    # Along a uniform axis there is a single number, whatever the slice.
-    index = tuple(slice(0, 1) if spread.uniform(i) else s for i, s in enumerate(slices))
-    axes = same_axes(len(x.shape))
-    array = spread.array[index]
-    if dropped is not None:
-        array, axes = jnp.squeeze(array, dropped), axes[:dropped] + axes[dropped + 1 :]
-    part = Spread(array, shape)
+
+    def cut(array: Array) -> Array:
+        # Along a uniform axis there is a single number, whatever the slice.
+        sizes = zip(slices, array.shape, strict=True)
+        array = array[tuple(slice(0, 1) if size == 1 else s for s, size in sizes)]
+        return array if dropped is None else jnp.squeeze(array, dropped)
+
+    part = Spread(cut(x.spread.array), shape)
     if isinstance(x, Weight):
-        return viewed(x, part, axes)
+        axes = tuple(axis for i, axis in enumerate(same_axes(len(x.shape))) if i != dropped)
+        return viewed(x, part, axes, list(map(cut, x.gains)))
     return derived(interpreter, eqn, x, part, x.at_zero, which)
 
 
