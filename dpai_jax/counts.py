@@ -114,6 +114,7 @@ def log_count(
     counting: str,
     below: float | None = None,
     gains: Sequence[tuple[Array, ...]] = (),
+    exponents: Sequence[Array] = (),
 ) -> Array:
     """`log_paths` of the layers' masks in float32, for use within a program.
 
@@ -123,13 +124,15 @@ def log_count(
       counting: as in `log_paths`.
       below: what no entry of the masks exceeds, where that is known.
       gains: for each layer ones that its mask is multiplied by (see `Weight.gains`).
+      exponents: for each layer the power of two that its mask is a multiple of, int32.
 
     Returns:
       float32 scalar.
     """
     shardings = _count_shardings(net, masks)
     masks = _resharded(net, masks, shardings)
-    return net.log_count(masks, COUNTINGS[counting], _at_kernel(shardings), below, gains)
+    at_kernel = _at_kernel(shardings)
+    return net.log_count(masks, COUNTINGS[counting], at_kernel, below, gains, exponents)
 
 
 def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Array]:

@@ -38,6 +38,7 @@ def forward(
     calls: Sequence[Call],
     masks: Sequence[Any],
     strengths: Sequence[Any] = (),
+    exponents: Sequence[Any] = (),
     *,
     roughly: bool = False,
     ahead: int = 0,
@@ -49,6 +50,7 @@ def forward(
       calls: the chain.
       masks: an array for each layer, or its shape.
       strengths: by what to multiply each mask; by one if not given.
+      exponents: of powers of two to multiply it by, too, int32; zero if not given.
       roughly: whether NumPy may run the first calls also where it rounds otherwise.
       ahead: if not zero, only starts to compile, for so many calls.
 
@@ -56,10 +58,11 @@ def forward(
       The arrays, or their shapes, by slot.
     """
     slots: dict[int, Any] = dict(enumerate(masks))
-    by_slot = dict(enumerate(strengths))
+    of_slots = [dict(enumerate(own)) for own in (strengths, exponents)]
     run = _run_roughly if roughly else _run
     for call in calls:
-        args = [slots[i] for i in call.inputs], [by_slot.get(i) for i in call.inputs]
+        factors, powers = ([own.get(i) for i in call.inputs] for own in of_slots)
+        args = [slots[i] for i in call.inputs], factors, powers
         if ahead:
             run.ahead(net, *args, calls=ahead, stage=call.stage)
             results = call.stage.results
@@ -165,9 +168,14 @@ def multiplied(arrays: Sequence[Array], factors: Sequence[Array | None]) -> list
 
 
 def _run_stage(
-    _: Network, arrays: list[Array], factors: list[Array | None], *, stage: Stage
+    _: Network,
+    arrays: list[Array],
+    factors: list[Array | None],
+    exponents: list[Array | None],
+    *,
+    stage: Stage,
 ) -> list[Array]:
-    return stage(in_dtypes(stage, multiplied(arrays, factors)))
+    return stage(in_dtypes(stage, multiplied(arrays, factors)), exponents=exponents)
 
 
 _run = meshes.program(by_numpy="exactly")(_run_stage)

@@ -17,7 +17,7 @@ from dpai_jax import checks, counts, selection
 from dpai_jax.allocation import keep_of_layers
 from dpai_jax.paths import Layer, Network
 from dpai_jax.tools import meshes
-from dpai_jax.tools.powers import rounded, scaling
+from dpai_jax.tools.powers import largest_entry, rounded, scaling
 from dpai_jax.tools.rows import Copies, are_small, sums_of
 from dpai_jax.tools.signatures import Alike
 from dpai_jax.tools.sums import (
@@ -115,14 +115,16 @@ def ascent(
         checks.number("gamma", gamma, *checks.POSITIVE)
     checks.one_of("counting", counting, counts.COUNTINGS)
     checks.one_of("balance", balance, BALANCES)
-    own = [] if strengths is None else checks.weighted_masks(net, strengths)
+    given = [] if strengths is None else checks.weighted_masks(net, strengths)
+    pairs = [as_strengths(x, largest_entry(x)) for x in given]
+    own, exponents = ([pair[i] for pair in pairs] for i in range(2))
     weights: tuple[Any, Any, Any] = (alpha, beta, gamma)
     sharp = not isinstance(weights[2], jax.core.Tracer) and math.isinf(gamma)
     objective = Objective(balance, counting, normalize=False, sharp=sharp)
 
     def run(scores: list[Array], keep: list[Array] | Array) -> list[Array]:
         masks, _ = selection.select(scores, keep, magnitude=True)
-        return direction(net, objective, weights, scores, masks, own)[0]
+        return direction(net, objective, weights, scores, masks, own, exponents)[0]
 
     numbers = keep_of_layers(net, keep)
     directions = meshes.auto_sharded(run, leaves, numbers, like=leaves)
@@ -169,6 +171,7 @@ def direction(
     scores: list[Array],
     masks: list[Array],
     strengths: Sequence[Array] = (),
+    exponents: Sequence[Array] = (),
 ) -> tuple[list[Array], dict[str, Array]]:
     """Algorithm 1, lines 6 to 8: the direction d at the masks of the scores (see `ascent`).
 
@@ -178,18 +181,17 @@ def direction(
       weights: α, β and γ.
       scores: a float32 array of each layer's shape.
       masks: the boolean masks of the scores; or, where only weights that are kept are moved, by
-        what each of these multiplies a path, float32, zero for the others.
-      strengths: by what each weight multiplies a path, not negative; by one if not given.
+        what each of these multiplies a path, float32 and at most one, zero for the others.
+      strengths: by what each weight multiplies a path, in [0, 1]; by one if not given.
+      exponents: of the powers of two by which all weights of a layer multiply a path, too, int32.
 
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
-    is_weighed = bool(strengths) or any(m.dtype != bool for m in masks)
-
     def count(floats: list[Array], gains: list[tuple[Array, ...]]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
-        return counts.log_count(net, floats, objective.counting, bound(is_weighed), gains)
+        return counts.log_count(net, floats, objective.counting, 1.0, gains, exponents)
 
     floats = [m.astype(jnp.float32) for m in masks]
     gains = [tuple(map(jnp.ones, sizes)) for sizes in map(objective.shares, net.layers)]
@@ -198,9 +200,13 @@ def direction(
     return directions, {"log_paths": log_paths, **measured}
 
 
-def bound(is_weighed: bool) -> float | None:
-    """What no mask exceeds, if that is known; weighed by strengths it can be anything."""
-    return None if is_weighed else 1.0
+def as_strengths(array: Array, largest: Array) -> tuple[Array, Array]:
+    """Numbers not below zero as multiples, in [0, 1], of a power of two, and its exponent.
+
+    Their largest need not be known but for a rounding error.
+    """
+    _, inverse, exponent = scaling(largest)
+    return array * inverse, exponent
 
 
 def directions_of(

@@ -17,7 +17,7 @@ from jax import Array
 from dpai_jax import checks, counts, grouping
 from dpai_jax.allocation import check_allocation, erk, global_threshold
 from dpai_jax.methods import folded, noise
-from dpai_jax.methods.balance import BALANCES, Objective, bound, direction, moved
+from dpai_jax.methods.balance import BALANCES, Objective, as_strengths, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
 from dpai_jax.methods.selector import Selector, Weigher
@@ -25,7 +25,7 @@ from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
-from dpai_jax.tools.powers import largest_entry
+from dpai_jax.tools.powers import largest_entry, power_of_two
 from dpai_jax.tools.rows import by_groups
 from dpai_jax.tools.signatures import Alike
 
@@ -158,10 +158,10 @@ class DPaI:
         selector = Selector(net, shapes, keeps[0], parts)
         if not self._is_one_number(parts):
             selector.compile_ahead(shapes, keeps[0], len(keeps))
-        strengths = self._strengths(problem)
-        scores = self._start(problem, strengths)
+        strengths, exponents = self._strengths(problem)
+        scores = self._start(problem, strengths, exponents)
         weights, settings = self._weights(), self._settings(parts)
-        steps, init = self._folded(net, scores, strengths, parts), self._init
+        steps, init = self._folded(net, scores, parts), self._init
         on_device = jax.device_put(weights)
         weigh = Weigher(net, strengths) if self._weighs_kept else None
         factors = strengths if weigh is None else []
@@ -170,8 +170,8 @@ class DPaI:
             if weigh is not None:
                 masks = weigh(masks)
             if steps is None:
-                return _step(net, state, masks, factors, weights, **settings)
-            *after, measured = steps(*state, masks, factors, on_device)
+                return _step(net, state, masks, factors, exponents, weights, **settings)
+            *after, measured = steps(*state, masks, factors, exponents, on_device)
             return _State(*after), measured
 
         state = _State(scores, init(scores) if steps is None else steps.memory(scores, init))
@@ -207,9 +207,9 @@ class DPaI:
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
         parts = first.granularity.parts(net)
         settings, init = method._settings(parts), Alike(method._init)
-        strengths = method._strengths(first)
+        strengths, exponents = method._strengths(first)
         if strengths:
-            start = method._start(first, strengths)
+            start = method._start(first, strengths, exponents)
             scores = [jnp.broadcast_to(s, (number, *s.shape)) for s in start]
         else:
             scores = noise.normal_scores_of_many(net, [problem.key for problem in problems])
@@ -218,7 +218,9 @@ class DPaI:
                 scores = _drawn_together_many(net, scores, parts=parts)
         scores = meshes.shared_out(scores, number)
         state, masks, history = _ascend(
-            lambda state, masks: _step_many(net, state, masks, strengths, weights, **settings),
+            lambda state, masks: _step_many(
+                net, state, masks, strengths, exponents, weights, **settings
+            ),
             _State(scores, _init_many(net, scores, init=init)),
             Selector(net, scores, keeps[0], parts, many),
             keeps,
@@ -236,11 +238,12 @@ class DPaI:
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
         parts, init = problem.granularity.parts(net), self._init
         strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
-        steps = self._folded(net, shapes, strengths, parts)
+        exponents = [jax.ShapeDtypeStruct((), jnp.int32) for _ in strengths]
+        steps = self._folded(net, shapes, parts)
         start = init if steps is None else functools.partial(steps.memory, init=init)
         state = _State(shapes, jax.eval_shape(start, shapes))
         masks, weights = self._shapes(problem, bool), self._weights()
-        args = (shapes, []) if self._weighs_kept else (masks, strengths)
+        args = (shapes, [], exponents) if self._weighs_kept else (masks, strengths, exponents)
         if steps is None:
             settings = self._settings(parts)
             _step.ahead(net, state, *args, weights, calls=self.steps, **settings)
@@ -255,10 +258,10 @@ class DPaI:
             noise.compile_ahead(net, problem.key, problem.params)
 
     def _folded(
-        self, net: Network, scores: list[Any], strengths: list[Any], parts: grouping.Parts
+        self, net: Network, scores: list[Any], parts: grouping.Parts
     ) -> folded.Steps | None:
         """The steps block by block, if the network repeats itself and layers go each by itself."""
-        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], bound(bool(strengths)))
+        calls = chain_for(net, scores, counts.COUNTINGS[self.counting], 1.0)
         by_array = self.optimizer is None or folded.goes_by_array(self.optimizer)
         if not calls or parts or not by_array:
             return None
@@ -301,15 +304,18 @@ class DPaI:
         found = {s: jax.tree.map(as_count, problem.keep(self.allocation, s)) for s in {*sparsities}}
         return [found[s] for s in sparsities]
 
-    def _strengths(self, problem: Problem) -> list[Array]:
-        """By what each weight multiplies a path; an empty list if by one."""
+    def _strengths(self, problem: Problem) -> tuple[list[Array], list[Array]]:
+        """By what weights multiply a path (see `balance.direction`); empty lists if by one."""
         strength = _STRENGTHS[self.strength]
         if strength is None:
-            return []
-        weights = problem.weights()
-        return by_groups(_strengths_of, problem.net, weights, strength=strength)
+            return [], []
+        pairs = by_groups(_strengths_of, problem.net, problem.weights(), strength=strength)
+        strengths, exponents = map(list, zip(*pairs, strict=True))
+        return strengths, exponents
 
-    def _start(self, problem: Problem, strengths: list[Array]) -> list[Array]:
+    def _start(
+        self, problem: Problem, strengths: list[Array], exponents: list[Array]
+    ) -> list[Array]:
         """The scores to start from; zero, the lowest magnitude, where no mask is effective.
 
         Those of a group are equal, and stay so.
@@ -319,7 +325,7 @@ class DPaI:
         if drawn:
             scores = noise.normal_scores(net, problem.key, problem.params)
         elif self.scores is None:
-            scores = list(map(jnp.copy, strengths))  # a step takes the memory of its scores
+            scores = by_groups(_products, net, strengths, exponents)
         else:
             scores = [jnp.array(s, jnp.float32) for s in checks.scores(net, self.scores)]
             scores = meshes.device_put_like(scores, net.leaves(problem.params))
@@ -327,20 +333,33 @@ class DPaI:
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
 
-@meshes.program(like=lambda weights: weights, layers=lambda weights: weights, by_numpy="exactly")
+@meshes.program(
+    like=lambda weights: [(weight, None) for weight in weights],
+    layers=lambda weights: weights,
+    by_numpy="exactly",
+)
 def _strengths_of(
     _: Network | None, weights: list[Array], *, strength: Callable[[Array], Array]
-) -> list[Array]:
+) -> list[tuple[Array, Array]]:
     """The strengths of each layer's weights; one if all its weights are zero."""
 
     @jax.jit
-    def strengths(weight: Array) -> Array:
+    def strengths(weight: Array) -> tuple[Array, Array]:
         found = jnp.minimum(strength(weight.astype(jnp.float32)), np.finfo(np.float32).max)
         largest = largest_entry(found)
-        scale = jnp.clip(largest, *_RANGE) / jnp.where(largest > 0, largest, 1.0)
-        return jnp.where(largest > 0, found * scale, 1.0)
+        most = jnp.where(largest > 0, jnp.clip(largest, *_RANGE), 1.0)
+        scale = most / jnp.where(largest > 0, largest, 1.0)
+        return as_strengths(jnp.where(largest > 0, found * scale, 1.0), most)
 
     return list(map(strengths, weights))
+
+
+@meshes.program(
+    like=lambda strengths, _: strengths, layers=lambda strengths, _: strengths, by_numpy="exactly"
+)
+def _products(_: Network | None, strengths: list[Array], exponents: list[Array]) -> list[Array]:
+    """Strengths times powers of two."""
+    return [x * power_of_two(n) for x, n in zip(strengths, exponents, strict=True)]
 
 
 def _falling(sparsity: float, steps: int) -> list[float]:
@@ -396,6 +415,7 @@ def _step(
     state: _State,
     masks: list[Array],
     strengths: list[Array],
+    exponents: list[Array],
     weights: tuple[Any, Any, Any],
     *,
     objective: Objective,
@@ -403,7 +423,9 @@ def _step(
     parts: grouping.Parts = (),
 ) -> tuple[_State, dict[str, Array]]:
     """Lines 6 to 8 of Algorithm 1."""
-    directions, measured = direction(net, objective, weights, state.scores, masks, strengths)
+    directions, measured = direction(
+        net, objective, weights, state.scores, masks, strengths, exponents
+    )
     directions = grouping.together(directions, parts)
     return _State(*moved(directions, state.scores, state.optimizer, update)), measured
 
@@ -427,11 +449,14 @@ def _step_many(
     state: _State,
     masks: list[Array],
     strengths: list[Array],
+    exponents: list[Array],
     weights: Any,
     **settings: Any,
 ) -> Any:
     step = functools.partial(_step.fn, net, **settings)
-    return jax.vmap(step, in_axes=(0, 0, None, 0))(state, masks, strengths, weights)
+    return jax.vmap(step, in_axes=(0, 0, None, None, 0))(
+        state, masks, strengths, exponents, weights
+    )
 
 
 @meshes.program()

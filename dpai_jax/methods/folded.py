@@ -66,6 +66,7 @@ class Steps:
         memory: Sequence[Any],
         masks: Sequence[Any],
         strengths: Sequence[Any],
+        exponents: Sequence[Any],
         weights: tuple[Any, Any, Any],
         *,
         ahead: int = 0,
@@ -76,7 +77,8 @@ class Steps:
           scores: the layers' scores, whose memory is lent to the results.
           memory: what the optimizer remembers, of the layers of each stage.
           masks: the masks of the scores.
-          strengths: by what each weight multiplies a path; by one if there are none.
+          strengths: as for `direction`.
+          exponents: as for `direction`.
           weights: α, β and γ.
           ahead: if not zero, only starts to compile, for so many steps.
 
@@ -85,15 +87,15 @@ class Steps:
         """
         after, remembered = list(scores), list(memory)
         totals: dict[str, Any] = {name: np.zeros((), np.uint32) for name in ("nodes", "kernels")}
-        by_slot = dict(enumerate(strengths))
+        of_slots = [dict(enumerate(own)) for own in (strengths, exponents)]
         numbers = iter(reversed(range(len(self.calls))))
 
         def pull(call: Call, *pulled: list[Any]) -> Sequence[Any]:
             nonlocal totals
             i = next(numbers)
             state = [after[slot] for _, slot in self._own[i]], remembered[i]
-            factors = [by_slot.get(slot) for slot in call.inputs]
-            args = (self.net, state, *pulled, factors, totals, weights)
+            factors, powers = ([own.get(slot) for slot in call.inputs] for own in of_slots)
+            args = (self.net, state, *pulled, factors, powers, totals, weights)
             if ahead:
                 _step_behind.ahead(*args, calls=ahead, way=self._ways[i])
                 return self._ways[i].pulled
@@ -102,7 +104,7 @@ class Steps:
                 after[slot] = x
             return found
 
-        slots = forward(self.net, self.calls, masks, strengths, ahead=ahead)
+        slots = forward(self.net, self.calls, masks, strengths, exponents, ahead=ahead)
         backward(self.calls, slots, pull)
         return after, remembered, {"log_paths": slots[self.calls[-1].outputs[0]], **totals}
 
@@ -167,6 +169,7 @@ def _step_behind(
     cotangents: list[Array],
     so_far: list[Any],
     factors: list[Array | None],
+    exponents: list[Array | None],
     totals: dict[str, Array],
     weights: tuple[Any, Any, Any],
     *,
@@ -174,7 +177,8 @@ def _step_behind(
 ) -> tuple[Any, dict[str, Array], list[Any]]:
     """The step of the layers whose gradients are done behind a stage."""
     gains = [tuple(map(jnp.ones, sizes)) for sizes in way.shares]
-    found = pulled_back(way.stage, multiplied(arrays, factors), cotangents, so_far, gains)
+    values = multiplied(arrays, factors)
+    found = pulled_back(way.stage, values, cotangents, so_far, gains, exponents)
     if not way.layers:
         return state, totals, found
     scores, memory = state

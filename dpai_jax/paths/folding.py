@@ -10,6 +10,7 @@ units of a stage's results get their own names again; so a chain counts as the w
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -25,8 +26,10 @@ from dpai_jax.paths.kernels import AxesOfLeaf, KernelUse
 from dpai_jax.paths.repeats import Segment
 from dpai_jax.paths.values import Flow, Shape, Spread, Value, Weight, WeightSum
 
-# For each argument of a stage that is a kernel's mask, its gains (see `Weight.gains`); else none.
+# For each argument of a stage its gains, and its exponent, if it is a kernel's mask that has some
+# (see `Weight`).
 Gains = Sequence[tuple[Array, ...]]
+Exponents = Sequence[Array | None]
 
 # What is made of the flows at the network's outputs.
 End = Callable[[Counting, list[Flow]], Array]
@@ -102,16 +105,18 @@ class Stage:
     def __hash__(self) -> int:
         return self._hash
 
-    def __call__(self, arrays: Sequence[Array], gains: Gains = ()) -> list[Array]:
+    def __call__(
+        self, arrays: Sequence[Array], gains: Gains = (), exponents: Exponents = ()
+    ) -> list[Array]:
         """The arrays among its results that it does not just hand on."""
-        found: list[Array] = self._jitted(list(arrays), list(gains))
+        found: list[Array] = self._jitted(list(arrays), list(gains), list(exponents))
         return found
 
     @property
     def outcome(self) -> _Outcome:
         """What its results are but for their numbers."""
         if self._outcome is None:
-            jax.eval_shape(self._jitted, self.arguments, [])
+            jax.eval_shape(self._jitted, self.arguments, [], [])
             assert self._outcome is not None
         return self._outcome
 
@@ -121,11 +126,17 @@ class Stage:
         made = {x.place: x for x in self.outcome.leaves if isinstance(x, Made)}
         return [jax.ShapeDtypeStruct(made[i].shape, made[i].dtype) for i in range(len(made))]
 
-    def _run(self, arrays: list[Array], gains: list[tuple[Array, ...]]) -> list[Array]:
+    def _run(
+        self,
+        arrays: list[Array],
+        gains: list[tuple[Array, ...]],
+        exponents: list[Array | None],
+    ) -> list[Array]:
         filled = [arrays[x.place] if isinstance(x, Given) else x for x in self._leaves]
         operands = self._treedef.unflatten(filled)
-        own = {id(x): y for x, y in zip(arrays, gains, strict=False) if y}
-        operands = [_gained(x, own) for x in operands]
+        pairs = itertools.zip_longest(gains or [()] * len(arrays), exponents)
+        own = {id(x): pair for x, pair in zip(arrays, pairs, strict=True) if pair != ((), None)}
+        operands = [_multiplied(x, own) for x in operands]
         uses: list[AxesOfLeaf] = []
 
         def record(use: KernelUse) -> Spread:
@@ -140,8 +151,8 @@ class Stage:
             ended = self._end(self._counting, flows_of(results))
             self._outcome = _Outcome([_marked(Made, 0, ended)], None, {}, uses)
             return [ended]
-        # A mask that is handed on gets its gains in the next stage.
-        plain = [interpreter.baked(_gained(x, dict.fromkeys(own, ()))) for x in results]
+        # A mask that is handed on is multiplied in the next stage.
+        plain = [interpreter.baked(_multiplied(x, dict.fromkeys(own, ((), None)))) for x in results]
         leaves, treedef = jax.tree.flatten([interpreter.settled(x) for x in plain])
         mark = {id(x): _marked(Given, i, x) for i, x in enumerate(arrays)}
         found: list[Array] = []
@@ -155,13 +166,16 @@ class Stage:
         return found
 
 
-def _gained(value: Value, gains: Mapping[int, tuple[Array, ...]]) -> Value:
-    """A value with the gains that are given for its mask, by the array's `id`."""
+def _multiplied(
+    value: Value, by: Mapping[int, tuple[tuple[Array, ...], Array | None]]
+) -> Value:
+    """A value with the gains and the exponent that are given for its mask, by the array's `id`."""
     if isinstance(value, WeightSum):
-        return WeightSum(tuple(cast(Weight, _gained(term, gains)) for term in value.terms))
-    if not isinstance(value, Weight) or id(value.array) not in gains:
+        return WeightSum(tuple(cast(Weight, _multiplied(term, by)) for term in value.terms))
+    if not isinstance(value, Weight) or id(value.array) not in by:
         return value
-    return v.replace(value, gains=gains[id(value.array)])
+    gains, exponent = by[id(value.array)]
+    return v.replace(value, gains=gains, exponent=exponent)
 
 
 def _marked(kind: type[_Array], place: int, x: Any) -> _Array:
@@ -393,6 +407,7 @@ def pulled_back(
     cotangents: Sequence[Array],
     so_far: Sequence[Any],
     gains: Gains = (),
+    exponents: Exponents = (),
 ) -> list[Any]:
     """The cotangents of a stage's arguments, from those of its results.
 
@@ -401,7 +416,7 @@ def pulled_back(
       arrays: its arguments; masks may be boolean.
       cotangents: those of its real results.
       so_far: for each argument the cotangent that later stages gave.
-      gains: for each argument its gains, if it is a mask.
+      gains, exponents: see `Stage`.
 
     Returns:
       The sums, None for arguments that are not real. That of a mask with gains is a pair: its own
@@ -414,7 +429,7 @@ def pulled_back(
         whole = list(cast)
         for i, x in zip(real, numbers, strict=True):
             whole[i] = x
-        return [x for x in stage(whole, gains) if is_real(x)]
+        return [x for x in stage(whole, gains, exponents) if is_real(x)]
 
     _, pull = jax.vjp(results, [cast[i] for i in real], list(gains))
     of_arrays, of_gains = pull(list(cotangents))

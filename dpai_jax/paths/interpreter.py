@@ -24,6 +24,7 @@ from dpai_jax.paths.counting import EXACT, Counting
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.values import Flow, Independent, Shape, Spread, Value, Weight, WeightSum
 from dpai_jax.tools.jaxprs import open_jaxpr, source_line
+from dpai_jax.tools.powers import power_of_two
 
 GATES = ("balanced", "jacobian", "signal")
 
@@ -33,7 +34,7 @@ _RULES: dict[str, Rule] = {}
 _INLINED: set[str] = set()
 # Primitives whose rules pass on the constants beside a flow themselves (see `Flow.constants`).
 _CARRIERS: set[str] = set()
-# Primitives whose rules apply or pass on the gains of a kernel themselves (see `Weight.gains`).
+# Primitives whose rules apply or pass on the gains and the power of a kernel (see `Weight`).
 _GAINED: set[str] = set()
 
 
@@ -176,13 +177,15 @@ class Interpreter:
         return self._beside(rule, eqn, args, results)
 
     def baked(self, value: Value) -> Value:
-        """The same value; kernels are multiplied by their gains."""
+        """The same value; kernels are multiplied by their gains and powers of two."""
         if isinstance(value, WeightSum):
             return WeightSum(tuple(cast(Weight, self.baked(term)) for term in value.terms))
-        if not isinstance(value, Weight) or not value.gains:
+        if not isinstance(value, Weight) or not (value.gains or value.exponent is not None):
             return value
-        array = functools.reduce(self.counting.product, value.gains, value.array)
-        return v.replace(value, array=array, gains=())
+        array, below = functools.reduce(self.counting.product, value.gains, value.array), value.below
+        if value.exponent is not None:
+            array, below = self.counting.scaled(array, power_of_two(value.exponent)), None
+        return v.replace(value, array=array, below=below, gains=(), exponent=None)
 
     def _by_terms(self, eqn: JaxprEqn, args: Sequence[Value], i: int) -> Sequence[Value]:
         """The results of an equation with a sum of kernels as an operand, term by term."""
@@ -295,8 +298,8 @@ def rules_for(
       inlined: whether the primitive has inner equations, which are evaluated even if no operand is
         a flow.
       carries_constants: whether the rule passes on `Flow.constants` itself.
-      carries_gains: whether the rule applies or passes on `Weight.gains` itself; otherwise it gets
-        kernels that are multiplied by their gains.
+      carries_gains: whether the rule applies or passes on what a `Weight` is multiplied by;
+        otherwise it gets kernels that are multiplied already.
 
     Returns:
       A decorator that returns the rule unchanged.

@@ -69,8 +69,8 @@ class KernelUse:
         """The counts behind the kernel."""
         return self.contract(self.flow.spread, self.weight.spread)
 
-    def gained(self, counting: Counting) -> tuple[KernelUse, list[Array]]:
-        """The use without gains: they are applied to the flow, or left for the result.
+    def plain(self, counting: Counting) -> tuple[KernelUse, list[Array]]:
+        """The use of the mask alone: gains are applied to the flow, or left for the result.
 
         Args:
           counting: how paths are counted.
@@ -88,7 +88,8 @@ class KernelUse:
                 flow = v.replace(flow, mantissa=counting.product(flow.mantissa, placed))
             else:
                 weight = v.replace(weight, array=counting.product(weight.array, gain))
-        return dataclasses.replace(self, flow=flow, weight=v.replace(weight, gains=())), behind
+        weight = v.replace(weight, gains=(), exponent=None)
+        return dataclasses.replace(self, flow=flow, weight=weight), behind
 
     def kernel(self) -> Array:
         """The mask as (groups, inputs, outputs, taps)."""

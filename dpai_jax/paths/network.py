@@ -199,6 +199,7 @@ class Network:
         at_kernel: AtKernel = KernelUse.count,
         below: float | None = None,
         gains: Sequence[tuple[Array, ...]] = (),
+        exponents: Sequence[Array] = (),
     ) -> Array:
         """The logarithm of the number of paths.
 
@@ -208,12 +209,13 @@ class Network:
           at_kernel: see `Interpreter`.
           below: what no entry of the masks exceeds, where that is known.
           gains: for each layer ones that its mask is multiplied by (see `Weight.gains`).
+          exponents: for each layer the power of two that its mask is a multiple of, int32.
 
         Returns:
           float32 scalar.
         """
         interpreter = Interpreter(self.gates, counting, at_kernel)
-        return _log_of(counting, self.evaluate(masks, interpreter, below, gains))
+        return _log_of(counting, self.evaluate(masks, interpreter, below, gains, exponents))
 
     def reached(self, masks: Sequence[Array], at_kernel: AtKernel = KernelUse.count) -> list[Array]:
         """Which weights a path passes, or would pass if they were kept.
@@ -237,9 +239,10 @@ class Network:
         interpreter: Interpreter,
         below: float | None = None,
         gains: Sequence[tuple[Array, ...]] = (),
+        exponents: Sequence[Array] = (),
     ) -> list[Flow]:
         """The flows at the network's outputs (see `log_count`)."""
-        params = self._params(masks, below, gains)
+        params = self._params(masks, below, gains, exponents)
         return _evaluate(self._jaxpr, self._segments, params, interpreter)
 
     def chain(self, counting: Counting, below: float | None = None) -> list[Call]:
@@ -285,11 +288,19 @@ class Network:
         return _segments_of(self._jaxpr, len(self._shapes))
 
     def _params(
-        self, masks: Sequence[Any], below: float | None, gains: Sequence[tuple[Array, ...]] = ()
+        self,
+        masks: Sequence[Any],
+        below: float | None,
+        gains: Sequence[tuple[Array, ...]] = (),
+        exponents: Sequence[Array] = (),
     ) -> list[Value]:
         params: list[Value] = [Independent(shape) for shape in self._shapes]
-        for layer, mask, own in itertools.zip_longest(self.layers, masks, gains, fillvalue=()):
-            params[layer.index] = dataclasses.replace(_weight(layer.index, mask, below), gains=own)
+        for i, (layer, mask) in enumerate(zip(self.layers, masks, strict=True)):
+            params[layer.index] = dataclasses.replace(
+                _weight(layer.index, mask, below),
+                gains=gains[i] if gains else (),
+                exponent=exponents[i] if exponents else None,
+            )
         return params
 
     def unrolled(self) -> Network:

@@ -136,12 +136,14 @@ class Weight:
       gains: ones that broadcast to the view, by which it is multiplied. Each goes along with a
         kernel's features, and is applied to the counts before or behind the kernel, so that its
         derivative, the share of all paths that pass a feature, takes no pass over the kernel.
+      exponent: int32 scalar, the power of two that the mask is a multiple of; of one if None.
     """
 
     array: Array
     sources: tuple[tuple[int, Axes], ...]
     below: float | None = None
     gains: tuple[Array, ...] = ()
+    exponent: Array | None = None
 
     @property
     def shape(self) -> Shape:
@@ -239,7 +241,7 @@ jax.tree_util.register_dataclass(
     ["mantissa", "exponent", "filled", "constants"],
     ["shape", "unit", "ancestors", "views", "at_zero", "below"],
 )
-jax.tree_util.register_dataclass(Weight, ["array", "gains"], ["sources", "below"])
+jax.tree_util.register_dataclass(Weight, ["array", "gains", "exponent"], ["sources", "below"])
 jax.tree_util.register_dataclass(WeightSum, ["terms"], [])
 
 

@@ -159,11 +159,12 @@ def _batch_groups_as_features(value: Value, dims: Any, groups: int) -> Value:
 
 def pass_kernel(interpreter: Interpreter, use: KernelUse) -> Flow:
     """The flow behind a kernel, a new unit without ancestors."""
-    use, behind = use.gained(interpreter.counting)
+    exponent, own = use.flow.exponent, use.weight.exponent
+    use, behind = use.plain(interpreter.counting)
     counts = interpreter.at_kernel(use)
     for gain in behind:
         counts = counts._replace(array=interpreter.counting.product(counts.array, gain))
-    return interpreter.flow(counts, use.flow.exponent)
+    return interpreter.flow(counts, exponent if own is None else exponent + own)
 
 
 def _contract(
