@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dpai_jax.tools.rows import Row, are_small
+from dpai_jax.tools.rows import Copies, Row, are_small
 from dpai_jax.tools.sums import totals, written_out, written_together
 
 # The probes of one pass over the scores: some divide the interval evenly, others lie around the
@@ -131,7 +131,7 @@ def _highest(ranks: np.ndarray, number: int) -> tuple[np.ndarray, np.uint32]:
     return mask, least.view(np.uint32) ^ _ZERO
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """Which scores are kept: those above a threshold, and of those that equal it the first.
 
     Attributes:
@@ -144,7 +144,7 @@ class _Cut(NamedTuple):
     ends: Array
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """A search of each number to keep, (1, number) each.
 
     It goes on between two ranks, `low` and `high`; `reached` scores reach the low one, and `above`
@@ -165,7 +165,7 @@ class _State(NamedTuple):
 
 def _search(
     parts: Sequence[_Part], numbers: Array, bottom: Array, sizes: Array, last: Array | None
-) -> _Cut:
+) -> Cut:
     """Where the `numbers` highest scores end.
 
     Args:
@@ -178,60 +178,185 @@ def _search(
     Returns:
       The cut.
     """
-
-    def probes(low: Array, high: Array, above: Array, reached: Array, numbers: Array) -> Array:
-        """Ranks above the low one, up to the high one."""
-        span = high - low
-        stride = span // _PARTS + jnp.minimum(span % _PARTS, 1)
-        even = jnp.minimum(_column(range(1, _PARTS)) * stride, span)
-        # Where the threshold would be if all in between lay evenly, and how far from there chance
-        # would have it.
-        width = span.astype(jnp.float32)
-        between = jnp.maximum(reached - above, 1).astype(jnp.float32)
-        place = width * ((reached - numbers).astype(jnp.float32) + 0.5) / between
-        deviation = width / (2 * jnp.sqrt(between))
-        expected = place + jnp.asarray(_DEVIATIONS, jnp.float32)[:, None] * deviation
-        expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
-        return low + jnp.concatenate([even, jnp.minimum(expected, span)])
-
     first = None if last is None else _expected(last)
 
-    def narrow(state: _State) -> _State:
-        low, high, above, reached, numbers, threshold, tied, begins = state
-        tried = probes(low, high, above, reached, numbers)
-        if first is not None:
-            tried = jnp.where(begins, first, tried)
-        # Both ends stay within what was known before; a search that is over has no room.
-        tried = jnp.clip(tried, low, high)
-        counts = _counts(parts, tried, low < high, threshold, tied)
-        holds = counts >= numbers
-        low = jnp.max(jnp.where(holds, tried, low), 0, keepdims=True)
-        least = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
-        reached = jnp.minimum(reached, least)
-        high = jnp.min(jnp.where(holds, high, tried - 1), 0, keepdims=True)
-        above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
-        # Any rank that is reached by just as many as asked will do.
-        high = jnp.where(reached == numbers, low, high)
-        ties = (low == high) & ~tied & (reached > numbers)
-        return _State(
-            low=jnp.where(ties, _LAST - (sizes - 1), low),
-            high=jnp.where(ties, _LAST, high),
-            above=jnp.where(ties, 0, above),
-            reached=jnp.where(ties, reached - above, reached),
-            numbers=jnp.where(ties, numbers - above, numbers),
-            threshold=jnp.where(tied, threshold, low),
-            tied=tied | ties,
-            begins=jnp.zeros_like(begins),
-        )
+    def narrow(state: State) -> State:
+        probes = _probes(state, first)
+        return _narrowed(state, probes, _counts(parts, probes, state), sizes)
 
+    start = _start(numbers, bottom, sizes, last)
+    return _cut(lax.while_loop(lambda state: jnp.any(_goes_on(state)), narrow, start))
+
+
+def _start(numbers: Array, bottom: Array, sizes: Array, last: Array | None) -> State:
+    """The start of a search (see `_search`)."""
     # Where all are kept, the lowest rank will do.
     top = jnp.where(sizes == numbers, bottom, jnp.full_like(bottom, _BEYOND))
     none = jnp.zeros_like(sizes)
     no = none.astype(bool)
     begins = no if last is None else _moved(last) < _FAR
-    start = _State(bottom, top, none, sizes, numbers, bottom, no, begins)
-    end = lax.while_loop(lambda s: jnp.any(s.low < s.high), narrow, start)
-    return _Cut(end.threshold, jnp.where(end.tied, _LAST - end.low + 1, _LAST))
+    return State(bottom, top, none, sizes, numbers, bottom, no, begins)
+
+
+def _goes_on(state: State) -> Array:
+    return state.low < state.high
+
+
+def _cut(state: State) -> Cut:
+    return Cut(state.threshold, jnp.where(state.tied, _LAST - state.low + 1, _LAST))
+
+
+def _probes(state: State, first: Array | None) -> Array:
+    """The ranks that are tried next, within what is known, (probe, number).
+
+    Args:
+      state: where the search is.
+      first: those to begin with, if there are any.
+
+    Returns:
+      The ranks, of a search that is over `low`.
+    """
+    low, high = state.low, state.high
+    span = high - low
+    stride = span // _PARTS + jnp.minimum(span % _PARTS, 1)
+    even = jnp.minimum(_column(range(1, _PARTS)) * stride, span)
+    # Where the threshold would be if all in between lay evenly, and how far from there chance would
+    # have it.
+    width = span.astype(jnp.float32)
+    between = jnp.maximum(state.reached - state.above, 1).astype(jnp.float32)
+    place = width * ((state.reached - state.numbers).astype(jnp.float32) + 0.5) / between
+    deviation = width / (2 * jnp.sqrt(between))
+    expected = place + jnp.asarray(_DEVIATIONS, jnp.float32)[:, None] * deviation
+    expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
+    probes = low + jnp.concatenate([even, jnp.minimum(expected, span)])
+    if first is not None:
+        probes = jnp.where(state.begins, first, probes)
+    # Both ends stay within what was known before; a search that is over has no room.
+    return jnp.clip(probes, low, high)
+
+
+def _narrowed(state: State, probes: Array, counts: Array, sizes: Array) -> State:
+    """The search after it is known how many scores reach each probe, (probe, number)."""
+    low, high, above, reached, numbers, threshold, tied, begins = state
+    holds = counts >= numbers
+    low = jnp.max(jnp.where(holds, probes, low), 0, keepdims=True)
+    least = jnp.min(jnp.where(holds, counts, reached), 0, keepdims=True)
+    reached = jnp.minimum(reached, least)
+    high = jnp.min(jnp.where(holds, high, probes - 1), 0, keepdims=True)
+    above = jnp.max(jnp.where(holds, above, counts), 0, keepdims=True)
+    # Any rank that is reached by just as many as asked will do.
+    high = jnp.where(reached == numbers, low, high)
+    ties = (low == high) & ~tied & (reached > numbers)
+    return State(
+        low=jnp.where(ties, _LAST - (sizes - 1), low),
+        high=jnp.where(ties, _LAST, high),
+        above=jnp.where(ties, 0, above),
+        reached=jnp.where(ties, reached - above, reached),
+        numbers=jnp.where(ties, numbers - above, numbers),
+        threshold=jnp.where(tied, threshold, low),
+        tied=tied | ties,
+        begins=jnp.zeros_like(begins),
+    )
+
+
+class Pass(NamedTuple):
+    """A search for one threshold of magnitudes, between two passes over the scores.
+
+    It is `_search` in pieces, for scores that several programs count, each a part of them.
+
+    Attributes:
+      state: where the search is.
+      probes: the ranks that are tried next.
+      reached, above: of each part what `state` says of all scores, uint32 (part,). Where they are
+        equal, no score of the part lies between; then no more is to be known of the part.
+      cut: where the scores that are kept end, if there is no part of which more is to be known.
+    """
+
+    state: State
+    probes: Array
+    reached: Array
+    above: Array
+    cut: Cut
+
+    @classmethod
+    def first(cls, number: Array, sizes: Array, last: Array) -> Pass:
+        """The first pass.
+
+        Args:
+          number: how many scores to keep, uint32.
+          sizes: how many each part has, uint32 (part,).
+          last: see `select`.
+
+        Returns:
+          The pass.
+        """
+        numbers, size = as_count(number).reshape(1, 1), _sum(sizes)
+        state = _start(numbers, jnp.full_like(numbers, _ZERO), size, last)
+        return cls._at(state, _probes(state, _expected(last)), sizes, jnp.zeros_like(sizes))
+
+    def next(self, counts: Array, sizes: Array) -> Pass:
+        """The next pass.
+
+        Args:
+          counts: how many scores of each part reach each probe, uint32 (probe, part).
+          sizes: as for `first`.
+
+        Returns:
+          The pass.
+        """
+        size, total = _sum(sizes), jnp.sum(counts, 1, jnp.uint32, keepdims=True)
+        after = _narrowed(self.state, self.probes, total, size)
+        holds = total >= self.state.numbers
+        reached = jnp.min(jnp.where(holds, counts, self.reached), 0)
+        above = jnp.max(jnp.where(holds, self.above, counts), 0)
+        # Among scores of one rank none lies above the first place.
+        ties = (after.tied & ~self.state.tied)[0]
+        reached, above = jnp.where(ties, reached - above, reached), jnp.where(ties, 0, above)
+        return self._at(after, _probes(after, None), reached, above)
+
+    @classmethod
+    def _at(cls, state: State, probes: Array, reached: Array, above: Array) -> Pass:
+        above = jnp.where(_goes_on(state)[0], above, reached)
+        return cls(state, probes, reached, above, _cut(state))
+
+    def count(self, scores: Sequence[Array], before: Array) -> Array:
+        """How many of some layers' scores reach each probe, (probe, 1).
+
+        Args:
+          scores: the layers' scores.
+          before: for each layer, how many scores come before its own, uint32.
+
+        Returns:
+          The numbers, uint32.
+        """
+        return _counts(_parts(_part_of_all(scores, before)), self.probes, self.state)
+
+
+def _sum(counts: Array) -> Array:
+    return jnp.sum(counts, dtype=jnp.uint32).reshape(1, 1)
+
+
+def kept(scores: Sequence[Array], before: Array, cut: Cut) -> list[Array]:
+    """Which of some layers' scores are kept under a threshold of magnitudes for all.
+
+    Args:
+      scores: the layers' scores.
+      before: see `Pass.count`.
+      cut: where the scores that are kept end.
+
+    Returns:
+      The layers' masks.
+    """
+    parts = _parts(_part_of_all(scores, before))
+    masks = {id(layer.scores): mask for part in parts for layer, mask in part.masks(cut)}
+    return [masks[id(x)] for x in scores]
+
+
+def _part_of_all(scores: Sequence[Array], before: Array) -> list[_Layer]:
+    return [
+        _Layer(x, (1,) * x.ndim, slice(0, 1), before[i], magnitude=True)
+        for i, x in enumerate(scores)
+    ]
 
 
 def _expected(last: Array) -> Array:
@@ -246,15 +371,15 @@ def _moved(last: Array) -> Array:
     return jnp.max(last, 0, keepdims=True) - jnp.min(last, 0, keepdims=True)
 
 
-def _nearest(parts: Sequence[_Part], number: Array, cut: _Cut) -> _Cut:
+def _nearest(parts: Sequence[_Part], number: Array, cut: Cut) -> Cut:
     """The cut, or that without the last score, whichever keeps nearer to the number."""
 
-    def total(cut: _Cut) -> Array:
+    def total(cut: Cut) -> Array:
         masks = [pair for part in parts for pair in part.masks(cut)]
         counts = [jnp.sum(m, dtype=jnp.uint32) * np.uint32(layer.worth) for layer, m in masks]
         return functools.reduce(jnp.add, counts)
 
-    # Where more is kept than the number, the search has ended at a single score (see `_State`).
+    # Where more is kept than the number, the search has ended at a single score (see `State`).
     shorter = cut._replace(ends=cut.ends - 1)
     is_nearer = total(cut) - number > number - total(shorter)
     return cut._replace(ends=jnp.where(is_nearer, shorter.ends, cut.ends))
@@ -268,7 +393,7 @@ class _Layer:
       scores: float32.
       shape: that of its numbers, broadcastable to the scores'.
       place: that of its numbers among all.
-      before: how many scores come before its own under the same number.
+      before: how many scores come before its own under the same number, uint32 if not an integer.
       magnitude: whether the scores go by their magnitude.
       worth: what one of its scores counts.
     """
@@ -276,7 +401,7 @@ class _Layer:
     scores: Array
     shape: tuple[int, ...]
     place: slice
-    before: int
+    before: int | Array
     magnitude: bool
     worth: int = 1
 
@@ -298,44 +423,11 @@ class _Layer:
     @property
     def index(self) -> Array:
         """The index of each score among those of the same number."""
-        return _index(self.scores.shape, self.shape) + np.uint32(self.before)
+        return _index(self.scores.shape, self.shape) + as_count(self.before)
 
     def own(self, numbers: Array) -> Array:
         """Of numbers (row, number) its own, to broadcast to its scores row by row."""
         return numbers[:, self.place].reshape(-1, *self.shape)
-
-    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
-        """See `_Part`."""
-
-        def total(flags: list[Array]) -> Array:
-            # Along the last axis a sum runs through memory; the others are shared out among cores.
-            rows = totals(flags, self.axes[-1:])
-            return jnp.stack([count.ravel() for count in totals(rows, self.axes[:-1])])
-
-        def unwanted(own: Array) -> Array:
-            return jnp.full((len(own), math.prod(self.shape)), _LAST)
-
-        def run(own: Array) -> Array:
-            mixed = self.own(threshold), self.own(tied)
-            return total(_reaching(self.ranks, self.index, *mixed, own))
-
-        # Within a branch, for a loop would write out all ranks before it starts.
-        return lax.cond(jnp.any(wanted[:, self.place]), run, unwanted, self.own(probes))
-
-    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
-        """See `_Part`."""
-        threshold, end = self.own(cut.thresholds)[0], self.own(cut.ends)[0]
-        return [(self, _is_kept(self.ranks, self.index, threshold, end))]
-
-    @property
-    def places(self) -> np.ndarray:
-        """See `_Part`."""
-        return np.arange(self.place.start, self.place.stop)
-
-    @property
-    def worths(self) -> np.ndarray:
-        """See `_Part`."""
-        return np.full(len(self.places), self.worth, np.uint32)
 
 
 class _Part(Protocol):
@@ -352,12 +444,11 @@ class _Part(Protocol):
     @property
     def worths(self) -> np.ndarray: ...
 
-    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
+    def count(self, probes: Array, threshold: Array, tied: Array) -> Array:
         """How many scores reach each probe, (probe, column).
 
         Args:
           probes: ranks, or places where ranks are tied; (probe, number).
-          wanted: which searches still run; of others any count not below the number will do.
           threshold: the rank that counts where ranks are tied; (1, number).
           tied: where they are.
 
@@ -366,9 +457,41 @@ class _Part(Protocol):
         """
         ...
 
-    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
+    def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
         """Which scores are kept: its layers, each with a mask of its scores' shape."""
         ...
+
+
+class _Large:
+    """Large layers: each is read by itself, and what is counted along its last axis is added up.
+
+    Sums along the last axis run through memory; they are added up in a row of those of all layers,
+    as each reduction that XLA writes takes long to compile.
+    """
+
+    def __init__(self, layers: Sequence[_Layer]):
+        self.layers = layers
+        self.places = np.concatenate(
+            [np.arange(layer.place.start, layer.place.stop) for layer in layers]
+        )
+        self.worths = np.concatenate(
+            [np.full(math.prod(layer.shape), layer.worth, np.uint32) for layer in layers]
+        )
+
+    def count(self, probes: Array, threshold: Array, tied: Array) -> Array:
+        """See `_Part`."""
+        lines = []
+        for layer in self.layers:
+            own = (layer.own(x) for x in (threshold, tied, probes))
+            lines.append(totals(_reaching(layer.ranks, layer.index, *own), layer.axes[-1:]))
+        stacks = [tuple(i for i, n in enumerate(x.shape) if n > 1) for x in self.layers]
+        copies = Copies([own[0].shape for own in lines], stacks)
+        return jnp.stack(copies.row.sums([copies.blocks(x) for x in zip(*lines, strict=True)]))
+
+    def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
+        """See `_Part`."""
+        pairs = [(layer, [layer.own(x)[0] for x in cut]) for layer in self.layers]
+        return [(x, _is_kept(x.ranks, x.index, *own)) for x, own in pairs]
 
 
 class _Row:
@@ -380,21 +503,20 @@ class _Row:
         self.places = np.asarray([layer.place.start + copy for layer, copy in copies])
         self.worths = np.asarray([layer.worth for layer, _ in copies], np.uint32)
         self.row = Row([layer.size for layer, _ in copies])
-        before = np.asarray([layer.before for layer, _ in copies])[self.row.array]
-        first = jnp.asarray((before + self.row.first).astype(np.uint32)[:, None])
+        before = jnp.stack([as_count(layer.before) for layer, _ in copies])[self.row.array]
+        first = (before + self.row.first.astype(np.uint32))[:, None]
         self.index = first + np.arange(self.row.length, dtype=np.uint32)[None]
         # Ranked in the row: before, each shape would have a kernel of its own.
         scores = self.row.blocks([s for layer in layers for s in _copies(layer)], 0.0)
         # What pads a row ranks below all numbers.
         self.ranks = jnp.where(self.row.is_padding, _LOWEST, _rank(scores, layers[0].magnitude))
 
-    def count(self, probes: Array, wanted: Array, threshold: Array, tied: Array) -> Array:
+    def count(self, probes: Array, threshold: Array, tied: Array) -> Array:
         """See `_Part`."""
-        del wanted
         own = (self.row.spread(x[:, self.places]) for x in (threshold, tied, probes))
         return jnp.stack(self.row.sums(_reaching(self.ranks, self.index, *own)))
 
-    def masks(self, cut: _Cut) -> list[tuple[_Layer, Array]]:
+    def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
         """See `_Part`."""
         threshold, end = (self.row.spread(x[0, self.places]) for x in (cut.thresholds, cut.ends))
         # Written out, so that not each layer compares ranks itself. Here one copy is enough: with
@@ -433,11 +555,17 @@ def _reaching(
     return [standing >= probe for probe in _signed(probes)]
 
 
-def _counts(
-    parts: Sequence[_Part], probes: Array, wanted: Array, threshold: Array, tied: Array
-) -> Array:
+def _counts(parts: Sequence[_Part], probes: Array, state: State) -> Array:
     """How many scores reach probes (probe, number)."""
-    columns = [part.count(probes, wanted, threshold, tied) for part in parts]
+
+    def run(probes: Array) -> list[Array]:
+        return [part.count(probes, state.threshold, state.tied) for part in parts]
+
+    def unwanted(probes: Array) -> list[Array]:
+        return [jnp.full((len(probes), len(part.places)), _LAST) for part in parts]
+
+    # Within a branch, for a loop would write out all ranks before it starts.
+    columns = lax.cond(jnp.any(_goes_on(state)), run, unwanted, probes)
     if any(np.any(part.worths != 1) for part in parts):
         columns = [c * part.worths[None] for c, part in zip(columns, parts, strict=True)]
     if probes.shape[1] == 1:
@@ -453,7 +581,7 @@ def _parts(layers: Sequence[_Layer]) -> list[_Part]:
     flags = are_small([layer.scores for layer in layers])
     pairs = list(zip(layers, flags, strict=True))
     small, others = ([layer for layer, flag in pairs if flag == which] for which in (True, False))
-    return [*([_Row(small)] if small else []), *others]
+    return [*([_Row(small)] if small else []), *([_Large(others)] if others else [])]
 
 
 def _layers(

@@ -20,7 +20,7 @@ from dpai_jax.methods import folded, noise
 from dpai_jax.methods.balance import BALANCES, Objective, as_strengths, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
-from dpai_jax.methods.selector import Selector, Weigher
+from dpai_jax.methods.selector import LargeSelector, Selector
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
@@ -155,7 +155,7 @@ class DPaI:
         net, keeps = problem.net, self._keeps(problem)
         parts = problem.granularity.parts(net)
         shapes = self._shapes(problem, jnp.float32)
-        selector = Selector(net, shapes, keeps[0], parts)
+        selector = self._selector(net, shapes, keeps[0], parts)
         if not self._is_one_number(parts):
             selector.compile_ahead(shapes, keeps[0], len(keeps))
         strengths, exponents = self._strengths(problem)
@@ -163,15 +163,18 @@ class DPaI:
         weights, settings = self._weights(), self._settings(parts)
         steps, init = self._folded(net, scores, parts), self._init
         on_device = jax.device_put(weights)
-        weigh = Weigher(net, strengths) if self._weighs_kept else None
-        factors = strengths if weigh is None else []
+        kept = list(map(jnp.copy, strengths)) if self._weighs_kept else []
+        factors = [] if self._weighs_kept else strengths
 
-        def step(state: _State, masks: list[Array]) -> tuple[_State, dict[str, Array]]:
-            if weigh is not None:
-                masks = weigh(masks)
+        def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
+            nonlocal kept
+            if self._weighs_kept:
+                kept = selector.weighed(kept, strengths, state.scores, keep)
+            else:
+                kept = selector.masks(state.scores, keep)
             if steps is None:
-                return _step(net, state, masks, factors, exponents, weights, **settings)
-            *after, measured = steps(*state, masks, factors, exponents, on_device)
+                return _step(net, state, kept, factors, exponents, weights, **settings)
+            *after, measured = steps(*state, kept, factors, exponents, on_device)
             return _State(*after), measured
 
         state = _State(scores, init(scores) if steps is None else steps.memory(scores, init))
@@ -217,12 +220,19 @@ class DPaI:
             if parts:
                 scores = _drawn_together_many(net, scores, parts=parts)
         scores = meshes.shared_out(scores, number)
-        state, masks, history = _ascend(
-            lambda state, masks: _step_many(
+        selector = Selector(net, scores, keeps[0], parts, many)
+
+        def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
+            masks = selector.masks(state.scores, keep)
+            after: tuple[_State, dict[str, Array]] = _step_many(
                 net, state, masks, strengths, exponents, weights, **settings
-            ),
+            )
+            return after
+
+        state, masks, history = _ascend(
+            step,
             _State(scores, _init_many(net, scores, init=init)),
-            Selector(net, scores, keeps[0], parts, many),
+            selector,
             keeps,
             first.report,
         )
@@ -249,13 +259,23 @@ class DPaI:
             _step.ahead(net, state, *args, weights, calls=self.steps, **settings)
         else:
             steps(*state, *args, weights, ahead=self.steps)
+        number, is_one = as_count(0), self._is_one_number(parts)  # any number
+        keep = number if is_one else [number] * len(shapes)
+        selector = self._selector(net, shapes, keep, parts)
+        if is_one:
+            selector.compile_ahead(shapes, number, self.steps + 1)
         if self._weighs_kept:
-            Weigher.compile_ahead(net, shapes, masks, self.steps)
-        if self._is_one_number(parts):
-            number = as_count(0)  # any
-            Selector(net, shapes, number).compile_ahead(shapes, number, self.steps + 1)
+            selector.weigh_ahead(shapes, self.steps)
         if self.scores is None and not strengths:
             noise.compile_ahead(net, problem.key, problem.params)
+
+    @staticmethod
+    def _selector(
+        net: Network, scores: list[Any], keep: Any, parts: grouping.Parts
+    ) -> Selector | LargeSelector:
+        if LargeSelector.serves(net, scores, keep, parts):
+            return LargeSelector(net)
+        return Selector(net, scores, keep, parts)
 
     def _folded(
         self, net: Network, scores: list[Any], parts: grouping.Parts
@@ -378,9 +398,9 @@ _SCHEDULES: Mapping[str, Callable[[float, int], list[float]]] = {
 
 
 def _ascend(
-    step: Callable[[_State, list[Array]], tuple[_State, dict[str, Array]]],
+    step: Callable[[_State, Any], tuple[_State, dict[str, Array]]],
     state: _State,
-    selector: Selector,
+    selector: Selector | LargeSelector,
     keeps: list[Any],
     report: Report,
 ) -> tuple[_State, list[Array], dict[str, np.ndarray]]:
@@ -388,9 +408,7 @@ def _ascend(
     measured: list[dict[str, Any]] = []
     steps = len(keeps) - 1
     for t, keep in enumerate(keeps[:-1]):
-        masks = selector.masks(state.scores, keep)
-        state, numbers = step(state, masks)
-        del masks  # before there are new ones
+        state, numbers = step(state, keep)
         measured.append(numbers)
         if t % _REPORT_EVERY == 0 or t == steps - 1:
             report(t + 1, steps, jax.tree.map(np.mean, jax.device_get(numbers)))

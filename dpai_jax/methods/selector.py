@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,19 @@ from jax import Array
 
 from dpai_jax import grouping
 from dpai_jax.paths import Network
-from dpai_jax.selection import select_by_numpy
+from dpai_jax.selection import Cut, Pass, as_count, kept, select_by_numpy
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, by_groups, groups_of, in_order
+
+# Networks of so many weights are searched layer by layer. Smaller ones NumPy searches at first, and
+# a single program afterwards.
+_LARGE = 2**24
+
+# How many layers of one shape share a program, at most.
+_MOST_TOGETHER = 4
+
+# The passes of a search, as far as what compiles ahead needs to know.
+_PASSES = 4
 
 
 class Selector:
@@ -37,7 +48,7 @@ class Selector:
         parts: grouping.Parts = (),
         many: tuple[int, ...] = (),
     ):
-        self.many = many
+        self.net, self.many = net, many
         # One threshold for all layers is found in all of them.
         together = many or not isinstance(keep, list)
         everything = [Group(net, list(range(len(scores))))]
@@ -72,33 +83,156 @@ class Selector:
             found.append(masks)
         return in_order(self._groups, found)
 
+    def weighed(
+        self, before: list[Array], strengths: list[Array], scores: list[Array], keep: Any
+    ) -> list[Array]:
+        """The strengths of the weights that are kept, zero for the others.
 
-class Weigher:
-    """The strengths of the weights that masks keep, zero for the others, again and again.
+        New memory takes a CPU about as long as all that is done with it, so they are written where
+        others were.
 
-    They are written where those of the masks before were, as new memory takes a CPU about as long
-    as all that is done with it.
+        Args:
+          before: float32 arrays like the strengths, whose memory is lent to the results.
+          strengths: float32 arrays like the scores.
+          scores: the layers' scores.
+          keep: the numbers to keep.
+
+        Returns:
+          The strengths.
+        """
+        return by_groups(_weighed, self.net, before, strengths, self.masks(scores, keep))
+
+    def weigh_ahead(self, scores: list[Any], calls: int) -> None:
+        """Starts to compile what `weighed` needs besides masks."""
+        masks = meshes.shapes_like(scores, bool)
+        for group in groups_of(self.net, scores):
+            own = group.of(scores)
+            _weighed.ahead(group.owner, own, own, group.of(masks), calls=calls)
+
+
+class LargeSelector:
+    """A `Selector` by one threshold in a large network on one CPU.
+
+    XLA takes long to compile a search that reads so many layers. Here each pass calls a program for
+    each few layers of one shape, as long as any of their scores may be the threshold, and the host
+    asks whether another pass is needed. No masks are written but the last.
 
     Args:
       net: the traced network.
-      strengths: a float32 array for each layer.
     """
 
-    def __init__(self, net: Network, strengths: list[Array]):
-        self.net, self.strengths = net, strengths
-        self._found = list(map(jnp.copy, strengths))
-
-    def __call__(self, masks: list[Array]) -> list[Array]:
-        """The strengths under masks; they are there until the next call."""
-        self._found = by_groups(_weighed, self.net, self._found, self.strengths, masks)
-        return self._found
+    def __init__(self, net: Network):
+        self._owner = net
+        self._chunks = _chunks(net)
+        sizes = [layer.size for layer in net.layers]
+        firsts = np.cumsum([0, *sizes[:-1]]).astype(np.uint32)
+        self._firsts = [np.asarray(chunk.of(firsts)) for chunk in self._chunks]
+        self._sizes = np.asarray([sum(chunk.of(sizes)) for chunk in self._chunks], np.uint32)
+        self._last: Any = np.zeros((2, 1), np.uint32)
 
     @staticmethod
-    def compile_ahead(net: Network, shapes: list[Any], masks: list[Any], calls: int) -> None:
-        """Starts to compile what is called so often, for strengths and masks of these shapes."""
-        for group in groups_of(net, shapes):
-            own = group.of(shapes)
-            _weighed.ahead(group.owner, own, own, group.of(masks), calls=calls)
+    def serves(net: Network, scores: list[Any], keep: Any, parts: grouping.Parts) -> bool:
+        """Whether it is for such scores and numbers to keep."""
+        is_one = not isinstance(keep, list) and not parts
+        on_cpu = jax.default_backend() == "cpu" and not any(meshes.layer_shardings(scores))
+        return is_one and on_cpu and _LARGE <= net.size < 2**32
+
+    def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
+        """See `Selector.compile_ahead`."""
+        del keep
+        search = jax.eval_shape(_first.fn, None, as_count(0), self._sizes, self._last)
+        for chunk, firsts in zip(self._chunks, self._firsts, strict=True):
+            own = chunk.of(scores)
+            _count.ahead(chunk.owner, own, firsts, search, calls=calls * _PASSES)
+            _masks.ahead(chunk.owner, own, firsts, search.cut)
+
+    def weigh_ahead(self, scores: list[Any], calls: int) -> None:
+        """See `Selector.weigh_ahead`."""
+        cut = Cut(*[jax.ShapeDtypeStruct((1, 1), jnp.uint32)] * 2)
+        for chunk, firsts in zip(self._chunks, self._firsts, strict=True):
+            own = chunk.of(scores)
+            _weighed_by_cut.ahead(chunk.owner, own, own, own, firsts, cut, calls=calls)
+
+    def masks(self, scores: list[Array], keep: Any) -> list[Array]:
+        """See `Selector.masks`."""
+        cut = self._searched(scores, keep)
+        pairs = zip(self._chunks, self._firsts, strict=True)
+        found = [_masks(chunk.owner, chunk.of(scores), firsts, cut) for chunk, firsts in pairs]
+        return in_order(self._chunks, found)
+
+    def weighed(
+        self, before: list[Array], strengths: list[Array], scores: list[Array], keep: Any
+    ) -> list[Array]:
+        """See `Selector.weighed`."""
+        cut, found = self._searched(scores, keep), []
+        for chunk, firsts in zip(self._chunks, self._firsts, strict=True):
+            arrays = (chunk.of(x) for x in (before, strengths, scores))
+            found.append(_weighed_by_cut(chunk.owner, *arrays, firsts, cut))
+        return in_order(self._chunks, found)
+
+    def _searched(self, scores: list[Array], keep: Any) -> Cut:
+        search: Pass = jax.device_get(_first(None, keep, self._sizes, self._last))
+        while np.any(search.reached > search.above):
+            found = [
+                _count(chunk.owner, chunk.of(scores), firsts, search) if reached > above else above
+                for chunk, firsts, reached, above in zip(
+                    self._chunks, self._firsts, search.reached, search.above, strict=True
+                )
+            ]
+            counts = [np.broadcast_to(x, search.probes.shape) for x in jax.device_get(found)]
+            search = jax.device_get(_next(None, search, np.concatenate(counts, 1), self._sizes))
+        self._last = np.concatenate([self._last[1:], search.cut.thresholds])
+        return search.cut
+
+
+def _chunks(net: Network) -> list[Group]:
+    """The small layers together, and each few large ones of one shape."""
+    groups = groups_of(net, [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in net.layers])
+    alike: dict[tuple[int, ...], list[int]] = {}
+    chunks = []
+    for group in groups:
+        if group.owner is None:
+            alike.setdefault(net.layers[group.places[0]].shape, []).extend(group.places)
+        else:
+            chunks.append(group)
+    for places in alike.values():
+        n = max(n for n in range(1, _MOST_TOGETHER + 1) if len(places) % n == 0)
+        chunks += [Group(None, places[i : i + n]) for i in range(0, len(places), n)]
+    return chunks
+
+
+@meshes.program(by_numpy="exactly")
+def _first(_: None, keep: Array, sizes: Array, last: Array) -> Pass:
+    return Pass.first(keep, sizes, last)
+
+
+@meshes.program(by_numpy="exactly")
+def _next(_: None, search: Pass, counts: Array, sizes: Array) -> Pass:
+    return search.next(counts, sizes)
+
+
+@meshes.program()
+def _count(_: Network | None, scores: list[Array], before: Array, search: Pass) -> Array:
+    return search.count(scores, before)
+
+
+@meshes.program()
+def _masks(_: Network | None, scores: list[Array], before: Array, cut: Cut) -> list[Array]:
+    return kept(scores, before, cut)
+
+
+@meshes.program(donate=(0,))
+def _weighed_by_cut(
+    _: Network | None,
+    memory: list[Array],
+    strengths: list[Array],
+    scores: list[Array],
+    before: Array,
+    cut: Cut,
+) -> list[Array]:
+    del memory  # is lent to the results
+    pairs = zip(kept(scores, before, cut), strengths, strict=True)
+    return [jnp.where(m, s, 0.0) for m, s in pairs]
 
 
 @meshes.program(
