@@ -21,7 +21,7 @@ from dpai_jax.paths.counting import COUNTINGS, REACH
 from dpai_jax.paths.kernels import KernelUse
 from dpai_jax.paths.network import AtKernel
 from dpai_jax.paths.values import Spread
-from dpai_jax.stages import chain_for, forward, pulled_behind, pulled_to_masks
+from dpai_jax.stages import chain_for, forward, pulled_behind, pulled_to_masks, run_roughly
 from dpai_jax.tools import meshes
 from dpai_jax.tools.switches import usual_switches
 
@@ -94,7 +94,7 @@ def counted(
     """
     calls = chain_for(net, masks, COUNTINGS[counting], below)
     if calls:
-        slots = forward(net, calls, masks, roughly=True, ahead=ahead)
+        slots = forward(net, calls, masks, run=run_roughly, ahead=ahead)
         found: Array = slots[calls[-1].outputs[0]]
         return found
     if ahead:
@@ -135,13 +135,16 @@ def log_count(
     return net.log_count(masks, COUNTINGS[counting], at_kernel, below, gains, exponents)
 
 
-def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Array]:
+def reached(
+    net: Network, masks: list[Any], *, ahead: bool = False, repeats: bool = False
+) -> list[Array]:
     """Which weights a path passes, or would pass if they were kept, from boolean masks.
 
     Args:
       net: the traced network.
       masks: for each layer a boolean array.
       ahead: whether only to start to compile this, for masks of these shapes.
+      repeats: see `pulled_to_masks`.
 
     Returns:
       For each layer a boolean array; nothing of use ahead.
@@ -153,7 +156,7 @@ def reached(net: Network, masks: list[Any], *, ahead: bool = False) -> list[Arra
             return masks
         found: list[Array] = _reached(net, masks)
         return found
-    return pulled_to_masks(net, calls, _reached_behind, masks, ahead=ahead)
+    return pulled_to_masks(net, calls, _reached_behind, masks, ahead=ahead, repeats=repeats)
 
 
 @meshes.program(by_numpy="vouched")  # sums of flags do not round
@@ -186,9 +189,10 @@ def once_per_network(fn: Callable[[Network], T]) -> Callable[[Network], T]:
 @once_per_network
 def possible(net: Network) -> list[np.ndarray]:
     """Which weights any mask can make effective: those that a path passes with all kept."""
-    flags: list[np.ndarray] = jax.device_get(
-        reached(net, [np.ones(layer.shape, bool) for layer in net.layers])
-    )
+    shapes = [layer.shape for layer in net.layers]
+    ones = {shape: np.ones(shape, bool) for shape in shapes}
+    found = reached(net, [ones[shape] for shape in shapes], repeats=True)
+    flags: list[np.ndarray] = jax.device_get(found)
     return flags
 
 

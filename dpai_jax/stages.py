@@ -18,6 +18,9 @@ from dpai_jax.paths.counting import Counting
 from dpai_jax.paths.folding import Call, Stage, in_dtypes, is_real, pulled_back
 from dpai_jax.tools import meshes
 
+# Arrays of so many entries are compared at once.
+_QUICK_TO_COMPARE = 2**22
+
 # From a call, its arguments, the cotangents of its results, and for each argument the cotangent
 # that later stages gave, to the cotangents of its arguments.
 Pull = Callable[[Call, list[Any], list[Any], list[Any]], Sequence[Any]]
@@ -40,7 +43,7 @@ def forward(
     strengths: Sequence[Any] = (),
     exponents: Sequence[Any] = (),
     *,
-    roughly: bool = False,
+    run: Any = None,
     ahead: int = 0,
 ) -> dict[int, Any]:
     """The arrays of all slots.
@@ -51,7 +54,8 @@ def forward(
       masks: an array for each layer, or its shape.
       strengths: by what to multiply each mask; by one if not given.
       exponents: of powers of two to multiply it by, too, int32; zero if not given.
-      roughly: whether NumPy may run the first calls also where it rounds otherwise.
+      run: runs a stage; `run_roughly` if NumPy may run the first calls also where it rounds
+        otherwise.
       ahead: if not zero, only starts to compile, for so many calls.
 
     Returns:
@@ -59,7 +63,7 @@ def forward(
     """
     slots: dict[int, Any] = dict(enumerate(masks))
     of_slots = [dict(enumerate(own)) for own in (strengths, exponents)]
-    run = _run_roughly if roughly else _run
+    run = _run if run is None else run
     for call in calls:
         factors, powers = ([own.get(i) for i in call.inputs] for own in of_slots)
         args = [slots[i] for i in call.inputs], factors, powers
@@ -99,6 +103,7 @@ def pulled_to_masks(
     strengths: Sequence[Any] = (),
     *,
     ahead: bool = False,
+    repeats: bool = False,
 ) -> list[Any]:
     """What is pulled back through a chain to the masks.
 
@@ -109,6 +114,8 @@ def pulled_to_masks(
       masks: as for `forward`.
       strengths: as for `forward`.
       ahead: whether only to start to compile.
+      repeats: whether the network's blocks may get and give the same, as where all weights are
+        kept: then what a block gave is given again.
 
     Returns:
       For each layer what the first stage that reads its mask gave; nothing of use ahead.
@@ -122,11 +129,37 @@ def pulled_to_masks(
         if ahead:
             behind.ahead(net, *pulled, factors, stage=call.stage, ends=ends)
             return call.stage.arguments
-        found: Sequence[Any] = behind(net, *pulled, factors, stage=call.stage, ends=ends)
+        found: Sequence[Any] = run_behind(net, *pulled, factors, stage=call.stage, ends=ends)
         return found
 
-    slots = backward(calls, forward(net, calls, masks, strengths, ahead=ahead), pull)
+    run, run_behind = (_Repeated(x) if repeats else x for x in (_run, behind))
+    slots = forward(net, calls, masks, strengths, run=run, ahead=ahead)
+    slots = backward(calls, slots, pull)
     return [slots[i] for i in range(len(masks))]
+
+
+class _Repeated:
+    """A program that gives again what it gave last, if it is called with the same."""
+
+    def __init__(self, program: meshes.Program):
+        self._program = program
+        self._last: dict[Any, tuple[list[Any], Any]] = {}
+
+    def __call__(self, net: Network, *args: Any, **settings: Any) -> Any:
+        key = tuple(sorted(settings.items())), jax.tree.structure(args)
+        leaves = jax.tree.leaves(args)
+        before, found = self._last.get(key, ([], None))
+        if len(before) != len(leaves) or not all(map(_are_same, before, leaves)):
+            found = self._program(net, *args, **settings)
+            self._last[key] = leaves, found
+        return found
+
+
+def _are_same(a: Any, b: Any) -> bool:
+    """Whether arrays are the same; of large ones only if they are one."""
+    if a is b or a.shape != b.shape or a.size > _QUICK_TO_COMPARE:
+        return a is b
+    return np.array_equal(a, b)
 
 
 def pulled_behind(
@@ -179,4 +212,4 @@ def _run_stage(
 
 
 _run = meshes.program(by_numpy="exactly")(_run_stage)
-_run_roughly = meshes.program(by_numpy="roughly")(_run_stage)
+run_roughly = meshes.program(by_numpy="roughly")(_run_stage)

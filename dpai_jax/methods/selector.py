@@ -18,9 +18,12 @@ from dpai_jax.selection import Cut, Pass, as_count, kept, select_by_numpy
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, by_groups, groups_of, in_order
 
-# Networks of so many weights are searched layer by layer. Smaller ones NumPy searches at first, and
-# a single program afterwards.
+# Networks of so many weights are searched in chunks, if their layers repeat. Smaller ones NumPy
+# searches at first, and a single program afterwards.
 _LARGE = 2**24
+
+# How often shapes of layers repeat in such networks, on average.
+_REPEATS = 4
 
 # How many layers of one shape share a program, at most.
 _MOST_TOGETHER = 4
@@ -135,7 +138,9 @@ class LargeSelector:
         """Whether it is for such scores and numbers to keep."""
         is_one = not isinstance(keep, list) and not parts
         on_cpu = jax.default_backend() == "cpu" and not any(meshes.layer_shardings(scores))
-        return is_one and on_cpu and _LARGE <= net.size < 2**32
+        shapes = {layer.shape for layer in net.layers}
+        repeats = _LARGE <= net.size < 2**32 and _REPEATS * len(shapes) <= len(net.layers)
+        return is_one and on_cpu and repeats
 
     def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
         """See `Selector.compile_ahead`."""
