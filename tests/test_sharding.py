@@ -156,7 +156,8 @@ def programs(params, fn, x, optimizer):
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
     masks, _ = selector._select(*find)
-    step = (net, state, masks, strengths, how._weights())
+    strengths, exponents = zip(*strengths, strict=True)
+    step = (net, state, masks, list(strengths), list(exponents), how._weights())
     axes = tuple(measuring._axes(net))
     return [
         selector._select.lower(*find).compile(),

@@ -194,7 +194,10 @@ def direction(
         return counts.log_count(net, floats, objective.counting, 1.0, gains, exponents)
 
     floats = [m.astype(jnp.float32) for m in masks]
-    gains = [tuple(map(jnp.ones, sizes)) for sizes in map(objective.shares, net.layers)]
+    gains = [
+        tuple(jnp.ones(size, jnp.float32) for size in objective.shares(layer))
+        for layer in net.layers
+    ]
     log_paths, found = jax.value_and_grad(count, (0, 1))(floats, gains)
     directions, measured = directions_of(net.layers, objective, weights, scores, masks, *found)
     return directions, {"log_paths": log_paths, **measured}
@@ -292,7 +295,7 @@ def moved(
 
 def _of_kept(mask: Array, gradient: Array) -> Array:
     """The share of all paths that passes each weight that is kept; zero for the others."""
-    return jnp.where(mask, gradient, 0.0) if mask.dtype == bool else mask * gradient
+    return jnp.where(mask, gradient, 0.0) if mask.dtype == bool else rounded(mask * gradient)
 
 
 # Traced once for layers of one shape.

@@ -176,7 +176,7 @@ def _step_behind(
     way: _Way,
 ) -> tuple[Any, dict[str, Array], list[Any]]:
     """The step of the layers whose gradients are done behind a stage."""
-    gains = [tuple(map(jnp.ones, sizes)) for sizes in way.shares]
+    gains = [tuple(jnp.ones(size, jnp.float32) for size in sizes) for sizes in way.shares]
     values = multiplied(arrays, factors)
     found = pulled_back(way.stage, values, cotangents, so_far, gains, exponents)
     if not way.layers:
