@@ -319,7 +319,7 @@ class Pass(NamedTuple):
         above = jnp.where(_goes_on(state)[0], above, reached)
         return cls(state, probes, reached, above, _cut(state))
 
-    def count(self, scores: Sequence[Array], before: Array) -> Array:
+    def reaching(self, scores: Sequence[Array], before: Array) -> Array:
         """How many of some layers' scores reach each probe, (probe, 1).
 
         Args:
@@ -341,7 +341,7 @@ def kept(scores: Sequence[Array], before: Array, cut: Cut) -> list[Array]:
 
     Args:
       scores: the layers' scores.
-      before: see `Pass.count`.
+      before: see `Pass.reaching`.
       cut: where the scores that are kept end.
 
     Returns:

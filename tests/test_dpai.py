@@ -14,8 +14,6 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 import dpai_jax as dpai
-from dpai_jax.methods.selector import Weigher
-from dpai_jax.tools import host
 from tests.support.networks import by_name
 from tests.support.recorded import plain
 
@@ -757,24 +755,6 @@ def test_a_layer_of_zeros_counts_its_paths_by_one():
     params = draw(WIDE)
     zeros, ones = ({**params, "3": jnp.full((32, 10), value)} for value in (0.0, 1.0))
     jax.tree.map(np.testing.assert_array_equal, default(0.8, zeros).masks, default(0.8, ones).masks)
-
-
-def test_strengths_of_kept_weights_take_the_memory_of_those_before():
-    shapes = {"a": (300, 300), "b": (300, 4)}
-    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
-    net = dpai.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 300)))
-    rng = np.random.default_rng(0)
-    strengths = [rng.random(shape, np.float32) for shape in shapes.values()]
-    weigh = Weigher(net, list(map(jnp.asarray, strengths)))
-    with host.compiled_only():
-        before = []
-        for density in (1.0, 0.5, 0.7):  # a weight may come back
-            masks = [rng.random(shape) < density for shape in shapes.values()]
-            found = weigh(list(map(jnp.asarray, masks)))
-            for x, mask, strength in zip(found, masks, strengths, strict=True):
-                np.testing.assert_array_equal(x, np.where(mask, strength, 0))
-            assert all(x.is_deleted() for x in before)
-            before = found
 
 
 def test_strengths_need_values_and_paths_that_count_one_do_not():

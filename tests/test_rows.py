@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpai_jax.tools import rows
-from dpai_jax.tools.rows import Row, counts_of, sums_of
+from dpai_jax.tools.rows import Copies, Row, counts_of, sums_of
 
 SHAPES = [(3,), (4, 5), (1,), (2, 3, 7), (65,), (16, 16), (0,)]
 
@@ -62,3 +62,18 @@ def test_the_largest_of_each():
     row = Row([x.size for x in arrays])
     found = row.largest(row.blocks([jnp.asarray(x) for x in arrays], 0.0))
     np.testing.assert_array_equal(found, [x.max() for x in arrays])
+
+
+def test_copies_lie_in_a_row_each_by_itself_and_come_back():
+    shapes, stacks = [(3, 4, 5), (7,), (2, 1, 6), (4, 2, 3)], [(1,), (), (0, 1), (0, 2)]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(1, 9, shape).astype(np.uint32) for shape in shapes]
+    copies = Copies(shapes, stacks)
+    blocks = copies.blocks(list(map(jnp.asarray, arrays)))
+    (sums,) = copies.row.sums([blocks])
+    for array, stack, back, numbers in zip(
+        arrays, stacks, copies.arrays(blocks), copies.numbers(sums), strict=True
+    ):
+        np.testing.assert_array_equal(back, array)
+        others = tuple(i for i in range(array.ndim) if i not in stack)
+        np.testing.assert_array_equal(numbers, array.sum(others, keepdims=True))

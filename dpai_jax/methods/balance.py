@@ -38,8 +38,8 @@ BALANCES = ("even", "indicator")
 # A smaller share of all paths counts as none: its inverse would overflow.
 _LEAST = 2.0**-100
 
-# No layer has more features.
-_MOST_FEATURES = 2**20
+# Hardly a layer has more features.
+_FEATURES = 2**20
 
 
 @usual_switches()
@@ -188,6 +188,7 @@ def direction(
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
+
     def count(floats: list[Array], gains: list[tuple[Array, ...]]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
@@ -247,17 +248,17 @@ def directions_of(
             _slopes((layer.inputs, layer.taps), sharp, weights, own, g)
             for layer, own, g in zip(layers, kept, moving, strict=True)
         ]
-        slopes, sizes, open_kernels = zip(*of_layers, strict=True)
+        slopes, sizes, open_kernels = map(list, zip(*of_layers, strict=True))
         kernels = jnp.concatenate([x.ravel() for x in open_kernels]).astype(jnp.uint32)
         measured = {
             "nodes": jnp.sum(kernels > 0, dtype=jnp.uint32),
             "kernels": jnp.sum(kernels, dtype=jnp.uint32),
         }
     if normalize:
-        slopes = tuple(
+        slopes = [
             slope * jnp.where(mean > 0, 1 / mean, 0.0)
             for slope, mean in zip(slopes, _means(layers, masks, sizes, largest), strict=True)
-        )
+        ]
     directions = [
         _direction(slope, gradient, score, mask if falls else None)
         for slope, gradient, score, mask in zip(slopes, gradients, scores, masks, strict=True)
@@ -369,64 +370,71 @@ def _even(
     What is worked out of vectors is worked out in a row of those of all layers, as each kernel that
     XLA writes takes long to compile.
     """
-    all_axes, stacks = list(map(_axes, layers)), [layer.stack for layer in layers]
-    kernels = [
-        sum_taps(_of_kept(mask, gradient), axes.taps)
-        for axes, mask, gradient in zip(all_axes, masks, gradients, strict=True)
+    of_nodes, of_all, n_nodes = _of_features(layers, shares)
+    of_kernels, n_kernels = _of_kernels(layers, masks, gradients)
+    slopes = [_even_slope(weights, *own) for own in zip(of_all, of_nodes, of_kernels, strict=True)]
+    sizes = [
+        slope * sum_taps(g, layer.taps)
+        for layer, slope, g in zip(layers, slopes, moving, strict=True)
     ]
-    # Sums over taps are read twice; where there are none, they cost nothing.
-    kernels, again = zip(
-        *(written_out(x) if axes.taps else (x, x) for axes, x in zip(all_axes, kernels, strict=True)),
-        strict=True,
-    )
-    lines = [
-        totals([kernel > 0, kernel >= _LEAST], _last(kernel.shape, axes.all))
-        for axes, kernel in zip(all_axes, kernels, strict=True)
-    ]
-    counted = Copies([x.shape for x, _ in lines], stacks)
-    open_kernels, n_kernels = counted.row.sums(
-        [counted.blocks(flags) for flags in zip(*lines, strict=True)]
-    )
-    features = Copies(
-        [x.shape for own in shares for x in own],
-        [stack for own, stack in zip(shares, stacks, strict=True) for _ in own],
-    )
-    row, blocks = features.row, features.blocks([x for own in shares for x in own])
+    return slopes, sizes, {"nodes": n_nodes, "kernels": n_kernels}
+
+
+def _of_features(
+    layers: Sequence[Layer], shares: Sequence[tuple[Array, ...]]
+) -> tuple[list[list[Array]], list[Array], Array]:
+    """Of each layer the evenness of its features, and the sum P of its shares; and effective nodes.
+
+    Args:
+      layers: the layers.
+      shares: see `Objective.shares`.
+
+    Returns:
+      For each layer an array for each of its shares; for each layer the sum, of each of its copies;
+      and the number of effective nodes of all layers.
+    """
+    flat = [x for own in shares for x in own]
+    pairs = zip(layers, shares, strict=True)
+    copies = Copies([x.shape for x in flat], [layer.stack for layer, own in pairs for _ in own])
+    row, blocks = copies.row, copies.blocks(flat)
     scale, inverse, _ = scaling(row.largest(blocks))
-    digits, base = digits_of(blocks * row.spread(inverse), _MOST_FEATURES)
+    # The same for some of a network's layers as for all.
+    most = max(_FEATURES, *(x.size for x in flat))
+    digits, base = digits_of(blocks * row.spread(inverse), most)
     flags = [(blocks >= _LEAST).astype(jnp.int32), (blocks > 0).astype(jnp.int32)]
-    *sums, n_features, n_open = row.sums([*digits, *flags])
+    *sums, numbers, n_open = row.sums([*digits, *flags])
     # Written out, as otherwise each weight would work out those of its features anew.
-    even = jnp.maximum(*written_out(_evenness(blocks, row.spread(n_features)).ravel()))
-    of_features = iter(features.arrays(even))
-    of_copies = iter(features.numbers(from_digits(sums, base) * scale))
-    opened = iter(features.numbers(n_open))
-    slopes, sizes, nodes = [], [], []
-    for axes, own, number, kernel, mask, gradient, moved_by in zip(
-        all_axes,
-        shares,
-        counted.numbers(n_kernels),
-        again,
-        masks,
-        gradients,
-        moving,
-        strict=True,
-    ):
-        of_nodes = [next(of_features) for _ in own]
-        (total, *_), (is_open, *_) = ([next(x) for _ in own] for x in (of_copies, opened))
-        if axes.taps:
-            of_kernels = _evenness(kernel, number)
-        else:
-            of_kernels = _evenness_of_weights(mask, gradient, number)
-        slope = _even_slope(weights, total, of_nodes, of_kernels)
-        slopes.append(slope)
-        sizes.append(slope * sum_taps(moved_by, axes.taps))
-        nodes.append(is_open.ravel())
-    measured = {
-        "nodes": jnp.sum(jnp.concatenate(nodes)).astype(jnp.uint32),
-        "kernels": jnp.sum(open_kernels, dtype=jnp.uint32),
-    }
-    return slopes, sizes, measured
+    even = jnp.maximum(*written_out(_evenness(blocks, row.spread(numbers)).ravel()))
+    found = iter(copies.arrays(even))
+    firsts = np.cumsum([0, *map(len, shares)])[:-1]  # those of output features
+    totals_of, opened = copies.numbers(from_digits(sums, base) * scale), copies.numbers(n_open)
+    n_nodes = jnp.sum(jnp.concatenate([opened[i].ravel() for i in firsts])).astype(jnp.uint32)
+    return [[next(found) for _ in own] for own in shares], [totals_of[i] for i in firsts], n_nodes
+
+
+def _of_kernels(
+    layers: Sequence[Layer], masks: Sequence[Array], gradients: Sequence[Array]
+) -> tuple[list[Array], Array]:
+    """The evenness of each layer's kernels, and the number of effective kernels of all layers."""
+    triples = list(zip(layers, masks, gradients, strict=True))
+    kernels = [sum_taps(_of_kept(mask, g), layer.taps) for layer, mask, g in triples]
+    # Sums over taps are read twice; where there are none, they cost nothing.
+    twice = [
+        written_out(x) if layer.taps else (x, x) for layer, x in zip(layers, kernels, strict=True)
+    ]
+    lines = [
+        totals([kernel > 0, kernel >= _LEAST], _last(kernel.shape, _axes(layer).all))
+        for layer, (kernel, _) in zip(layers, twice, strict=True)
+    ]
+    copies = Copies([x.shape for x, _ in lines], [layer.stack for layer in layers])
+    n_open, numbers = copies.row.sums([copies.blocks(own) for own in zip(*lines, strict=True)])
+    found = [
+        _evenness(kernel, number) if layer.taps else _evenness_of_weights(mask, g, number)
+        for (layer, mask, g), (_, kernel), number in zip(
+            triples, twice, copies.numbers(numbers), strict=True
+        )
+    ]
+    return found, jnp.sum(n_open, dtype=jnp.uint32)
 
 
 def _last(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -434,10 +442,12 @@ def _last(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(i for i in axes if shape[i] > 1)[-1:] or axes[-1:]
 
 
+# Traced once for layers of one shape.
 @jax.jit
 def _even_slope(
     weights: tuple[Any, Any, Any], total: Array, of_nodes: list[Array], of_kernels: Array
 ) -> Array:
+    """By what a layer's gradient is multiplied; its node's slope is the mean of those given."""
     alpha, beta, _ = weights
     of_node = functools.reduce(jnp.add, of_nodes) / len(of_nodes)
     return _mixed(alpha, alpha * total, beta, of_node, of_kernels)

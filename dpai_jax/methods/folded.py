@@ -198,9 +198,7 @@ def _step_behind(
     return moved(directions, scores, memory, way.update), totals, found
 
 
-def _taken(
-    found: list[Any], place: int, factor: Array | None
-) -> tuple[Array, tuple[Array, ...]]:
+def _taken(found: list[Any], place: int, factor: Array | None) -> tuple[Array, tuple[Array, ...]]:
     """The gradient of a mask, and the shares of all paths that pass its features."""
     pulled, found[place] = found[place], None
     gradient, shares = pulled if isinstance(pulled, tuple) else (pulled, ())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -128,8 +128,8 @@ class LargeSelector:
         self._owner = net
         self._chunks = _chunks(net)
         sizes = [layer.size for layer in net.layers]
-        firsts = np.cumsum([0, *sizes[:-1]]).astype(np.uint32)
-        self._firsts = [np.asarray(chunk.of(firsts)) for chunk in self._chunks]
+        firsts = [0, *itertools.accumulate(sizes)]
+        self._firsts = [np.asarray(chunk.of(firsts), np.uint32) for chunk in self._chunks]
         self._sizes = np.asarray([sum(chunk.of(sizes)) for chunk in self._chunks], np.uint32)
         self._last: Any = np.zeros((2, 1), np.uint32)
 
@@ -153,7 +153,8 @@ class LargeSelector:
 
     def weigh_ahead(self, scores: list[Any], calls: int) -> None:
         """See `Selector.weigh_ahead`."""
-        cut = Cut(*[jax.ShapeDtypeStruct((1, 1), jnp.uint32)] * 2)
+        one: Any = jax.ShapeDtypeStruct((1, 1), jnp.uint32)
+        cut = Cut(one, one)
         for chunk, firsts in zip(self._chunks, self._firsts, strict=True):
             own = chunk.of(scores)
             _weighed_by_cut.ahead(chunk.owner, own, own, own, firsts, cut, calls=calls)
@@ -192,7 +193,8 @@ class LargeSelector:
 
 def _chunks(net: Network) -> list[Group]:
     """The small layers together, and each few large ones of one shape."""
-    groups = groups_of(net, [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in net.layers])
+    shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in net.layers]
+    groups = groups_of(net, shapes)
     alike: dict[tuple[int, ...], list[int]] = {}
     chunks = []
     for group in groups:
@@ -218,7 +220,7 @@ def _next(_: None, search: Pass, counts: Array, sizes: Array) -> Pass:
 
 @meshes.program()
 def _count(_: Network | None, scores: list[Array], before: Array, search: Pass) -> Array:
-    return search.count(scores, before)
+    return search.reaching(scores, before)
 
 
 @meshes.program()

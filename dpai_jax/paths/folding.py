@@ -166,9 +166,7 @@ class Stage:
         return found
 
 
-def _multiplied(
-    value: Value, by: Mapping[int, tuple[tuple[Array, ...], Array | None]]
-) -> Value:
+def _multiplied(value: Value, by: Mapping[int, tuple[tuple[Array, ...], Array | None]]) -> Value:
     """A value with the gains and the exponent that are given for its mask, by the array's `id`."""
     if isinstance(value, WeightSum):
         return WeightSum(tuple(cast(Weight, _multiplied(term, by)) for term in value.terms))
@@ -416,7 +414,8 @@ def pulled_back(
       arrays: its arguments; masks may be boolean.
       cotangents: those of its real results.
       so_far: for each argument the cotangent that later stages gave.
-      gains, exponents: see `Stage`.
+      gains: for each argument what a mask is multiplied by (see `Weight`).
+      exponents: likewise.
 
     Returns:
       The sums, None for arguments that are not real. That of a mask with gains is a pair: its own

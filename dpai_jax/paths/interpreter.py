@@ -180,12 +180,13 @@ class Interpreter:
         """The same value; kernels are multiplied by their gains and powers of two."""
         if isinstance(value, WeightSum):
             return WeightSum(tuple(cast(Weight, self.baked(term)) for term in value.terms))
-        if not isinstance(value, Weight) or not (value.gains or value.exponent is not None):
+        if not isinstance(value, Weight) or (not value.gains and value.exponent is None):
             return value
-        array, below = functools.reduce(self.counting.product, value.gains, value.array), value.below
-        if value.exponent is not None:
-            array, below = self.counting.scaled(array, power_of_two(value.exponent)), None
-        return v.replace(value, array=array, below=below, gains=(), exponent=None)
+        array = functools.reduce(self.counting.product, value.gains, value.array)
+        if value.exponent is None:
+            return v.replace(value, array=array, gains=())
+        array = self.counting.scaled(array, power_of_two(value.exponent))
+        return v.replace(value, array=array, below=None, gains=(), exponent=None)
 
     def _by_terms(self, eqn: JaxprEqn, args: Sequence[Value], i: int) -> Sequence[Value]:
         """The results of an equation with a sum of kernels as an operand, term by term."""
