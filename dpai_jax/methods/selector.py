@@ -125,7 +125,6 @@ class LargeSelector:
     """
 
     def __init__(self, net: Network):
-        self._owner = net
         self._chunks = _chunks(net)
         sizes = [layer.size for layer in net.layers]
         firsts = [0, *itertools.accumulate(sizes)]
