@@ -444,13 +444,12 @@ class _Part(Protocol):
     @property
     def worths(self) -> np.ndarray: ...
 
-    def count(self, probes: Array, threshold: Array, tied: Array) -> Array:
+    def count(self, probes: Array, state: State) -> Array:
         """How many scores reach each probe, (probe, column).
 
         Args:
           probes: ranks, or places where ranks are tied; (probe, number).
-          threshold: the rank that counts where ranks are tied; (1, number).
-          tied: where they are.
+          state: where the searches are, of which any goes on.
 
         Returns:
           uint32 counts.
@@ -478,15 +477,23 @@ class _Large:
             [np.full(math.prod(layer.shape), layer.worth, np.uint32) for layer in layers]
         )
 
-    def count(self, probes: Array, threshold: Array, tied: Array) -> Array:
+    def count(self, probes: Array, state: State) -> Array:
         """See `_Part`."""
-        lines = []
-        for layer in self.layers:
-            own = (layer.own(x) for x in (threshold, tied, probes))
-            lines.append(totals(_reaching(layer.ranks, layer.index, *own), layer.axes[-1:]))
-        stacks = [tuple(i for i, n in enumerate(x.shape) if n > 1) for x in self.layers]
-        copies = Copies([own[0].shape for own in lines], stacks)
-        return jnp.stack(copies.row.sums([copies.blocks(x) for x in zip(*lines, strict=True)]))
+
+        def run(probes: Array) -> Array:
+            lines = []
+            for layer in self.layers:
+                own = (layer.own(x) for x in (state.threshold, state.tied, probes))
+                lines.append(totals(_reaching(layer.ranks, layer.index, *own), layer.axes[-1:]))
+            stacks = [tuple(i for i, n in enumerate(x.shape) if n > 1) for x in self.layers]
+            copies = Copies([own[0].shape for own in lines], stacks)
+            return jnp.stack(copies.row.sums([copies.blocks(x) for x in zip(*lines, strict=True)]))
+
+        def unwanted(probes: Array) -> Array:
+            return jnp.full((len(probes), len(self.places)), _LAST)
+
+        # Within a branch, for a loop would write out all ranks before it starts.
+        return lax.cond(jnp.any(_goes_on(state)), run, unwanted, probes)
 
     def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
         """See `_Part`."""
@@ -503,17 +510,20 @@ class _Row:
         self.places = np.asarray([layer.place.start + copy for layer, copy in copies])
         self.worths = np.asarray([layer.worth for layer, _ in copies], np.uint32)
         self.row = Row([layer.size for layer, _ in copies])
-        before = jnp.stack([as_count(layer.before) for layer, _ in copies])[self.row.array]
-        first = (before + self.row.first.astype(np.uint32))[:, None]
-        self.index = first + np.arange(self.row.length, dtype=np.uint32)[None]
+        of_copies: list[Any] = [layer.before for layer, _ in copies]
+        is_known = not any(isinstance(x, Array) for x in of_copies)
+        before = np.asarray(of_copies, np.uint32) if is_known else jnp.stack(of_copies)
+        first = (before[self.row.array] + self.row.first.astype(np.uint32))[:, None]
+        self.index = jnp.asarray(first) + np.arange(self.row.length, dtype=np.uint32)[None]
         # Ranked in the row: before, each shape would have a kernel of its own.
         scores = self.row.blocks([s for layer in layers for s in _copies(layer)], 0.0)
         # What pads a row ranks below all numbers.
         self.ranks = jnp.where(self.row.is_padding, _LOWEST, _rank(scores, layers[0].magnitude))
 
-    def count(self, probes: Array, threshold: Array, tied: Array) -> Array:
+    def count(self, probes: Array, state: State) -> Array:
         """See `_Part`."""
-        own = (self.row.spread(x[:, self.places]) for x in (threshold, tied, probes))
+        numbers = (state.threshold, state.tied, probes)
+        own = (self.row.spread(x[:, self.places]) for x in numbers)
         return jnp.stack(self.row.sums(_reaching(self.ranks, self.index, *own)))
 
     def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
@@ -557,15 +567,7 @@ def _reaching(
 
 def _counts(parts: Sequence[_Part], probes: Array, state: State) -> Array:
     """How many scores reach probes (probe, number)."""
-
-    def run(probes: Array) -> list[Array]:
-        return [part.count(probes, state.threshold, state.tied) for part in parts]
-
-    def unwanted(probes: Array) -> list[Array]:
-        return [jnp.full((len(probes), len(part.places)), _LAST) for part in parts]
-
-    # Within a branch, for a loop would write out all ranks before it starts.
-    columns = lax.cond(jnp.any(_goes_on(state)), run, unwanted, probes)
+    columns = [part.count(probes, state) for part in parts]
     if any(np.any(part.worths != 1) for part in parts):
         columns = [c * part.worths[None] for c, part in zip(columns, parts, strict=True)]
     if probes.shape[1] == 1:

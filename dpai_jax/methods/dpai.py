@@ -171,6 +171,7 @@ class DPaI:
             if self._weighs_kept:
                 kept = selector.weighed(kept, strengths, state.scores, keep)
             else:
+                kept = []  # before there are new ones
                 kept = selector.masks(state.scores, keep)
             if steps is None:
                 return _step(net, state, kept, factors, exponents, weights, **settings)
