@@ -169,13 +169,12 @@ class DPaI:
         def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
             nonlocal kept
             if self._weighs_kept:
-                kept = selector.weighed(kept, strengths, state.scores, keep)
+                kept = masks = selector.weighed(kept, strengths, state.scores, keep)
             else:
-                kept = []  # before there are new ones
-                kept = selector.masks(state.scores, keep)
+                masks = selector.masks(state.scores, keep)
             if steps is None:
-                return _step(net, state, kept, factors, exponents, weights, **settings)
-            *after, measured = steps(*state, kept, factors, exponents, on_device)
+                return _step(net, state, masks, factors, exponents, weights, **settings)
+            *after, measured = steps(*state, masks, factors, exponents, on_device)
             return _State(*after), measured
 
         state = _State(scores, init(scores) if steps is None else steps.memory(scores, init))
