@@ -189,6 +189,10 @@ def direction(
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
 
+    if strengths and objective.falls:  # then only what is kept moves
+        masks = [jnp.where(m, s, 0.0) for m, s in zip(masks, strengths, strict=True)]
+        strengths = ()
+
     def count(floats: list[Array], gains: list[tuple[Array, ...]]) -> Array:
         if strengths:
             floats = [m * s for m, s in zip(floats, strengths, strict=True)]
