@@ -188,7 +188,6 @@ def direction(
     Returns:
       The layers' directions, and what was measured: `log_paths`, `nodes` and `kernels`.
     """
-
     if strengths and objective.falls:  # then only what is kept moves
         masks = [jnp.where(m, s, 0.0) for m, s in zip(masks, strengths, strict=True)]
         strengths = ()
