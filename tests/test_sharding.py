@@ -219,18 +219,14 @@ def test_no_sharded_leaf_is_gathered(kind):
 def test_no_kernel_of_a_convolution_or_a_scan_is_gathered(name, kind, kinds):
     fn, params, x = sharded.network(name, 8)
     spread = sharded.spread(params, sharded.mesh("mixed", KINDS[kind]))
-    net = dpai.trace(fn, spread, x)
-    kernels = net.leaves(spread)
+    kernels = dpai.trace(fn, spread, x).leaves(spread)
     part = min(np.prod(kernel.sharding.shard_shape(kernel.shape)) for kernel in kernels)
-    features = sum(x.copies * (x.size_of(x.inputs) + x.size_of(x.outputs)) for x in net.layers)
     for program in programs(spread, fn, x, dpai.DPaI.optimizer):
         sizes = exchanged(program, kinds)
         assert sizes
         # Two parts of a kernel together are more than all that is put together: sums, and counts
-        # at features, or those of all layers' features, padded. Parts of stacked kernels move, each
-        # of them from device to device.
-        assert max(sizes) < max(2 * part, 1.25 * features)
-        assert max(sizes) < min(kernel.size for kernel in kernels)
+        # at features. Parts of stacked kernels move, each of them from device to device.
+        assert max(sizes) < 2 * part
 
 
 def test_first_scores_are_drawn_on_each_device_by_itself():

@@ -408,7 +408,8 @@ def _of_features(
     *sums, numbers, n_open = row.sums([*digits, *flags])
     # Written out, as otherwise each weight would work out those of its features anew.
     even = jnp.maximum(*written_out(_evenness(blocks, row.spread(numbers)).ravel()))
-    found = iter(copies.arrays(even))
+    # Or else the row is split over devices, and handed around as a whole.
+    found = iter(copies.arrays(meshes.on_each_device(even)))
     firsts = np.cumsum([0, *map(len, shares)])[:-1]  # those of output features
     totals_of, opened = copies.numbers(from_digits(sums, base) * scale), copies.numbers(n_open)
     n_nodes = jnp.sum(jnp.concatenate([opened[i].ravel() for i in firsts])).astype(jnp.uint32)

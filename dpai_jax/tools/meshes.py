@@ -444,6 +444,12 @@ def split_along(x: Array, mesh: Mesh | AbstractMesh, axes: Mapping[int, tuple[st
     return lax.with_sharding_constraint(x, sharding)
 
 
+def on_each_device(x: Array) -> Array:
+    """Has each device of the layers' mesh hold all of an array, while a program is traced."""
+    mesh = next((s.mesh for s in _LAYERS.get() if isinstance(s, NamedSharding)), None)
+    return x if mesh is None else split_along(x, mesh, {})
+
+
 def shapes_like(arrays: Iterable[Any], dtype: Any) -> list[jax.ShapeDtypeStruct]:
     """The shapes of arrays with another dtype, with their shardings if on several devices."""
     return [jax.ShapeDtypeStruct(x.shape, dtype, sharding=_sharding(x)) for x in arrays]
