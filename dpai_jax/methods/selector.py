@@ -236,9 +236,8 @@ def _weighed_by_cut(
     before: Array,
     cut: Cut,
 ) -> list[Array]:
-    del memory  # is lent to the results
-    pairs = zip(kept(scores, before, cut), strengths, strict=True)
-    return [jnp.where(m, s, 0.0) for m, s in pairs]
+    found: list[Array] = _weighed.fn(None, memory, strengths, kept(scores, before, cut))
+    return found
 
 
 @meshes.program(
