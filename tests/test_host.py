@@ -25,7 +25,7 @@ from dpai_jax.tools import host, meshes
 from dpai_jax.tools.host.floats import as_xla, flushes
 from dpai_jax.tools.host.plan import Plan, UnknownError
 from dpai_jax.tools.powers import logarithm
-from dpai_jax.tools.sums import product_sum, scaled, sum_below_one, written_out
+from dpai_jax.tools.sums import product_sum, scaled, sum_below_one, totals, written_out
 from experiments import models
 
 pytestmark = pytest.mark.skipif(
@@ -186,7 +186,8 @@ def test_reductions(axes: tuple[int, ...]) -> None:
     assert_alike(lambda x: (jnp.any(x, axes), jnp.all(x, axes)), flags)
     assert_alike(lambda x: jnp.sum(x, axes, dtype=jnp.uint32), flags)
     terms = floats / 16
-    assert_alike(lambda x, y: sum_below_one(x, axes, y, y & (x > 0)), terms, flags)
+    assert_alike(lambda x: sum_below_one([(x, 1.0), (x[:1], 0.5)], axes), terms)
+    assert_alike(lambda x, y: totals([y, y & (x > 0)], axes), terms, flags)
     assert_alike(lambda x: product_sum(x, x[:1], axes), floats)
     assert_alike(lambda x: written_out(x[..., 0]), floats)
     assert_alike(lambda x: written_out(x[..., 0] > 0), floats)

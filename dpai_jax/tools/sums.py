@@ -25,8 +25,11 @@ Bound = float | None
 # How many bits of a term, counted from those of the largest term, a sum keeps at least.
 _BITS = 36
 
-# Into how many parts of equal length a large array is cut, to be added up.
+# Into how many parts of equal length some rows of a large array are cut, to be added up.
 _PARTS = 8
+
+# Of so many entries at once. More than a cache holds, but far less than new memory is slow for.
+_AT_ONCE = 2**22
 
 # Numbers of terms, as powers of two, to which those of small sums are rounded up.
 _FEW = (6, 12)
@@ -56,8 +59,9 @@ def product_sum(
     del write  # without derivatives there is only one reader
     if math.prod(np.broadcast_shapes(a.shape, b.shape)[i] for i in axes) == 1:
         return rounded(a * b)
-    (a, scale_a), (b, scale_b) = below_one(a, below[0]), below_one(b, below[1])
-    return rounded(sum_below_one(a * b, axes)[0] * scale_a * scale_b)
+    (scale_a, inverse_a), (scale_b, inverse_b) = scale_of(a, below[0]), scale_of(b, below[1])
+    total = sum_below_one([(a, inverse_a), (b, inverse_b)], axes)
+    return rounded(total * scale_a * scale_b)
 
 
 def _forward(
@@ -102,11 +106,12 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
 
     The last axis is summed first, as it is contiguous in memory.
     """
-    total, scale = below_one(array)
+    scale, inverse = scale_of(array)
+    total = array
     for stage in stages(array.shape, axes):
         held = held_by(array.shape, stage)
-        total, scale = sum_below_one(total, stage)[0] / held, scale * held
-    return total * scale
+        total, scale, inverse = sum_below_one([(total, inverse)], stage), scale * held, 1 / held
+    return total * inverse * scale
 
 
 sum_over.defvjp(
@@ -115,14 +120,14 @@ sum_over.defvjp(
 )
 
 
-def below_one(array: Array, below: Bound = None) -> tuple[Array, Array | float]:
-    """An array divided by a power of two above all magnitudes, and that power."""
+def scale_of(array: Array, below: Bound = None) -> tuple[Array | float, Array | float]:
+    """A power of two above all magnitudes in an array, and one over it."""
     if below is not None:
         power = 2.0 ** (math.frexp(below)[1])
-        return array * (1 / power), power
+        return power, 1 / power
     # Second derivatives may be negative.
     power, inverse, _ = scaling(largest_entry(lax.abs(lax.stop_gradient(array))))
-    return array * inverse, power
+    return power, inverse
 
 
 @jax.custom_vjp
@@ -148,24 +153,33 @@ def _held(n_terms: int) -> float:
     return 2.0 ** next((few for few in _FEW if exponent <= few), exponent)
 
 
+# A float32 array, and by what to multiply it.
+Factor = tuple[Array, Array | float]
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def sum_below_one(terms: Array, axes: tuple[int, ...], *others: Array) -> list[Array]:
-    """Sums over some axes, which keep size one, in one pass.
+def sum_below_one(factors: Sequence[Factor], axes: tuple[int, ...]) -> Array:
+    """The sum of a product over some axes, which keep size one, in one pass.
 
     Args:
-      terms: float32 array, of magnitude below one.
+      factors: what is multiplied; arrays of one rank that broadcast. All products are of magnitude
+        below one.
       axes: the axes to sum over.
-      *others: integers to add up, or booleans to count, of the same shape.
 
     Returns:
-      The sum of the terms, float32, and those of the others (see `totals`).
+      float32 array.
     """
-    n_terms = math.prod(terms.shape[i] for i in axes)
+    shape = np.broadcast_shapes(*(x.shape for x, _ in factors))
+    n_terms = math.prod(shape[i] for i in axes)
     if n_terms == 1:
-        return [terms, *(x.astype(jnp.uint32) if x.dtype == bool else x for x in others)]
-    digits, digit = digits_of(terms, n_terms)
-    found = totals([*digits, *others], axes)
-    return [from_digits(found[: len(digits)], digit), *found[len(digits) :]]
+        return _product(factors)
+    digits, base = digits_of(_product(factors), n_terms)
+    sums = _totals_by_rows(factors, axes) if _is_by_columns(shape, axes) else totals(digits, axes)
+    return from_digits(sums, base)
+
+
+def _product(factors: Sequence[Factor]) -> Array:
+    return functools.reduce(jnp.multiply, [x * scale for x, scale in factors])
 
 
 def digits_of(terms: Array, n_terms: int) -> tuple[list[Array], float]:
@@ -201,8 +215,6 @@ def totals(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     reduction to memory. It fuses those of a variadic reduction if every output is used.
     """
     terms = [x.astype(jnp.uint32) if x.dtype == bool else x for x in arrays]
-    if _is_by_columns(terms[0].shape, axes):
-        return [_sum_in_parts(x, axes) for x in terms]
     sums = lax.reduce(
         terms,
         [jnp.zeros((), x.dtype) for x in terms],
@@ -225,20 +237,57 @@ def _is_by_columns(shape: Sequence[int], axes: Sequence[int]) -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-def _sum_in_parts(array: Array, axes: Sequence[int]) -> Array:
-    """The sum of integers over some axes, which keep size one, part by part of the longest."""
-    shape = [1 if i in axes else size for i, size in enumerate(array.shape)]
+def _totals_by_rows(factors: Sequence[Factor], axes: Sequence[int]) -> list[Array]:
+    """The sums of the digits of a product over some axes, which keep size one, row by row.
+
+    Args:
+      factors: see `sum_below_one`.
+      axes: the axes to sum over.
+
+    Returns:
+      The sums of each digit.
+    """
+    shape = np.broadcast_shapes(*(x.shape for x, _ in factors))
+    n_terms = math.prod(shape[i] for i in axes)
+    ended = [1 if i in axes else size for i, size in enumerate(shape)]
     if tuple(axes) == tuple(range(len(axes))):  # rows in blocks are as many rows
-        array, axes = array.reshape(-1, *array.shape[len(axes) :]), (0,)
-    longest = max(axes, key=lambda axis: array.shape[axis])
-    size = array.shape[longest] // _PARTS
-    ends = range(0, _PARTS * size + 1, size)
-    parts = [lax.slice_in_dim(array, *ends, axis=longest) for ends in itertools.pairwise(ends)]
-    sums = [functools.reduce(jnp.add, parts)]
-    if array.shape[longest] > ends[-1]:
-        sums.append(lax.slice_in_dim(array, ends[-1], None, axis=longest))
-    found = [jnp.sum(x, tuple(axes), dtype=x.dtype) for x in sums]
-    return functools.reduce(jnp.add, found).reshape(shape)
+        factors = [(_in_rows(x, shape, len(axes)), scale) for x, scale in factors]
+        shape, axes = (n_terms, *shape[len(axes) :]), (0,)
+    longest = max(axes, key=lambda axis: shape[axis])
+    n_steps = -(-math.prod(shape) // _AT_ONCE)
+    length = shape[longest] // (n_steps * _PARTS)
+
+    def rows(first: Array | int, number: int) -> list[Array]:
+        def cut(x: Array) -> Array:
+            is_one = x.shape[longest] == 1
+            return x if is_one else lax.dynamic_slice_in_dim(x, first, number, longest)
+
+        return digits_of(_product([(cut(x), scale) for x, scale in factors]), n_terms)[0]
+
+    def step(i: Array | int) -> list[Array]:
+        at_once = rows(i * _PARTS * length, _PARTS * length)
+        ends = itertools.pairwise(range(0, _PARTS * length + 1, length))
+        parts = [[lax.slice_in_dim(x, *pair, axis=longest) for x in at_once] for pair in ends]
+        return [functools.reduce(jnp.add, own) for own in zip(*parts, strict=True)]
+
+    if n_steps == 1:
+        sums = [step(0)]
+    else:
+        none = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(lambda: rows(0, length))]
+        sums = [lax.fori_loop(0, n_steps, lambda i, x: list(map(jnp.add, x, step(i))), none)]
+    rest = shape[longest] - n_steps * _PARTS * length
+    if rest:
+        sums.append(rows(shape[longest] - rest, rest))
+    found = [[jnp.sum(x, tuple(axes), x.dtype) for x in own] for own in sums]
+    return [functools.reduce(jnp.add, own).reshape(ended) for own in zip(*found, strict=True)]
+
+
+def _in_rows(array: Array, shape: Sequence[int], n: int) -> Array:
+    """An array that broadcasts to a shape, of whose first axes one is made."""
+    if all(size == 1 for size in array.shape[:n]):
+        return array.reshape(1, *array.shape[n:])
+    whole = jnp.broadcast_to(array, (*shape[:n], *array.shape[n:]))
+    return whole.reshape(-1, *array.shape[n:])
 
 
 @jax.custom_vjp

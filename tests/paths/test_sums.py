@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpai_jax.tools.sums import product_sum, sum_below_one, sum_over, sum_taps
+from dpai_jax.tools import sums
+from dpai_jax.tools.sums import product_sum, sum_below_one, sum_over, sum_taps, totals
 
 # Sums must keep their bits however XLA orders and fuses them.
 pytestmark = pytest.mark.optimized
@@ -103,44 +104,49 @@ def test_a_sum_over_some_axes_is_that_of_float64() -> None:
         assert_sums(sum_over(jnp.asarray(x), axes), x, np.ones((1, 1, 1), np.float32), axes)
 
 
-def test_flags_and_whole_numbers_are_added_up_with_the_terms() -> None:
+def test_flags_and_whole_numbers_are_added_up_together() -> None:
     x, numbers = draw((6, 7, 8), 0), np.arange(6 * 7 * 8, dtype=np.int32).reshape(6, 7, 8)
-    x /= 2 * x.max()
     for axes in ((0,), (1, 2), (0, 1, 2), ()):
-        total, count, added = sum_below_one(x, axes, x > 0, numbers)
-        assert_sums(total, x, np.ones((1, 1, 1), np.float32), axes)
+        count, added = totals([jnp.asarray(x > 0), jnp.asarray(numbers)], axes)
         np.testing.assert_array_equal(count, np.sum(x > 0, axes, keepdims=True))
         np.testing.assert_array_equal(added, np.sum(numbers, axes, keepdims=True))
 
 
 # Rows that eight parts divide evenly and rows that they do not; taps beside them.
-LARGE: list[tuple[Shape, Shape]] = [
-    ((1024, 80), (0,)),
-    ((1003, 80), (0,)),
-    ((3, 300, 80), (0, 1)),
-    ((300, 3, 80), (0,)),
+LARGE: list[tuple[Shape, Shape, Shape]] = [
+    ((1024, 80), (1024, 1), (0,)),
+    ((1003, 80), (1003, 1), (0,)),
+    ((1003, 80), (1, 80), (0,)),
+    ((3, 300, 80), (3, 300, 1), (0, 1)),
+    ((3, 300, 80), (1, 300, 1), (0, 1)),
+    ((300, 3, 80), (1, 3, 1), (0,)),
+    ((3, 300, 80), (1, 300, 80), (1,)),
 ]
 
 
-@pytest.mark.parametrize(("shape", "axes"), LARGE)
-def test_rows_of_large_arrays_are_added_up_in_parts_on_one_cpu(monkeypatch, shape, axes):
+@pytest.mark.parametrize("at_once", [sums._AT_ONCE, 2**14])
+@pytest.mark.parametrize(("shape", "shape_b", "axes"), LARGE)
+def test_rows_of_large_arrays_are_added_up_in_parts_on_one_cpu(
+    monkeypatch, shape, shape_b, axes, at_once
+):
     """And come out the same, bit by bit, as where there are several devices."""
-    x = draw(shape, 0)
-    x /= 2 * x.max()
-    parts, found = [], []
+    monkeypatch.setattr(sums, "_AT_ONCE", at_once)
+    a, b = draw(shape, 0), draw(shape_b, 1)
+    scales = [np.float32(2.0 ** -math.ceil(math.log2(2 * x.max()))) for x in (a, b)]
+    forms, found = [], []
     for n_devices in (8, 1):
         monkeypatch.setattr(jax, "device_count", lambda n_devices=n_devices: n_devices)
 
-        def sums(x: jax.Array) -> list[jax.Array]:
-            return sum_below_one.__wrapped__(x, axes, x > 0)
+        def summed(a: jax.Array, b: jax.Array) -> jax.Array:
+            factors = [(a, scales[0]), (b, scales[1])]
+            return sum_below_one.__wrapped__(factors, axes)
 
-        parts.append(str(jax.make_jaxpr(sums)(x)).count("slice"))
-        found.append(jax.jit(sums)(x))
-    assert parts[0] == 0 < parts[1]
-    for several, one in zip(*found, strict=True):
-        np.testing.assert_array_equal(several, one)
-    assert_sums(found[1][0], x, np.ones((1,) * x.ndim, np.float32), axes)
-    np.testing.assert_array_equal(found[1][1], np.sum(x > 0, axes, keepdims=True))
+        forms.append(str(jax.make_jaxpr(summed)(a, b)))
+        found.append(jax.jit(summed)(a, b))
+    assert "slice" in forms[1] and "slice" not in forms[0]
+    assert ("scan" in forms[1]) == (at_once < a.size) and "scan" not in forms[0]
+    np.testing.assert_array_equal(*found)
+    assert_sums(found[1], a * scales[0], b * scales[1], axes)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 12.0))
