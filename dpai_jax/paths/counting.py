@@ -65,10 +65,11 @@ class Counting:
         """Called on the sum of two flows, after which paths may part again."""
         return array
 
-    def sum(self, spread: Spread, axes: Sequence[int]) -> Spread:
-        """The sums over some axes, which become uniform axes."""
-        array = self._sum(spread.array, tuple(axes))
-        copies = math.prod(spread.shape[i] for i in axes if spread.uniform(i))
+    def sum(self, spread: Spread, axes: Sequence[int], by: Spread | None = None) -> Spread:
+        """The sums, of products by another array if given, over some axes, then uniform."""
+        array = self._sum(spread, by, tuple(axes))
+        uniform = (i for i in axes if spread.uniform(i) and (by is None or by.uniform(i)))
+        copies = math.prod(spread.shape[i] for i in uniform)
         return Spread(self.scaled(array, float(copies)), spread.shape)
 
     def scaled(self, array: Array, factor: Array | float) -> Array:
@@ -79,7 +80,8 @@ class Counting:
         """The product of two arrays of one rank, which broadcast."""
         return a * b
 
-    def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
+    def _sum(self, spread: Spread, by: Spread | None, axes: tuple[int, ...]) -> Array:
+        array = spread.array if by is None else spread.array * by.array
         return jnp.sum(array, axes, keepdims=True)
 
     def dot(self, a: Spread, b: Spread, dims: tuple[Pair, Pair], shape: Shape) -> Spread:
@@ -133,8 +135,10 @@ class MeanField(Counting):
         """See `Counting.product`."""
         return product_sum(a, b, ())
 
-    def _sum(self, array: Array, axes: tuple[int, ...]) -> Array:
-        return sum_over(array, axes)
+    def _sum(self, spread: Spread, by: Spread | None, axes: tuple[int, ...]) -> Array:
+        if by is None:
+            return sum_over(spread.array, axes)
+        return product_sum(spread.array, by.array, axes, (spread.below, by.below))
 
     def dot(self, a: Spread, b: Spread, dims: tuple[Pair, Pair], shape: Shape) -> Spread:
         """As `Counting.dot`; products of an array and a vector are order-independent sums."""

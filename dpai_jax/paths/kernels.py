@@ -104,9 +104,6 @@ class KernelUse:
 
     def arriving(self) -> Array:
         """The counts at the input features, group by group, summed over positions; flat."""
-        if self.is_lookup:
-            rows = math.prod(self.weight.shape[i] for i in self.inputs)
-            return jnp.broadcast_to(jnp.max(self.flow.mantissa), (rows,))
         axes = [self.reads[i] for i in (*self.batch, *self.inputs)]
         array = self.flow.spread.full(*axes).array if axes else self.flow.mantissa
         kept = sorted(axes)

@@ -67,21 +67,32 @@ def _look_up(interpreter: Interpreter, eqn: JaxprEqn, table: Weight, tokens: Flo
     dims = params["dimension_numbers"]
     sizes = enumerate(params["slice_sizes"])
     picked = {i for i, size in sizes if size < table.shape[i]} | set(dims.collapsed_slice_dims)
+    inputs = tuple(sorted(picked))
+    outputs = tuple(i for i in range(len(table.shape)) if i not in picked)
     kept = [i for i in range(len(table.shape)) if i not in dims.collapsed_slice_dims]
     writes = dict(zip(kept, dims.offset_dims, strict=False))
+    is_any = jnp.any(tokens.mantissa > 0).astype(jnp.float32)
+    rows = v.replace(
+        tokens,
+        mantissa=jnp.broadcast_to(is_any, (1,) * len(inputs)),
+        exponent=jnp.int32(0),
+        shape=tuple(table.shape[i] for i in inputs),
+        below=1.0,
+    )
 
     def contract(flow: Spread, weight: Spread, *, by_taps: bool = False) -> Spread:
-        return _gather_anywhere(interpreter, weight, params, shape)
+        by = Spread(jnp.expand_dims(flow.array, outputs), weight.shape, flow.below)
+        return _gather_anywhere(interpreter, weight, params, shape, by)
 
     return KernelUse(
         table,
-        v.replace(tokens, exponent=jnp.int32(0)),
-        inputs=tuple(sorted(picked)),
-        outputs=tuple(i for i in range(len(table.shape)) if i not in picked),
+        rows,
+        inputs=inputs,
+        outputs=outputs,
         taps=(),
         batch=(),
         groups=1,
-        reads={},
+        reads={axis: i for i, axis in enumerate(inputs)},
         writes={i: axis for i, axis in writes.items() if i not in picked},
         contract=contract,
         shape=shape,
@@ -108,14 +119,18 @@ def _gather_at(x: Spread, indices: Array, params: dict[str, Any], shape: Shape) 
 
 
 def _gather_anywhere(
-    interpreter: Interpreter, x: Spread, params: dict[str, Any], shape: Shape
+    interpreter: Interpreter,
+    x: Spread,
+    params: dict[str, Any],
+    shape: Shape,
+    by: Spread | None = None,
 ) -> Spread:
-    """A gather with unknown indices: sums over the axes that it slices."""
+    """A gather with unknown indices: sums over the axes that it slices, of products if given."""
     made_of = _gathered_axes(params["dimension_numbers"], len(x.shape), len(shape))
     batched = params["dimension_numbers"].operand_batching_dims
     sizes = enumerate(params["slice_sizes"])
     partial = [i for i, size in sizes if size < x.shape[i] and i not in batched]
-    return _laid_along(interpreter, x, made_of, partial, shape)
+    return _laid_along(interpreter, x, made_of, partial, shape, by)
 
 
 def _laid_along(
@@ -124,6 +139,7 @@ def _laid_along(
     made_of: Sequence[int | None],
     summed: Sequence[int],
     shape: Shape,
+    by: Spread | None = None,
 ) -> Spread:
     """Sums an array over some axes, and moves the others to axes of another shape.
 
@@ -134,11 +150,12 @@ def _laid_along(
         uniform along it.
       summed: the axes of `x` to sum over, including all that are not in `made_of`.
       shape: the shape of the result.
+      by: by what to multiply `x` before.
 
     Returns:
       The result.
     """
-    array = interpreter.counting.sum(x, summed).array
+    array = interpreter.counting.sum(x, summed, by).array
     # Axes that are summed and dropped go last, with size one.
     order = [axis for axis in made_of if axis is not None]
     order += [axis for axis in range(len(x.shape)) if axis not in order]
