@@ -55,6 +55,10 @@ class Steps:
             ways.append(_Way(call.stage, pairs, objective, update, _largest_small(net), shares))
         # The same objects at each call, so that programs are found without a comparison.
         self._ways = [net.programs.setdefault((_Way, way), way) for way in ways]
+        self._begun = _begun(calls, len(net.layers))
+        # Of each kernel that several stages use the gradient of the step before. Its memory is lent
+        # to the next: new memory takes a CPU longer than all that is done with it.
+        self._lent: dict[int, Array] = {}
 
     def memory(self, scores: Sequence[Any], init: Callable[[list[Any]], Any]) -> list[Any]:
         """What an optimizer remembers at the start, of the layers of each stage."""
@@ -93,20 +97,30 @@ class Steps:
         def pull(call: Call, *pulled: list[Any]) -> Sequence[Any]:
             nonlocal totals
             i = next(numbers)
-            state = [after[slot] for _, slot in self._own[i]], remembered[i]
+            lent = [self._lend(scores[slot], slot, bool(ahead)) for slot in self._begun[i]]
+            state = [after[slot] for _, slot in self._own[i]], remembered[i], lent
             factors, powers = ([own.get(slot) for slot in call.inputs] for own in of_slots)
             args = (self.net, state, *pulled, factors, powers, totals, weights)
             if ahead:
                 _step_behind.ahead(*args, calls=ahead, way=self._ways[i])
                 return self._ways[i].pulled
             (moved_scores, remembered[i]), totals, found = _step_behind(*args, way=self._ways[i])
-            for (_, slot), x in zip(self._own[i], moved_scores, strict=True):
+            *_, so_far = pulled
+            for (place, slot), x in zip(self._own[i], moved_scores, strict=True):
                 after[slot] = x
+                if so_far[place] is not None:
+                    self._lent[slot] = jax.tree.leaves(so_far[place])[0]
             return found
 
         slots = forward(self.net, self.calls, masks, strengths, exponents, ahead=ahead)
         backward(self.calls, slots, pull)
         return after, remembered, {"log_paths": slots[self.calls[-1].outputs[0]], **totals}
+
+    def _lend(self, score: Any, slot: int, ahead: bool) -> Any:
+        """Memory for the gradient of a layer, whose scores are given; or its shape."""
+        if ahead:
+            return score
+        return self._lent.pop(slot) if slot in self._lent else jnp.zeros_like(score)
 
 
 class _Way:
@@ -155,6 +169,19 @@ def _own(call: Call, n_layers: int) -> list[tuple[int, int]]:
     return [(i, slot) for i, (slot, is_first) in pairs if is_first and slot < n_layers]
 
 
+def _begun(calls: Sequence[Call], n_layers: int) -> list[list[int]]:
+    """For each stage the slots of masks whose gradients begin there, and are done elsewhere."""
+    last = {slot: i for i, call in enumerate(calls) for slot in call.inputs}
+    return [
+        [
+            slot
+            for slot, is_first in zip(call.inputs, call.is_first, strict=True)
+            if slot < n_layers and last[slot] == i and not is_first
+        ]
+        for i, call in enumerate(calls)
+    ]
+
+
 def _largest_small(net: Network) -> int:
     """The most terms that a sum over a small layer's kernels has."""
     layers = [layer for layer in net.layers if not layer.stack and layer.size <= SMALL]
@@ -164,7 +191,7 @@ def _largest_small(net: Network) -> int:
 @meshes.program(donate=(0,), by_numpy="exactly")
 def _step_behind(
     _: Network,
-    state: tuple[list[Array], Any],
+    state: tuple[list[Array], Any, list[Array]],
     arrays: list[Array],
     cotangents: list[Array],
     so_far: list[Any],
@@ -175,13 +202,16 @@ def _step_behind(
     *,
     way: _Way,
 ) -> tuple[Any, dict[str, Array], list[Any]]:
-    """The step of the layers whose gradients are done behind a stage."""
+    """The step of the layers whose gradients are done behind a stage.
+
+    The state's memory is lent to the results; nothing else is made of its last part.
+    """
     gains = [tuple(jnp.ones(size, jnp.float32) for size in sizes) for sizes in way.shares]
     values = multiplied(arrays, factors)
     found = pulled_back(way.stage, values, cotangents, so_far, gains, exponents)
+    scores, memory, _ = state
     if not way.layers:
-        return state, totals, found
-    scores, memory = state
+        return (scores, memory), totals, found
     taken = [_taken(found, place, factors[place]) for place, _ in way.layers]
     gradients, shares = zip(*taken, strict=True)
     directions, measured = directions_of(
