@@ -344,6 +344,8 @@ class DPaI:
         drawn = self.scores is None and not strengths
         if drawn:
             scores = noise.normal_scores(net, problem.key, problem.params)
+        elif self.scores is None and self.optimizer is None and self.schedule == "falling":
+            scores = list(map(jnp.copy, strengths))  # all are kept at first, and signs alone matter
         elif self.scores is None:
             scores = by_groups(_products, net, strengths, exponents)
         else:
