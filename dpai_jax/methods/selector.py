@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ _LARGE = 2**24
 # How often shapes of layers repeat in such networks, on average.
 _REPEATS = 4
 
-# How many layers of one shape share a program, at most.
-_MOST_TOGETHER = 4
+# How many layers are read together, at most.
+_MOST_TOGETHER = 8
 
 # The passes of a search, as far as what compiles ahead needs to know.
 _PASSES = 4
@@ -117,8 +118,8 @@ class LargeSelector:
     """A `Selector` by one threshold in a large network on one CPU.
 
     XLA takes long to compile a search that reads so many layers. Here each pass calls a program for
-    each few layers of one shape, as long as any of their scores may be the threshold, and the host
-    asks whether another pass is needed. No masks are written but the last.
+    each few layers, such as those of a block, as long as any of their scores may be the threshold,
+    and the host asks whether another pass is needed. No masks are written but the last.
 
     Args:
       net: the traced network.
@@ -191,20 +192,39 @@ class LargeSelector:
 
 
 def _chunks(net: Network) -> list[Group]:
-    """The small layers together, and each few large ones of one shape."""
+    """The small layers together, and each few large ones, so that few chunks differ in shapes."""
     shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in net.layers]
-    groups = groups_of(net, shapes)
     alike: dict[tuple[int, ...], list[int]] = {}
     chunks = []
-    for group in groups:
+    for group in groups_of(net, shapes):
         if group.owner is None:
             alike.setdefault(net.layers[group.places[0]].shape, []).extend(group.places)
         else:
             chunks.append(group)
-    for places in alike.values():
-        n = max(n for n in range(1, _MOST_TOGETHER + 1) if len(places) % n == 0)
-        chunks += [Group(None, places[i : i + n]) for i in range(0, len(places), n)]
-    return chunks
+    rows: list[list[list[int]]] = []
+    for places in sorted(alike.values(), key=len, reverse=True):
+        fitting = [row for row in rows if len(_dealt([*row, places])[0]) <= _MOST_TOGETHER]
+        if fitting:
+            fitting[0].append(places)
+        else:
+            rows.append([places])
+    return [*chunks, *(Group(None, places) for row in rows for places in _dealt(row))]
+
+
+def _dealt(layers: Sequence[list[int]]) -> list[list[int]]:
+    """Layers of several shapes in chunks that have as many of each shape.
+
+    Args:
+      layers: for each shape the places of the layers.
+
+    Returns:
+      The places of each chunk: more than are allowed only where there is no other way.
+    """
+    most, total = math.gcd(*map(len, layers)), sum(map(len, layers))
+    numbers = (n for n in range(1, most + 1) if most % n == 0 and total <= n * _MOST_TOGETHER)
+    number = next(numbers, most)
+    shares = [np.split(np.asarray(places), number) for places in layers]
+    return [np.concatenate(own).tolist() for own in zip(*shares, strict=True)]
 
 
 @meshes.program(by_numpy="exactly")

@@ -73,13 +73,38 @@ def test_a_chunk_is_read_while_the_threshold_may_be_in_it(monkeypatch):
     search = LargeSelector(network())
     scores = list(map(jnp.asarray, next(moved("one layer"))))
     search.masks(scores, np.uint32(3 * 260**2 + 1000))
-    # Layers of one shape are read together, three at a time: all of them, until it is known that
-    # the threshold is in the fourth layer.
+    # Three chunks have two layers of the first shape and one of each other: all are read, until it
+    # is known that the threshold is in the fourth layer.
     (own,) = (chunk.places for chunk in search._chunks if 3 in chunk.places)
-    assert own == [3, 4, 5]
+    assert own == [2, 3, 8, 9]
     with_it = [i for i, own in enumerate(read) if any(x is scores[3] for x in own)]
     assert len(with_it) > 3
     assert all(i in with_it for i in range(with_it[2], len(read)))
+
+
+# Large layers by shape, and of how many shapes the chunks are.
+CHUNKS = {
+    "a block": ({(260, 260): 12, (260, 300): 4, (300, 260): 4}, 1),
+    "a block, and others": ({(260, 260): 12, (260, 300): 4, (300, 260): 1, (300, 300): 1}, 2),
+    "one shape": ({(260, 260): 36}, 1),
+    "a prime number": ({(260, 260): 11}, 1),
+    "numbers without a common divisor": ({(260, 260): 9, (260, 300): 8}, 2),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_few_chunks_differ_in_shapes_and_hold_few_layers(name):
+    numbers, n_kinds = CHUNKS[name]
+    params = [jnp.ones(shape) for shape, number in numbers.items() for _ in range(number)]
+    net = dpai.trace(
+        lambda p, x: sum(jnp.sum(x[: w.shape[0]] @ w) for w in p), params, jnp.ones(300)
+    )
+    chunks = LargeSelector(net)._chunks
+    places = [i for chunk in chunks for i in chunk.places]
+    assert sorted(places) == list(range(len(params)))
+    assert all(len(chunk.places) <= selector._MOST_TOGETHER for chunk in chunks)
+    kinds = {tuple(params[i].shape for i in chunk.places) for chunk in chunks}
+    assert len(kinds) == n_kinds
 
 
 @pytest.mark.parametrize("kind", [Selector, LargeSelector])
