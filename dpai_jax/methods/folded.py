@@ -209,7 +209,7 @@ def _step_behind(
     gains = [tuple(jnp.ones(size, jnp.float32) for size in sizes) for sizes in way.shares]
     values = multiplied(arrays, factors)
     found = pulled_back(way.stage, values, cotangents, so_far, gains, exponents)
-    scores, memory, _ = state
+    scores, memory = state[:2]
     if not way.layers:
         return (scores, memory), totals, found
     taken = [_taken(found, place, factors[place]) for place, _ in way.layers]
