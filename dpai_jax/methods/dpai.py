@@ -163,7 +163,7 @@ class DPaI:
         weights, settings = self._weights(), self._settings(parts)
         steps, init = self._folded(net, scores, parts), self._init
         on_device = jax.device_put(weights)
-        kept = list(map(jnp.copy, strengths)) if self._weighs_kept else []
+        kept = by_groups(_copied, net, strengths) if self._weighs_kept else []
         factors = [] if self._weighs_kept else strengths
 
         def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
@@ -345,7 +345,7 @@ class DPaI:
         if drawn:
             scores = noise.normal_scores(net, problem.key, problem.params)
         elif self.scores is None and self.optimizer is None and self.schedule == "falling":
-            scores = list(map(jnp.copy, strengths))  # all are kept at first, and signs alone matter
+            scores = by_groups(_copied, net, strengths)  # all are kept, and signs alone matter
         elif self.scores is None:
             scores = by_groups(_products, net, strengths, exponents)
         else:
@@ -374,6 +374,12 @@ def _strengths_of(
         return as_strengths(jnp.where(largest > 0, found * scale, 1.0), most)
 
     return list(map(strengths, weights))
+
+
+@meshes.program(like=lambda arrays: arrays, layers=lambda arrays: arrays, by_numpy="exactly")
+def _copied(_: Network | None, arrays: list[Array]) -> list[Array]:
+    """The same arrays in memory of their own."""
+    return list(map(jnp.copy, arrays))
 
 
 @meshes.program(

@@ -7,15 +7,16 @@ They are followed through the trace, but computed only when a rule asks for them
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths.values import Independent, Known, Value
-from dpai_jax.tools.jaxprs import shape_of
+from dpai_jax.tools.jaxprs import dtype_of, shape_of
 
 _LOOPS = frozenset(("scan", "while", "cond"))
 _BROADCAST = "broadcast_in_dim"
@@ -23,6 +24,34 @@ _ENTRYWISE = """
     add and convert_element_type copy div eq exp ge gt integer_pow le log lt max min mul ne neg
     not or pow rsqrt select_n sqrt square stop_gradient sub
     """.split()
+
+
+# Common functions of numbers. For each of JAX's that is run by itself XLA compiles a program.
+_IN_NUMPY: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": np.add,
+    "div": np.divide,
+    "eq": np.equal,
+    "exp": np.exp,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "integer_pow": lambda x, y: x**y,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+    "tanh": np.tanh,
+}
+_NUMBERS = frozenset(map(np.dtype, (np.int32, np.float16, np.float32, np.float64)))
 
 
 def constant(value: Any) -> Independent:
@@ -48,7 +77,7 @@ def fold(eqn: JaxprEqn, *args: Value) -> list[Value]:
     def compute() -> Sequence[Any]:
         shapes = [arg.shape for arg in args]
         operands = [jnp.broadcast_to(k.value, s) for k, s in zip(known, shapes, strict=True)]
-        return _bind(eqn, operands, eqn.params)
+        return evaluated(eqn, operands)
 
     if any(item.traced for item in known):
         return [constant(result) for result in compute()]
@@ -72,13 +101,36 @@ def _folded_number(eqn: JaxprEqn, known: Sequence[Known]) -> Independent:
         operands = [item.value for item in known]
         if eqn.primitive.name != _BROADCAST:
             operands = [jnp.broadcast_to(operand, single) for operand in operands]
-        return _bind(eqn, operands, params)[0]
+        return evaluated(eqn, operands, params)[0]
 
     if any(item.traced for item in known):
         return Independent(shape, Known.of(compute()))
     return Independent(shape, Known(compute, single, traced=False))
 
 
-def _bind(eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
-    results = eqn.primitive.bind(*operands, **params)
-    return results if eqn.primitive.multiple_results else [results]
+def evaluated(
+    eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any] | None = None
+) -> Sequence[Any]:
+    """The results of an equation for operands that are known.
+
+    Args:
+      eqn: the equation.
+      operands: arrays.
+      params: its parameters, if others than its own.
+
+    Returns:
+      Arrays of JAX, or of NumPy.
+    """
+    params = eqn.params if params is None else params
+    name = eqn.primitive.name
+    dtypes = {dtype_of(x) for x in eqn.invars}
+    # Integers are divided otherwise.
+    is_plain = dtypes <= _NUMBERS and not (name == "div" and np.dtype(np.int32) in dtypes)
+    if name not in _IN_NUMPY or not is_plain or any(isinstance(x, Tracer) for x in operands):
+        results = eqn.primitive.bind(*operands, **params)
+        return results if eqn.primitive.multiple_results else [results]
+    numbers = [np.asarray(x) for x in operands]
+    if name == "integer_pow":
+        numbers.append(params["y"])
+    with np.errstate(all="ignore"):
+        return [np.asarray(_IN_NUMPY[name](*numbers), dtype_of(eqn.outvars[0]))]

@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from dpai_jax.paths import values as v
-from dpai_jax.paths.constants import unknown
+from dpai_jax.paths.constants import evaluated, unknown
 from dpai_jax.paths.interpreter import Interpreter, rules_for
 from dpai_jax.paths.values import Flow, Independent, Known, Spread, Value, Weight, WeightSum
 from dpai_jax.tools.jaxprs import dtype_of, is_real, shape_of
@@ -257,8 +257,9 @@ def at_zero_of(value: Value) -> float:
 
 
 def _evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> float:
-    avals: list[Any] = [var.aval for var in eqn.invars]
+    pairs = zip(operands, eqn.invars, strict=True)
+    scalars = [np.asarray(x, dtype_of(var)) for x, var in pairs]
     with jax.ensure_compile_time_eval():
-        scalars = [jnp.asarray(x, a.dtype) for x, a in zip(operands, avals, strict=True)]
-        value = float(np.asarray(eqn.primitive.bind(*scalars, **eqn.params)).real)
+        (result, *_) = evaluated(eqn, scalars)
+    value = float(np.asarray(result).real)
     return value if math.isfinite(value) else math.inf
