@@ -33,7 +33,7 @@ _DEVIATIONS = (-1.5, -0.4, 0.4, 1.5)
 # How far from where the threshold is expected the first probes lie, on both sides: as fractions of
 # how far it moved the last time, two to the power of minus these; and at least so far, in units of
 # the last place.
-_FAN = (4, 2, 0)
+_FAN = (3, 2, 1)
 _LEAST_FAN = (2**9, 2**11, 2**15)
 
 # Thresholds farther apart are not of similar scores.

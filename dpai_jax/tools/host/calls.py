@@ -28,11 +28,13 @@ class Quick(NamedTuple):
 # Whether NumPy may run a program, or what does the same with NumPy's arrays (see `meshes.program`).
 ByNumpy = Literal["never", "exactly", "vouched", "roughly"] | Quick | Callable[..., Any]
 
-# What XLA takes to compile a program and, besides, each of its equations; and what NumPy takes to
-# write a byte. The unit is what NumPy takes to start on an equation, some five microseconds.
+# What XLA takes to compile a program and, besides, each of its equations; what NumPy takes to write
+# a byte; and what it takes to make a byte of a result JAX's, in new memory. The unit is what NumPy
+# takes to start on an equation, some five microseconds.
 _TO_COMPILE = 8192.0
 _TO_COMPILE_EQUATION = 192.0
 _TO_WRITE = 2.0**-15
+_TO_RETURN = 2.0**-14
 
 # How much of what compiling takes NumPy may take before the program is compiled.
 _UNTIL_COMPILED = 0.25
@@ -133,7 +135,7 @@ class Calls:
         def run(*args: Any) -> PyTree:
             return jax.tree.unflatten(treedef, plan(*jax.tree.leaves(args)))
 
-        return _Budget(run, plan.written)
+        return _Budget(run, plan.written, jax.tree.leaves(traced.out_info))
 
 
 class _Budget:
@@ -142,13 +144,24 @@ class _Budget:
     Args:
       run: takes and returns what the program does, in NumPy's arrays; None if nothing can.
       written: the shapes that its equations write.
+      returned: those of its results, as far as these are to be counted by themselves.
     """
 
-    def __init__(self, run: Callable[..., PyTree] | None, written: Sequence[Any]):
+    def __init__(
+        self,
+        run: Callable[..., PyTree] | None,
+        written: Sequence[Any],
+        returned: Sequence[Any] = (),
+    ):
         self.run: Any = run
-        self.cost = sum(1 + math.prod(x.shape) * x.dtype.itemsize * _TO_WRITE for x in written)
+        self.cost = len(written) + _TO_WRITE * _size(written) + _TO_RETURN * _size(returned)
         self.whole = self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
         self.expected = 0
+
+
+def _size(arrays: Sequence[Any]) -> int:
+    """How many bytes arrays take."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def _is_view(x: Any) -> bool:
