@@ -218,7 +218,7 @@ def _dealt(layers: Sequence[list[int]]) -> list[list[int]]:
       layers: for each shape the places of the layers.
 
     Returns:
-      The places of each chunk: more than are allowed only where there is no other way.
+      The places of each chunk; of more layers than are wanted if there is no other way.
     """
     most, total = math.gcd(*map(len, layers)), sum(map(len, layers))
     numbers = (n for n in range(1, most + 1) if most % n == 0 and total <= n * _MOST_TOGETHER)

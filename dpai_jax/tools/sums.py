@@ -254,7 +254,7 @@ def _totals_by_rows(factors: Sequence[Factor], axes: Sequence[int]) -> list[Arra
         factors = [(_in_rows(x, shape, len(axes)), scale) for x, scale in factors]
         shape, axes = (n_terms, *shape[len(axes) :]), (0,)
     longest = max(axes, key=lambda axis: shape[axis])
-    n_steps = -(-math.prod(shape) // _AT_ONCE)
+    n_steps = min(-(-math.prod(shape) // _AT_ONCE), shape[longest] // _PARTS)
     length = shape[longest] // (n_steps * _PARTS)
 
     def rows(first: Array | int, number: int) -> list[Array]:
