@@ -96,6 +96,11 @@ def select(
     return [masks[layer].reshape(score.shape) for layer, score in pairs], cut.thresholds
 
 
+def no_thresholds(number: int) -> np.ndarray:
+    """Takes the place of the last two thresholds before a first selection: (2, number to keep)."""
+    return np.repeat(np.asarray([[0], [_FAR]], np.uint32), number, 1)
+
+
 def select_by_numpy(
     scores: Sequence[np.ndarray], keep: list[Any] | Any, *, magnitude: bool = False
 ) -> tuple[list[np.ndarray], np.ndarray]:

@@ -163,15 +163,18 @@ class DPaI:
         weights, settings = self._weights(), self._settings(parts)
         steps, init = self._folded(net, scores, parts), self._init
         on_device = jax.device_put(weights)
-        kept = by_groups(_copied, net, strengths) if self._weighs_kept else []
+        kept: list[Array] = []
         factors = [] if self._weighs_kept else strengths
 
         def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
             nonlocal kept
-            if self._weighs_kept:
-                kept = masks = selector.weighed(kept, strengths, state.scores, keep)
-            else:
+            if not self._weighs_kept:
                 masks = selector.masks(state.scores, keep)
+            elif sum(map(np.sum, jax.device_get(jax.tree.leaves(keep)))) == net.size:
+                masks = strengths
+            else:
+                kept = kept or by_groups(_copied, net, strengths)
+                kept = masks = selector.weighed(kept, strengths, state.scores, keep)
             if steps is None:
                 return _step(net, state, masks, factors, exponents, weights, **settings)
             *after, measured = steps(*state, masks, factors, exponents, on_device)

@@ -15,7 +15,7 @@ from jax import Array
 
 from dpai_jax import grouping
 from dpai_jax.paths import Network
-from dpai_jax.selection import Cut, Pass, as_count, kept, select_by_numpy
+from dpai_jax.selection import Cut, Pass, as_count, kept, no_thresholds, select_by_numpy
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, by_groups, groups_of, in_order
 
@@ -60,9 +60,8 @@ class Selector:
         self._parts = [tuple(g.of(parts)) if parts else () for g in self._groups]
         numbers = self._numbers(keep)
         sizes = [sum(map(np.size, jax.tree.leaves(each))) for each in numbers]
-        self._thresholds = [
-            jnp.zeros((*many, 2, size // math.prod(many)), jnp.uint32) for size in sizes
-        ]
+        none = [no_thresholds(size // math.prod(many)) for size in sizes]
+        self._thresholds = [jnp.asarray(np.broadcast_to(x, (*many, *x.shape))) for x in none]
 
     def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
         """Starts to compile the selection, which is called so often, of a single problem."""
@@ -131,7 +130,7 @@ class LargeSelector:
         firsts = [0, *itertools.accumulate(sizes)]
         self._firsts = [np.asarray(chunk.of(firsts), np.uint32) for chunk in self._chunks]
         self._sizes = np.asarray([sum(chunk.of(sizes)) for chunk in self._chunks], np.uint32)
-        self._last: Any = np.zeros((2, 1), np.uint32)
+        self._last: Any = no_thresholds(1)
 
     @staticmethod
     def serves(net: Network, scores: list[Any], keep: Any, parts: grouping.Parts) -> bool:
