@@ -164,13 +164,16 @@ class DPaI:
         steps, init = self._folded(net, scores, parts), self._init
         on_device = jax.device_put(weights)
         kept: list[Array] = []
+        # Where the density falls the first number is that of all weights, if all can be effective.
+        first = sum(map(np.sum, jax.device_get(jax.tree.leaves(keeps[0]))))
+        everything = keeps[0] if first == net.size else None
         factors = [] if self._weighs_kept else strengths
 
         def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
             nonlocal kept
             if not self._weighs_kept:
                 masks = selector.masks(state.scores, keep)
-            elif sum(map(np.sum, jax.device_get(jax.tree.leaves(keep)))) == net.size:
+            elif keep is everything:
                 masks = strengths
             else:
                 kept = kept or by_groups(_copied, net, strengths)
@@ -347,7 +350,7 @@ class DPaI:
         drawn = self.scores is None and not strengths
         if drawn:
             scores = noise.normal_scores(net, problem.key, problem.params)
-        elif self.scores is None and self.optimizer is None and self.schedule == "falling":
+        elif self.scores is None and self.optimizer is None and self._weighs_kept:
             scores = by_groups(_copied, net, strengths)  # all are kept, and signs alone matter
         elif self.scores is None:
             scores = by_groups(_products, net, strengths, exponents)
