@@ -26,7 +26,7 @@ from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
 from dpai_jax.tools.powers import largest_entry, power_of_two
-from dpai_jax.tools.rows import by_groups
+from dpai_jax.tools.rows import ahead_by_groups, by_groups
 from dpai_jax.tools.signatures import Alike
 
 PyTree = Any
@@ -253,7 +253,11 @@ class DPaI:
         """Starts to compile what `run` needs."""
         net, shapes = problem.net, self._shapes(problem, jnp.float32)
         parts, init = problem.granularity.parts(net), self._init
-        strengths: list[Any] = shapes if _STRENGTHS[self.strength] else []
+        strength = _STRENGTHS[self.strength]
+        strengths: list[Any] = shapes if strength else []
+        if strength:
+            given = net.leaves(problem.params)
+            ahead_by_groups(_strengths_of, net, given, strength=strength)
         exponents = [jax.ShapeDtypeStruct((), jnp.int32) for _ in strengths]
         steps = self._folded(net, shapes, parts)
         start = init if steps is None else functools.partial(steps.memory, init=init)

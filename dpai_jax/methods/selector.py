@@ -17,7 +17,7 @@ from dpai_jax import grouping
 from dpai_jax.paths import Network
 from dpai_jax.selection import Cut, Pass, as_count, kept, no_thresholds, select_by_numpy
 from dpai_jax.tools import meshes
-from dpai_jax.tools.rows import Group, by_groups, groups_of, in_order
+from dpai_jax.tools.rows import Group, ahead_by_groups, by_groups, groups_of, in_order
 
 # Networks of so many weights are searched in chunks, if their layers repeat. Smaller ones NumPy
 # searches at first, and a single program afterwards.
@@ -108,9 +108,7 @@ class Selector:
     def weigh_ahead(self, scores: list[Any], calls: int) -> None:
         """Starts to compile what `weighed` needs besides masks."""
         masks = meshes.shapes_like(scores, bool)
-        for group in groups_of(self.net, scores):
-            own = group.of(scores)
-            _weighed.ahead(group.owner, own, own, group.of(masks), calls=calls)
+        ahead_by_groups(_weighed, self.net, scores, scores, masks, calls=calls)
 
 
 class LargeSelector:

@@ -199,6 +199,14 @@ def by_groups(program: Program, owner: Any, *values: Sequence[Any], **settings: 
     return in_order(groups, found)
 
 
+def ahead_by_groups(
+    program: Program, owner: Any, *values: Sequence[Any], calls: int = 1, **settings: Any
+) -> None:
+    """Starts to compile what `by_groups` runs for arrays of these shapes, so often."""
+    for group in groups_of(owner, values[0]):
+        program.ahead(group.owner, *map(group.of, values), calls=calls, **settings)
+
+
 def sums_of(
     arrays: Sequence[Array], in_row: Sequence[bool], largest: int | None = None
 ) -> list[Array]:

@@ -29,12 +29,16 @@ class Quick(NamedTuple):
 ByNumpy = Literal["never", "exactly", "vouched", "roughly"] | Quick | Callable[..., Any]
 
 # What XLA takes to compile a program and, besides, each of its equations; what NumPy takes to write
-# a byte; and what it takes to make a byte of a result JAX's, in new memory. The unit is what NumPy
-# takes to start on an equation, some five microseconds.
+# a byte; and what it takes, besides, to get a byte of new memory. The unit is what NumPy takes to
+# start on an equation, some five microseconds.
 _TO_COMPILE = 8192.0
 _TO_COMPILE_EQUATION = 192.0
 _TO_WRITE = 2.0**-15
-_TO_RETURN = 2.0**-14
+_TO_GET = 2.0**-14
+
+# Arrays of so many bytes get new memory each time, and smaller ones that of others. (In glibc, the
+# most that `M_MMAP_THRESHOLD` comes to be.)
+_ALWAYS_NEW = 2**25
 
 # How much of what compiling takes NumPy may take before the program is compiled.
 _UNTIL_COMPILED = 0.25
@@ -154,7 +158,8 @@ class _Budget:
         returned: Sequence[Any] = (),
     ):
         self.run: Any = run
-        self.cost = len(written) + _TO_WRITE * _size(written) + _TO_RETURN * _size(returned)
+        new = [*returned, *(x for x in written if _size([x]) >= _ALWAYS_NEW)]
+        self.cost = len(written) + _TO_WRITE * _size(written) + _TO_GET * _size(new)
         self.whole = self.left = _TO_COMPILE + _TO_COMPILE_EQUATION * len(written)
         self.expected = 0
 
