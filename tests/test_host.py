@@ -1,5 +1,6 @@
 """What NumPy runs, held bit by bit against XLA; and which calls it runs."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
@@ -329,6 +331,32 @@ def test_small_numbers_are_zero_only_within_the_block() -> None:
     with pytest.raises(KeyError), as_xla():
         raise KeyError
     assert np.all(small > 0)
+
+
+def threads_of_blas() -> set[int]:
+    found = threadpoolctl.threadpool_info()
+    return {one["num_threads"] for one in found if one["user_api"] == "blas"}
+
+
+def test_blas_takes_small_numbers_as_zero_in_all_of_a_product() -> None:
+    x, y = np.full((256, 256), 2.0**-70, np.float32), np.full((256, 256), 2.0**-60, np.float32)
+    with as_xla():
+        assert not np.any(x @ y)
+    assert np.all(x @ y > 0)
+
+
+def test_blas_has_its_threads_again_after_the_block() -> None:
+    def in_a_block() -> set[int]:
+        with as_xla():
+            return threads_of_blas()
+
+    before = threads_of_blas()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with as_xla():
+            waiting = pool.submit(in_a_block)
+            assert in_a_block() == {1}
+        assert waiting.result() == {1}
+    assert threads_of_blas() == before
 
 
 # Which calls NumPy runs.

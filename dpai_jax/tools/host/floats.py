@@ -7,9 +7,11 @@ import ctypes
 import functools
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
+import threadpoolctl
 
 # The word of the C library's `fenv_t` that holds the processor's MXCSR on Linux, and in it the bits
 # by which results and operands below the smallest normal number are taken as zero.
@@ -25,7 +27,7 @@ def as_xla() -> Iterator[None]:
     within.words[_MXCSR] |= _FLUSH
     libm.fesetenv(ctypes.byref(within))
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), _blas_in_this_thread():
             yield
     finally:
         libm.fesetenv(ctypes.byref(before))
@@ -39,6 +41,25 @@ def flushes() -> bool:
     least, below = np.full(64, 2.0**-126, np.float32), np.full(64, 2.0**-130, np.float32)
     with as_xla():
         return not np.any(least / 2) and not np.any(below > 0)
+
+
+@contextlib.contextmanager
+def _blas_in_this_thread() -> Iterator[None]:
+    """Within the block BLAS starts no threads, in which floats would be as ever.
+
+    Nor are they of use while others compile: BLAS's threads then wait long for each other. How many
+    there are is a setting of the process, so one thread at a time is within.
+    """
+    with _TURN, _blas().limit(limits=1):
+        yield
+
+
+_TURN = threading.RLock()
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
 class _Environment(ctypes.Structure):
