@@ -36,6 +36,9 @@ _DEVIATIONS = (-1.5, -0.4, 0.4, 1.5)
 _FAN = (3, 2, 1)
 _LEAST_FAN = (2**9, 2**11, 2**15)
 
+# The length of the lines in which many small layers are counted together.
+_LINE = 1024
+
 # Thresholds farther apart are not of similar scores.
 _FAR = np.uint32(2**26)
 
@@ -78,6 +81,30 @@ def select(
     """
     if not scores:
         return [], jnp.zeros((1, 0), jnp.uint32)
+    layers, parts, cut = _found(scores, keep, last, magnitude, sizes)
+    masks = {layer: mask for part in parts for layer, mask in part.masks(cut)}
+    pairs = zip(layers, scores, strict=True)
+    return [masks[layer].reshape(score.shape) for layer, score in pairs], cut.thresholds
+
+
+def cut_of(scores: Sequence[Array], number: Array, last: Array) -> Cut:
+    """Where the scores that `select` keeps end, by magnitude and one number for all layers."""
+    if all(are_small(scores)):
+        # Of which layer a score is makes no difference. What is added comes last, and is not kept.
+        added = jnp.zeros(-sum(x.size for x in scores) % _LINE, jnp.float32)
+        scores = [jnp.concatenate([*(x.ravel() for x in scores), added]).reshape(-1, _LINE)]
+    _, _, cut = _found(scores, number, last, magnitude=True)
+    return cut
+
+
+def _found(
+    scores: Sequence[Array],
+    keep: list[Any] | Any,
+    last: Array | None,
+    magnitude: bool,
+    sizes: Sequence[int] | None = None,
+) -> tuple[list[_Layer], list[_Part], Cut]:
+    """The layers, as they are counted, and the cut (see `select`)."""
     layers = _layers(scores, keep, magnitude, sizes)
     numbers = _in_row(keep)
     # Of a number for several copies, the size of one.
@@ -89,11 +116,7 @@ def select(
     bottom = jnp.full_like(numbers, _ZERO if magnitude else _LEAST)
     parts = _parts(layers)
     cut = _search(parts, numbers, bottom, jnp.asarray(most.astype(np.uint32)), last)
-    if sizes is not None:
-        cut = _nearest(parts, numbers, cut)
-    masks = {layer: mask for part in parts for layer, mask in part.masks(cut)}
-    pairs = zip(layers, scores, strict=True)
-    return [masks[layer].reshape(score.shape) for layer, score in pairs], cut.thresholds
+    return layers, parts, cut if sizes is None else _nearest(parts, numbers, cut)
 
 
 def no_thresholds(number: int) -> np.ndarray:
@@ -341,23 +364,27 @@ def _sum(counts: Array) -> Array:
     return jnp.sum(counts, dtype=jnp.uint32).reshape(1, 1)
 
 
-def kept(scores: Sequence[Array], before: Array, cut: Cut) -> list[Array]:
+def kept(
+    scores: Sequence[Array], before: Sequence[Any] | Array, cut: Cut, *, apart: bool = False
+) -> list[Array]:
     """Which of some layers' scores are kept under a threshold of magnitudes for all.
 
     Args:
       scores: the layers' scores.
       before: see `Pass.reaching`.
       cut: where the scores that are kept end.
+      apart: whether small layers are not compared in one row, but each by what reads its mask.
 
     Returns:
       The layers' masks.
     """
-    parts = _parts(_part_of_all(scores, before))
+    layers = _part_of_all(scores, before)
+    parts = [_Large(layers)] if apart else _parts(layers)
     masks = {id(layer.scores): mask for part in parts for layer, mask in part.masks(cut)}
     return [masks[id(x)] for x in scores]
 
 
-def _part_of_all(scores: Sequence[Array], before: Array) -> list[_Layer]:
+def _part_of_all(scores: Sequence[Array], before: Sequence[Any] | Array) -> list[_Layer]:
     return [
         _Layer(x, (1,) * x.ndim, slice(0, 1), before[i], magnitude=True)
         for i, x in enumerate(scores)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
 from dpai_jax import selection
-from dpai_jax.selection import as_count, select
+from dpai_jax.selection import as_count, cut_of, kept, no_thresholds, select
 
 INF = float("inf")
 SHAPES = ((4, 5), (7,), (2, 3, 3))
@@ -90,6 +90,38 @@ def test_all_layers_together_keep_the_highest_scores(
     keep = data.draw(st.integers(0, SIZE))
     masks, _ = compiled(scores, jnp.uint32(keep), magnitude=magnitude)
     assert_masks(masks, by_sorting_together(scores, keep, magnitude))
+
+
+@functools.partial(jax.jit, static_argnames="apart")
+def by_cut(scores: list[jax.Array], keep: jax.Array, apart: bool) -> list[jax.Array]:
+    before = np.cumsum([0, *(s.size for s in scores)])[:-1]
+    return kept(scores, before, cut_of(scores, keep, jnp.asarray(no_thresholds(1))), apart=apart)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in a row", "apart"])
+@some_values
+@given(st.data())
+def test_a_cut_makes_the_masks_where_they_are_read(
+    values: Any, apart: bool, data: st.DataObject
+) -> None:
+    scores = drawn(data, values)
+    keep = data.draw(st.integers(0, SIZE))
+    masks = by_cut(scores, jnp.uint32(keep), apart)
+    assert_masks(masks, by_sorting_together(scores, keep, magnitude=True))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((400, 100), (9, 7), (31, 50)), ((400, 200), (9, 7), (31, 50)), ((64, 64),)],
+    ids=["small layers", "and a large one", "of whole lines"],
+)
+def test_a_cut_ends_anywhere_among_equal_scores(shapes: Sequence[tuple[int, int]]) -> None:
+    rng = np.random.default_rng(2)
+    scores = [rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes]
+    size = sum(s.size for s in scores)
+    for keep in (0, 1, size // 3, size // 2, size - 2, size - 1, size):
+        masks = by_cut(scores, jnp.uint32(keep), True)
+        assert_masks(masks, by_sorting_together(scores, keep, magnitude=True))
 
 
 SIZES = (3, 1, 5)

@@ -20,9 +20,9 @@ from dpai_jax.methods import folded, noise
 from dpai_jax.methods.balance import BALANCES, Objective, as_strengths, direction, moved
 from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
 from dpai_jax.methods.saliency import exponential
-from dpai_jax.methods.selector import LargeSelector, Selector
+from dpai_jax.methods.selector import LargeSelector, ManySelector, Selector, masks_of
 from dpai_jax.paths import Network
-from dpai_jax.selection import as_count
+from dpai_jax.selection import Cut, as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
 from dpai_jax.tools.powers import largest_entry, power_of_two
@@ -210,8 +210,10 @@ class DPaI:
           What `run` returns for each.
         """
         method, first, number = methods[0], problems[0], len(problems)
-        net, many = first.net, (number,)
-        each = [m._keeps(problem) for m, problem in zip(methods, problems, strict=True)]
+        net = first.net
+        # Worked out once for problems of one sparsity.
+        keeps_at = {s: method._keeps(p) for s, p in {p.sparsity: p for p in problems}.items()}
+        each = [keeps_at[problem.sparsity] for problem in problems]
         keeps = [jax.tree.map(lambda *xs: np.stack(xs), *now) for now in zip(*each, strict=True)]
         weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
         parts = first.granularity.parts(net)
@@ -226,12 +228,12 @@ class DPaI:
             if parts:
                 scores = _drawn_together_many(net, scores, parts=parts)
         scores = meshes.shared_out(scores, number)
-        selector = Selector(net, scores, keeps[0], parts, many)
+        selector = ManySelector(net, keeps[0], parts, number)
 
         def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
-            masks = selector.masks(state.scores, keep)
+            kept = selector.kept(state.scores, keep)
             after: tuple[_State, dict[str, Array]] = _step_many(
-                net, state, masks, strengths, exponents, weights, **settings
+                net, state, kept, strengths, exponents, weights, **settings
             )
             return after
 
@@ -418,7 +420,7 @@ _SCHEDULES: Mapping[str, Callable[[float, int], list[float]]] = {
 def _ascend(
     step: Callable[[_State, Any], tuple[_State, dict[str, Array]]],
     state: _State,
-    selector: Selector | LargeSelector,
+    selector: Selector | LargeSelector | ManySelector,
     keeps: list[Any],
     report: Report,
 ) -> tuple[_State, list[Array], dict[str, np.ndarray]]:
@@ -483,16 +485,16 @@ def _drawn_together_many(_: Network, scores: list[Array], *, parts: grouping.Par
 def _step_many(
     net: Network,
     state: _State,
-    masks: list[Array],
+    kept: list[Array] | Cut,
     strengths: list[Array],
     exponents: list[Array],
     weights: Any,
     **settings: Any,
 ) -> Any:
-    step = functools.partial(_step.fn, net, **settings)
-    return jax.vmap(step, in_axes=(0, 0, None, None, 0))(
-        state, masks, strengths, exponents, weights
-    )
+    def step(state: _State, kept: list[Array] | Cut, *rest: Any) -> Any:
+        return _step.fn(net, state, masks_of(net, state.scores, kept), *rest, **settings)
+
+    return jax.vmap(step, in_axes=(0, 0, None, None, 0))(state, kept, strengths, exponents, weights)
 
 
 @meshes.program()

@@ -15,7 +15,15 @@ from jax import Array
 
 from dpai_jax import grouping
 from dpai_jax.paths import Network
-from dpai_jax.selection import Cut, Pass, as_count, kept, no_thresholds, select_by_numpy
+from dpai_jax.selection import (
+    Cut,
+    Pass,
+    as_count,
+    cut_of,
+    kept,
+    no_thresholds,
+    select_by_numpy,
+)
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, ahead_by_groups, by_groups, groups_of, in_order
 
@@ -41,7 +49,6 @@ class Selector:
       scores: the layers' scores, or their shapes.
       keep: numbers to keep, of the structure of all that come.
       parts: which weights stand or fall together.
-      many: the number of problems side by side, if there are several.
     """
 
     def __init__(
@@ -50,18 +57,13 @@ class Selector:
         scores: list[Any],
         keep: list[Array] | Array,
         parts: grouping.Parts = (),
-        many: tuple[int, ...] = (),
     ):
-        self.net, self.many = net, many
+        self.net = net
         # One threshold for all layers is found in all of them.
-        together = many or not isinstance(keep, list)
         everything = [Group(net, list(range(len(scores))))]
-        self._groups = everything if together else groups_of(net, scores)
+        self._groups = groups_of(net, scores) if isinstance(keep, list) else everything
         self._parts = [tuple(g.of(parts)) if parts else () for g in self._groups]
-        numbers = self._numbers(keep)
-        sizes = [sum(map(np.size, jax.tree.leaves(each))) for each in numbers]
-        none = [no_thresholds(size // math.prod(many)) for size in sizes]
-        self._thresholds = [jnp.asarray(np.broadcast_to(x, (*many, *x.shape))) for x in none]
+        self._thresholds = [jnp.asarray(no_thresholds(_size(each))) for each in self._numbers(keep)]
 
     def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
         """Starts to compile the selection, which is called so often, of a single problem."""
@@ -74,9 +76,9 @@ class Selector:
 
     def masks(self, scores: list[Array], keep: Any) -> list[Array]:
         """The masks of the scores."""
-        select, found = _select_many if self.many else _select, []
+        found = []
         for i, (group, numbers) in enumerate(zip(self._groups, self._numbers(keep), strict=True)):
-            masks, self._thresholds[i] = select(
+            masks, self._thresholds[i] = _select(
                 group.owner,
                 group.of(scores),
                 numbers,
@@ -188,6 +190,51 @@ class LargeSelector:
         return search.cut
 
 
+class ManySelector:
+    """A `Selector` for several problems side by side, on one device or shared out.
+
+    Args:
+      net: the traced network.
+      keep: numbers to keep, stacked, of the structure of all that come.
+      parts: which weights stand or fall together.
+      number: how many problems there are.
+    """
+
+    def __init__(self, net: Network, keep: Any, parts: grouping.Parts, number: int):
+        self.net, self._parts = net, parts
+        self._is_one_number = not isinstance(keep, list) and not parts
+        none = no_thresholds(_size(keep) // number)
+        self._thresholds = jnp.asarray(np.broadcast_to(none, (number, *none.shape)))
+
+    def kept(self, scores: list[Array], keep: Any) -> list[Array] | Cut:
+        """The masks of the scores, as they are or for `masks_of`, which makes them in a program."""
+        found: list[Array] | Cut
+        args = self.net, scores, keep, self._thresholds
+        if self._is_one_number:
+            found, self._thresholds = _cut_many(*args)
+        else:
+            found, self._thresholds = _select_many(*args, parts=self._parts)
+        return found
+
+    def masks(self, scores: list[Array], keep: Any) -> list[Array]:
+        """The masks of the scores."""
+        found = self.kept(scores, keep)
+        return _masks_many(self.net, scores, found) if isinstance(found, Cut) else found
+
+
+def masks_of(net: Network, scores: list[Array], found: list[Array] | Cut) -> list[Array]:
+    """The masks of one problem, of what `ManySelector` has found."""
+    if not isinstance(found, Cut):
+        return found
+    firsts = [0, *itertools.accumulate(layer.size for layer in net.layers)]
+    return kept(scores, firsts[:-1], found, apart=True)
+
+
+def _size(keep: Any) -> int:
+    """The number of numbers to keep."""
+    return sum(map(np.size, jax.tree.leaves(keep)))
+
+
 def _chunks(net: Network) -> list[Group]:
     """The small layers together, and each few large ones, so that few chunks differ in shapes."""
     shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in net.layers]
@@ -296,8 +343,19 @@ def _select_by_numpy(
 
 
 @meshes.program()
+def _cut_many(_: Network, scores: list[Array], keep: Array, thresholds: Array) -> tuple[Cut, Array]:
+    cut: Cut = meshes.in_turn(cut_of, scores, keep, thresholds)
+    return cut, jnp.concatenate([thresholds[:, 1:], cut.thresholds], 1)
+
+
+@meshes.program()
+def _masks_many(net: Network, scores: list[Array], cut: Cut) -> Any:
+    return jax.vmap(functools.partial(masks_of, net))(scores, cut)
+
+
+@meshes.program()
 def _select_many(
-    net: Network | None,
+    net: Network,
     scores: list[Array],
     keep: list[Array] | Array,
     thresholds: Array,
