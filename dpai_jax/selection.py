@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -89,10 +90,6 @@ def select(
 
 def cut_of(scores: Sequence[Array], number: Array, last: Array) -> Cut:
     """Where the scores that `select` keeps end, by magnitude and one number for all layers."""
-    if all(are_small(scores)):
-        # Of which layer a score is makes no difference. What is added comes last, and is not kept.
-        added = jnp.zeros(-sum(x.size for x in scores) % _LINE, jnp.float32)
-        scores = [jnp.concatenate([*(x.ravel() for x in scores), added]).reshape(-1, _LINE)]
     _, _, cut = _found(scores, number, last, magnitude=True)
     return cut
 
@@ -574,6 +571,48 @@ class _Row:
         return list(zip(self.layers, written_together(masks), strict=True))
 
 
+class _Lines:
+    """Small layers that share one number to keep, end to end in one array.
+
+    Of which layer a score is makes no difference to a search.
+    """
+
+    def __init__(self, layers: Sequence[_Layer]):
+        self.layers, self._ends = layers, np.cumsum([layer.size for layer in layers])
+        first = layers[0]
+        # What is added comes last among the lowest, and is not kept.
+        lowest = 0.0 if first.magnitude else -np.inf
+        added = jnp.full(-self._ends[-1] % _LINE, lowest, first.scores.dtype)
+        whole = jnp.concatenate([*(layer.scores.ravel() for layer in layers), added])
+        self._whole = _Large(
+            [dataclasses.replace(first, scores=whole.reshape(-1, _LINE), shape=(1, 1))]
+        )
+        self.places, self.worths = self._whole.places, self._whole.worths
+
+    @staticmethod
+    def serves(layers: Sequence[_Layer]) -> bool:
+        """Whether layers come one after the other under one number."""
+        firsts = [0, *itertools.accumulate(layer.size for layer in layers)]
+        return all(
+            not isinstance(layer.before, Array)
+            and (layer.before, layer.place, layer.worth) == (first, slice(0, 1), 1)
+            for layer, first in zip(layers, firsts, strict=False)
+        )
+
+    def count(self, probes: Array, state: State) -> Array:
+        """See `_Part`."""
+        return self._whole.count(probes, state)
+
+    def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
+        """See `_Part`."""
+        ((_, mask),) = self._whole.masks(cut)
+        # Written out, so that not each layer compares ranks itself (see `_Row.masks`).
+        kept, _ = written_out(mask.ravel())
+        rows = jnp.split(kept[: self._ends[-1]], self._ends[:-1])
+        masks = [row.reshape(x.scores.shape) for x, row in zip(self.layers, rows, strict=True)]
+        return list(zip(self.layers, written_together(masks), strict=True))
+
+
 def _copies(layer: _Layer) -> list[Array]:
     """The scores of each copy of a layer."""
     return list(layer.scores.transpose(_copies_first(layer)).reshape(-1, layer.size))
@@ -613,6 +652,8 @@ def _counts(parts: Sequence[_Part], probes: Array, state: State) -> Array:
 def _parts(layers: Sequence[_Layer]) -> list[_Part]:
     """The layers as they are counted: small ones that are on one device in one row."""
     flags = are_small([layer.scores for layer in layers])
+    if all(flags) and _Lines.serves(layers):
+        return [_Lines(layers)]
     pairs = list(zip(layers, flags, strict=True))
     small, others = ([layer for layer, flag in pairs if flag == which] for which in (True, False))
     return [*([_Row(small)] if small else []), *([_Large(others)] if others else [])]
