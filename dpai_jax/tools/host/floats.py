@@ -9,9 +9,9 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import threadpoolctl
 
 # The word of the C library's `fenv_t` that holds the processor's MXCSR on Linux, and in it the bits
 # by which results and operands below the smallest normal number are taken as zero.
@@ -58,7 +58,9 @@ _TURN = threading.RLock()
 
 
 @functools.cache
-def _blas() -> threadpoolctl.ThreadpoolController:
+def _blas() -> Any:
+    import threadpoolctl  # here, so that importing the library stays quick
+
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
