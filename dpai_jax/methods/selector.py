@@ -66,7 +66,7 @@ class Selector:
         self._thresholds = [jnp.asarray(no_thresholds(_size(each))) for each in self._numbers(keep)]
 
     def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
-        """Starts to compile the selection, which is called so often, of a single problem."""
+        """Starts to compile the selection, which is called so often."""
         each = zip(self._groups, self._numbers(keep), self._thresholds, self._parts, strict=True)
         for group, *args, own in each:
             _select.ahead(group.owner, group.of(scores), *args, calls=calls, parts=own)

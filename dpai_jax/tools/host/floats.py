@@ -45,10 +45,10 @@ def flushes() -> bool:
 
 @contextlib.contextmanager
 def _blas_in_this_thread() -> Iterator[None]:
-    """Within the block BLAS starts no threads, in which floats would be as ever.
+    """Within the block BLAS uses this thread alone: in others small numbers are not zero.
 
-    Nor are they of use while others compile: BLAS's threads then wait long for each other. How many
-    there are is a setting of the process, so one thread at a time is within.
+    Besides, while programs compile on all cores, threads of BLAS wait long for each other. Their
+    number is a setting of the process, so that only one thread can be in such a block.
     """
     with _TURN, _blas().limit(limits=1):
         yield
