@@ -127,7 +127,7 @@ class LargeSelector:
     def __init__(self, net: Network):
         self._chunks = _chunks(net)
         sizes = [layer.size for layer in net.layers]
-        firsts = [0, *itertools.accumulate(sizes)]
+        firsts = _firsts(net)
         self._firsts = [np.asarray(chunk.of(firsts), np.uint32) for chunk in self._chunks]
         self._sizes = np.asarray([sum(chunk.of(sizes)) for chunk in self._chunks], np.uint32)
         self._last: Any = no_thresholds(1)
@@ -135,11 +135,10 @@ class LargeSelector:
     @staticmethod
     def serves(net: Network, scores: list[Any], keep: Any, parts: grouping.Parts) -> bool:
         """Whether it is for such scores and numbers to keep."""
-        is_one = not isinstance(keep, list) and not parts
         on_cpu = jax.default_backend() == "cpu" and not any(meshes.layer_shardings(scores))
         shapes = {layer.shape for layer in net.layers}
         repeats = _LARGE <= net.size < 2**32 and _REPEATS * len(shapes) <= len(net.layers)
-        return is_one and on_cpu and repeats
+        return _is_one_number(keep, parts) and on_cpu and repeats
 
     def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
         """See `Selector.compile_ahead`."""
@@ -202,7 +201,7 @@ class ManySelector:
 
     def __init__(self, net: Network, keep: Any, parts: grouping.Parts, number: int):
         self.net, self._parts = net, parts
-        self._is_one_number = not isinstance(keep, list) and not parts
+        self._is_one_number = _is_one_number(keep, parts)
         none = no_thresholds(_size(keep) // number)
         self._thresholds = jnp.asarray(np.broadcast_to(none, (number, *none.shape)))
 
@@ -226,8 +225,17 @@ def masks_of(net: Network, scores: list[Array], found: list[Array] | Cut) -> lis
     """The masks of one problem, of what `ManySelector` has found."""
     if not isinstance(found, Cut):
         return found
-    firsts = [0, *itertools.accumulate(layer.size for layer in net.layers)]
-    return kept(scores, firsts[:-1], found, apart=True)
+    return kept(scores, _firsts(net), found, apart=True)
+
+
+def _firsts(net: Network) -> list[int]:
+    """For each layer, how many weights come before its own."""
+    return [0, *itertools.accumulate(layer.size for layer in net.layers)][:-1]
+
+
+def _is_one_number(keep: Any, parts: grouping.Parts) -> bool:
+    """Whether one number of single weights is to be kept, of all layers together."""
+    return not isinstance(keep, list) and not parts
 
 
 def _size(keep: Any) -> int:
