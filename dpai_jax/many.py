@@ -26,7 +26,7 @@ from dpai_jax.pruning import (
     silent,
 )
 from dpai_jax.tools.meshes import shardings_of
-from dpai_jax.tools.switches import usual_switches
+from dpai_jax.tools.switches import uncollected, usual_switches
 
 PyTree = Any
 
@@ -114,10 +114,11 @@ def prune_many(
             one_sparsity, one, one_key = jobs[group[0]]
             results[group[0]] = single(one_sparsity, method=one, key=one_key)
             continue
-        check_network(net, params)
         methods: list[Any] = [jobs[i][1] for i in group]
-        found = methods[0].run_many(methods, [problems[i] for i in group])
-        many = results_of(methods, [problems[i] for i in group], found, repair)
+        with uncollected():
+            check_network(net, params)
+            found = methods[0].run_many(methods, [problems[i] for i in group])
+            many = results_of(methods, [problems[i] for i in group], found, repair)
         results |= dict(zip(group, many, strict=True))
     each = (time.perf_counter() - start) / max(len(jobs), 1)
     return [dataclasses.replace(results[i], seconds=each) for i in range(len(jobs))]
@@ -150,6 +151,6 @@ def _groups(problems: Sequence[Problem], methods: Sequence[Any]) -> list[list[in
     for i, (problem, method) in enumerate(zip(problems, methods, strict=True)):
         problem.granularity.check(problem.net, problem.sparsity)
         on_mesh = any(shardings_of(problem.net.leaves(problem.params)))
-        alone = on_mesh or not hasattr(method, "together")
-        groups.setdefault(i if alone else method.together, []).append(i)
+        together = i if on_mesh else getattr(method, "together", i)
+        groups.setdefault(together, []).append(i)
     return list(groups.values())

@@ -29,7 +29,7 @@ from dpai_jax.repairing import repaired_layers
 from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
 from dpai_jax.tools.settings import described
-from dpai_jax.tools.switches import usual_switches
+from dpai_jax.tools.switches import uncollected, usual_switches
 from dpai_jax.tools.trees import shown
 
 PyTree = Any
@@ -172,11 +172,12 @@ def prune(
     report = progress if callable(progress) else line or silent
     problem = Problem(net, params, sparsity, key, report, fn, x, data, by)
     with meshes.given_up_on_failure():
-        # In the order in which they are needed.
-        compile_ahead(net, net.leaves(params))
-        if hasattr(method, "compile_ahead"):
-            method.compile_ahead(problem)
-        check_network(net, params)
+        with uncollected():
+            # In the order in which they are needed.
+            compile_ahead(net, net.leaves(params))
+            if hasattr(method, "compile_ahead"):
+                method.compile_ahead(problem)
+            check_network(net, params)
         (result,) = results_of([method], [problem], [method.run(problem)], repair)
         meshes.keep_on_disk()
     result = dataclasses.replace(result, seconds=time.perf_counter() - start)

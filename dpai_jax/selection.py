@@ -169,6 +169,12 @@ class Cut(NamedTuple):
     ends: Array
 
 
+def cut_at(rank: int, end: int = int(_LAST)) -> Cut:
+    """The cut at one signed rank; of scores of this rank those of indices below the end are kept."""
+    threshold = min(rank + int(_ZERO), int(_LAST))
+    return Cut(*(np.asarray([[x]], np.uint32) for x in (threshold, end)))
+
+
 class State(NamedTuple):
     """A search of each number to keep, (1, number) each.
 
@@ -210,7 +216,8 @@ def _search(
         return _narrowed(state, probes, _counts(parts, probes, state), sizes)
 
     start = _start(numbers, bottom, sizes, last)
-    return _cut(lax.while_loop(lambda state: jnp.any(_goes_on(state)), narrow, start))
+    state = lax.while_loop(lambda state: jnp.any(_goes_on(state)), narrow, start)
+    return Cut(state.threshold, jnp.where(state.tied, _LAST - state.low + 1, _LAST))
 
 
 def _start(numbers: Array, bottom: Array, sizes: Array, last: Array | None) -> State:
@@ -225,10 +232,6 @@ def _start(numbers: Array, bottom: Array, sizes: Array, last: Array | None) -> S
 
 def _goes_on(state: State) -> Array:
     return state.low < state.high
-
-
-def _cut(state: State) -> Cut:
-    return Cut(state.threshold, jnp.where(state.tied, _LAST - state.low + 1, _LAST))
 
 
 def _probes(state: State, first: Array | None) -> Array:
@@ -284,108 +287,22 @@ def _narrowed(state: State, probes: Array, counts: Array, sizes: Array) -> State
     )
 
 
-class Pass(NamedTuple):
-    """A search for one threshold of magnitudes, between two passes over the scores.
-
-    It is `_search` in pieces, for scores that several programs count, each a part of them.
-
-    Attributes:
-      state: where the search is.
-      probes: the ranks that are tried next.
-      reached, above: of each part what `state` says of all scores, uint32 (part,). Where they are
-        equal, no score of the part lies between; then no more is to be known of the part.
-      cut: where the scores that are kept end, if there is no part of which more is to be known.
-    """
-
-    state: State
-    probes: Array
-    reached: Array
-    above: Array
-    cut: Cut
-
-    @classmethod
-    def first(cls, number: Array, sizes: Array, last: Array) -> Pass:
-        """The first pass.
-
-        Args:
-          number: how many scores to keep, uint32.
-          sizes: how many each part has, uint32 (part,).
-          last: see `select`.
-
-        Returns:
-          The pass.
-        """
-        numbers, size = as_count(number).reshape(1, 1), _sum(sizes)
-        state = _start(numbers, jnp.full_like(numbers, _ZERO), size, last)
-        return cls._at(state, _probes(state, _expected(last)), sizes, jnp.zeros_like(sizes))
-
-    def next(self, counts: Array, sizes: Array) -> Pass:
-        """The next pass.
-
-        Args:
-          counts: how many scores of each part reach each probe, uint32 (probe, part).
-          sizes: as for `first`.
-
-        Returns:
-          The pass.
-        """
-        size, total = _sum(sizes), jnp.sum(counts, 1, jnp.uint32, keepdims=True)
-        after = _narrowed(self.state, self.probes, total, size)
-        holds = total >= self.state.numbers
-        reached = jnp.min(jnp.where(holds, counts, self.reached), 0)
-        above = jnp.max(jnp.where(holds, self.above, counts), 0)
-        # Among scores of one rank none lies above the first place.
-        ties = (after.tied & ~self.state.tied)[0]
-        reached, above = jnp.where(ties, reached - above, reached), jnp.where(ties, 0, above)
-        return self._at(after, _probes(after, None), reached, above)
-
-    @classmethod
-    def _at(cls, state: State, probes: Array, reached: Array, above: Array) -> Pass:
-        above = jnp.where(_goes_on(state)[0], above, reached)
-        return cls(state, probes, reached, above, _cut(state))
-
-    def reaching(self, scores: Sequence[Array], before: Array) -> Array:
-        """How many of some layers' scores reach each probe, (probe, 1).
-
-        Args:
-          scores: the layers' scores.
-          before: for each layer, how many scores come before its own, uint32.
-
-        Returns:
-          The numbers, uint32.
-        """
-        return _counts(_parts(_part_of_all(scores, before)), self.probes, self.state)
-
-
-def _sum(counts: Array) -> Array:
-    return jnp.sum(counts, dtype=jnp.uint32).reshape(1, 1)
-
-
-def kept(
-    scores: Sequence[Array], before: Sequence[Any] | Array, cut: Cut, *, apart: bool = False
-) -> list[Array]:
+def kept(scores: Sequence[Array], before: Sequence[Any], cut: Cut) -> list[Array]:
     """Which of some layers' scores are kept under a threshold of magnitudes for all.
 
     Args:
       scores: the layers' scores.
-      before: see `Pass.reaching`.
+      before: for each layer, how many scores come before its own, uint32 if not an integer.
       cut: where the scores that are kept end.
-      apart: whether small layers are not compared in one row, but each by what reads its mask.
 
     Returns:
       The layers' masks.
     """
-    layers = _part_of_all(scores, before)
-    parts = [_Large(layers)] if apart else _parts(layers)
-    masks = {id(layer.scores): mask for part in parts for layer, mask in part.masks(cut)}
-    return [masks[id(x)] for x in scores]
-
-
-def _part_of_all(scores: Sequence[Array], before: Sequence[Any] | Array) -> list[_Layer]:
-    return [
-        _Layer(x, (1,) * x.ndim, slice(0, 1), before[i], magnitude=True)
-        for i, x in enumerate(scores)
+    layers = [
+        _Layer(x, (1,) * x.ndim, slice(0, 1), n, magnitude=True)
+        for x, n in zip(scores, before, strict=True)
     ]
+    return [mask for _, mask in _Large(layers).masks(cut)]
 
 
 def _expected(last: Array) -> Array:
@@ -539,9 +456,7 @@ class _Row:
         self.places = np.asarray([layer.place.start + copy for layer, copy in copies])
         self.worths = np.asarray([layer.worth for layer, _ in copies], np.uint32)
         self.row = Row([layer.size for layer, _ in copies])
-        of_copies: list[Any] = [layer.before for layer, _ in copies]
-        is_known = not any(isinstance(x, Array) for x in of_copies)
-        before = np.asarray(of_copies, np.uint32) if is_known else jnp.stack(of_copies)
+        before = np.asarray([layer.before for layer, _ in copies], np.uint32)
         first = (before[self.row.array] + self.row.first.astype(np.uint32))[:, None]
         self.index = jnp.asarray(first) + np.arange(self.row.length, dtype=np.uint32)[None]
         # Ranked in the row: before, each shape would have a kernel of its own.
@@ -594,8 +509,7 @@ class _Lines:
         """Whether layers come one after the other under one number."""
         firsts = [0, *itertools.accumulate(layer.size for layer in layers)]
         return all(
-            not isinstance(layer.before, Array)
-            and (layer.before, layer.place, layer.worth) == (first, slice(0, 1), 1)
+            (layer.before, layer.place, layer.worth) == (first, slice(0, 1), 1)
             for layer, first in zip(layers, firsts, strict=False)
         )
 
@@ -722,6 +636,11 @@ def _signed(rank: Array) -> Array:
 def _rank(score: Array, magnitude: bool) -> Array:
     """The rank of a float, or of its magnitude, signed; that of −0. is that of 0."""
     return _ordered(lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32), magnitude)
+
+
+def ranks_of_magnitudes(scores: Any) -> Any:
+    """The signed ranks of the magnitudes of float32 numbers, in an array of JAX or of NumPy."""
+    return _ordered(scores.view(np.int32), magnitude=True)
 
 
 def _ordered(bits: Any, magnitude: bool) -> Any:

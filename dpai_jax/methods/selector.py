@@ -15,30 +15,26 @@ from jax import Array
 
 from dpai_jax import grouping
 from dpai_jax.paths import Network
+from dpai_jax.searching import PROBES, kept_of, line_length, search
 from dpai_jax.selection import (
     Cut,
-    Pass,
-    as_count,
+    cut_at,
     cut_of,
     kept,
     no_thresholds,
+    ranks_of_magnitudes,
     select_by_numpy,
 )
 from dpai_jax.tools import meshes
 from dpai_jax.tools.rows import Group, ahead_by_groups, by_groups, groups_of, in_order
+from dpai_jax.tools.sums import totals
 
-# Networks of so many weights are searched in chunks, if their layers repeat. Smaller ones NumPy
-# searches at first, and a single program afterwards.
+# Networks of so many weights are searched by the host. Smaller ones NumPy searches at first, and a
+# single program afterwards.
 _LARGE = 2**24
 
-# How often shapes of layers repeat in such networks, on average.
-_REPEATS = 4
-
-# How many layers are read together, at most.
-_MOST_TOGETHER = 8
-
 # The passes of a search, as far as what compiles ahead needs to know.
-_PASSES = 4
+_PASSES = 2
 
 
 class Selector:
@@ -116,43 +112,35 @@ class Selector:
 class LargeSelector:
     """A `Selector` by one threshold in a large network on one CPU.
 
-    XLA takes long to compile a search that reads so many layers. Here each pass calls a program for
-    each few layers, such as those of a block, as long as any of their scores may be the threshold,
-    and the host asks whether another pass is needed. No masks are written but the last.
+    XLA takes long to compile a search that reads so many layers. Here the host searches, and a
+    program counts for each few layers, such as those of a block. No masks are written but the last.
 
     Args:
       net: the traced network.
     """
 
     def __init__(self, net: Network):
-        self._chunks = _chunks(net)
-        sizes = [layer.size for layer in net.layers]
+        self.net, self._chunks = net, _chunks(net)
         firsts = _firsts(net)
-        self._firsts = [np.asarray(chunk.of(firsts), np.uint32) for chunk in self._chunks]
-        self._sizes = np.asarray([sum(chunk.of(sizes)) for chunk in self._chunks], np.uint32)
-        self._last: Any = no_thresholds(1)
+        # Numbers by themselves, so that XLA compiles one kernel for layers of one shape.
+        self._firsts = [list(map(np.uint32, chunk.of(firsts))) for chunk in self._chunks]
 
     @staticmethod
     def serves(net: Network, scores: list[Any], keep: Any, parts: grouping.Parts) -> bool:
         """Whether it is for such scores and numbers to keep."""
         on_cpu = jax.default_backend() == "cpu" and not any(meshes.layer_shardings(scores))
-        shapes = {layer.shape for layer in net.layers}
-        repeats = _LARGE <= net.size < 2**32 and _REPEATS * len(shapes) <= len(net.layers)
-        return _is_one_number(keep, parts) and on_cpu and repeats
+        return _is_one_number(keep, parts) and on_cpu and _LARGE <= net.size < 2**32
 
     def compile_ahead(self, scores: list[Any], keep: Any, calls: int) -> None:
         """See `Selector.compile_ahead`."""
         del keep
-        search = jax.eval_shape(_first.fn, None, as_count(0), self._sizes, self._last)
-        for chunk, firsts in zip(self._chunks, self._firsts, strict=True):
-            own = chunk.of(scores)
-            _count.ahead(chunk.owner, own, firsts, search, calls=calls * _PASSES)
-            _masks.ahead(chunk.owner, own, firsts, search.cut)
+        probes = np.zeros(PROBES, np.int32)
+        for chunk in self._chunks:
+            _count.ahead(chunk.owner, chunk.of(scores), probes, calls=calls * _PASSES)
 
     def weigh_ahead(self, scores: list[Any], calls: int) -> None:
         """See `Selector.weigh_ahead`."""
-        one: Any = jax.ShapeDtypeStruct((1, 1), jnp.uint32)
-        cut = Cut(one, one)
+        cut = cut_at(0)
         for chunk, firsts in zip(self._chunks, self._firsts, strict=True):
             own = chunk.of(scores)
             _weighed_by_cut.ahead(chunk.owner, own, own, own, firsts, cut, calls=calls)
@@ -160,9 +148,8 @@ class LargeSelector:
     def masks(self, scores: list[Array], keep: Any) -> list[Array]:
         """See `Selector.masks`."""
         cut = self._searched(scores, keep)
-        pairs = zip(self._chunks, self._firsts, strict=True)
-        found = [_masks(chunk.owner, chunk.of(scores), firsts, cut) for chunk, firsts in pairs]
-        return in_order(self._chunks, found)
+        pairs = zip(scores, _firsts(self.net), strict=True)
+        return [jnp.asarray(kept_of(np.asarray(x), first, cut)) for x, first in pairs]
 
     def weighed(
         self, before: list[Array], strengths: list[Array], scores: list[Array], keep: Any
@@ -175,18 +162,11 @@ class LargeSelector:
         return in_order(self._chunks, found)
 
     def _searched(self, scores: list[Array], keep: Any) -> Cut:
-        search: Pass = jax.device_get(_first(None, keep, self._sizes, self._last))
-        while np.any(search.reached > search.above):
-            found = [
-                _count(chunk.owner, chunk.of(scores), firsts, search) if reached > above else above
-                for chunk, firsts, reached, above in zip(
-                    self._chunks, self._firsts, search.reached, search.above, strict=True
-                )
-            ]
-            counts = [np.broadcast_to(x, search.probes.shape) for x in jax.device_get(found)]
-            search = jax.device_get(_next(None, search, np.concatenate(counts, 1), self._sizes))
-        self._last = np.concatenate([self._last[1:], search.cut.thresholds])
-        return search.cut
+        def count(probes: np.ndarray) -> np.ndarray:
+            found = [_count(chunk.owner, chunk.of(scores), probes) for chunk in self._chunks]
+            return np.concatenate(in_order(self._chunks, jax.device_get(found)), 1)
+
+        return search(list(map(np.asarray, scores)), int(keep), count)
 
 
 class ManySelector:
@@ -225,7 +205,7 @@ def masks_of(net: Network, scores: list[Array], found: list[Array] | Cut) -> lis
     """The masks of one problem, of what `ManySelector` has found."""
     if not isinstance(found, Cut):
         return found
-    return kept(scores, _firsts(net), found, apart=True)
+    return kept(scores, _firsts(net), found)
 
 
 def _firsts(net: Network) -> list[int]:
@@ -244,59 +224,35 @@ def _size(keep: Any) -> int:
 
 
 def _chunks(net: Network) -> list[Group]:
-    """The small layers together, and each few large ones, so that few chunks differ in shapes."""
-    shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in net.layers]
-    alike: dict[tuple[int, ...], list[int]] = {}
-    chunks = []
-    for group in groups_of(net, shapes):
-        if group.owner is None:
-            alike.setdefault(net.layers[group.places[0]].shape, []).extend(group.places)
-        else:
-            chunks.append(group)
-    rows: list[list[list[int]]] = []
-    for places in sorted(alike.values(), key=len, reverse=True):
-        fitting = [row for row in rows if len(_dealt([*row, places])[0]) <= _MOST_TOGETHER]
-        if fitting:
-            fitting[0].append(places)
-        else:
-            rows.append([places])
-    return [*chunks, *(Group(None, places) for row in rows for places in _dealt(row))]
+    """Layers that share a program: those of each block of a network that repeats one, and the rest.
 
-
-def _dealt(layers: Sequence[list[int]]) -> list[list[int]]:
-    """Layers of several shapes in chunks that have as many of each shape.
-
-    Args:
-      layers: for each shape the places of the layers.
-
-    Returns:
-      The places of each chunk; of more layers than are wanted if there is no other way.
+    Blocks have as many layers of each shape, and their number leaves the fewest layers to compile.
     """
-    most, total = math.gcd(*map(len, layers)), sum(map(len, layers))
-    numbers = (n for n in range(1, most + 1) if most % n == 0 and total <= n * _MOST_TOGETHER)
-    number = next(numbers, most)
-    shares = [np.split(np.asarray(places), number) for places in layers]
-    return [np.concatenate(own).tolist() for own in zip(*shares, strict=True)]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, layer in enumerate(net.layers):
+        alike.setdefault(layer.shape, []).append(i)
 
+    def repeated(number: int) -> list[list[int]]:
+        return [places for places in alike.values() if len(places) % number == 0]
 
-@meshes.program(by_numpy="exactly")
-def _first(_: None, keep: Array, sizes: Array, last: Array) -> Pass:
-    return Pass.first(keep, sizes, last)
+    def saved(number: int) -> float:
+        return sum(map(len, repeated(number))) * (1 - 1 / number)
 
-
-@meshes.program(by_numpy="exactly")
-def _next(_: None, search: Pass, counts: Array, sizes: Array) -> Pass:
-    return search.next(counts, sizes)
-
-
-@meshes.program()
-def _count(_: Network | None, scores: list[Array], before: Array, search: Pass) -> Array:
-    return search.reaching(scores, before)
+    number = max({len(places) for places in alike.values()}, key=saved)
+    blocks = [np.array_split(places, number) for places in repeated(number)]
+    chunks = [np.concatenate(own).tolist() for own in zip(*blocks, strict=True)]
+    rest = [i for places in alike.values() if len(places) % number for i in places]
+    return [Group(None, places) for places in [*chunks, rest] if places]
 
 
 @meshes.program()
-def _masks(_: Network | None, scores: list[Array], before: Array, cut: Cut) -> list[Array]:
-    return kept(scores, before, cut)
+def _count(_: Network | None, scores: list[Array], probes: Array) -> list[Array]:
+    """How many scores of each line of some layers reach each probe, (probe, line) for each layer."""
+    counts = []
+    for x in scores:
+        ranks = ranks_of_magnitudes(x).reshape(-1, line_length(x.shape))
+        counts.append(jnp.stack([n[:, 0] for n in totals([ranks >= p for p in probes], (1,))]))
+    return counts
 
 
 @meshes.program(donate=(0,))
@@ -305,7 +261,7 @@ def _weighed_by_cut(
     memory: list[Array],
     strengths: list[Array],
     scores: list[Array],
-    before: Array,
+    before: list[Array],
     cut: Cut,
 ) -> list[Array]:
     found: list[Array] = _weighed.fn(None, memory, strengths, kept(scores, before, cut))

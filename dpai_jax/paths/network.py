@@ -29,7 +29,7 @@ from dpai_jax.paths.values import Flow, Independent, Spread, Value, Weight
 from dpai_jax.tools import disk
 from dpai_jax.tools.jaxprs import open_jaxpr, printed
 from dpai_jax.tools.powers import logarithm
-from dpai_jax.tools.switches import usual_switches
+from dpai_jax.tools.switches import uncollected, usual_switches
 from dpai_jax.tools.trees import named_leaves, shown
 
 PyTree = Any
@@ -313,6 +313,7 @@ def _copies_first(layer: Layer) -> tuple[int, ...]:
 
 
 @usual_switches()
+@uncollected()
 def trace(
     fn: Callable[[PyTree, PyTree], PyTree],
     params: PyTree,

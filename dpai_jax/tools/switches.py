@@ -39,7 +39,10 @@ def usual_switches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Within the block Python does not look for garbage, which would take a fifth of a trace."""
+    """Within the block Python does not look for garbage, which would take a fifth of a trace.
+
+    A context, and a decorator of functions.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

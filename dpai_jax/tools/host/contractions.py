@@ -49,11 +49,30 @@ def _conv(ins: Avals, _outs: Avals, params: Params) -> Run:
     axes = tuple(range(2, 2 + len(taps)))
     order = np.argsort(numbers.out_spec)
 
+    # The kernel's axes but that of the outputs, and where they are among the axes of the windows.
+    out, *others = numbers.rhs_spec
+    at = dict(zip(others, (1, *range(-len(taps), 0)), strict=True))
+    before, after = (range(out), range(out + 1, len(ins[1].shape)))
+    n_before, n_after = (math.prod(ins[1].shape[i] for i in axes) for axes in (before, after))
+
+    def product(windows: Value, kernel: Value) -> Value:
+        """Of one group, (batch, place, output); a kernel is not copied that lies well in memory."""
+        places = range(2, 2 + len(taps))
+        rows = windows.transpose(0, *places, *(at[i] for i in (*before, *after)))
+        if n_before > n_after:
+            rows = rows.reshape(batch, -1, n_before * n_after)
+            return rows @ np.moveaxis(kernel, out, -1).reshape(-1, n_out)
+        rows = rows.reshape(batch, -1, n_before, n_after).swapaxes(1, 2)
+        return (rows @ kernel.reshape(n_before, n_out, n_after).swapaxes(1, 2)).sum(1)
+
     def run(x: Value, kernel: Value) -> Value:
         whole = pad(np.transpose(x, numbers.lhs_spec), 0)
         windows = np.lib.stride_tricks.sliding_window_view(whole, spans, axes)
         windows = windows[(slice(None), slice(None), *steps)]
         places = windows.shape[2 : 2 + len(taps)]
+        if groups == 1:
+            found = product(windows, kernel).swapaxes(1, 2)
+            return np.transpose(found.reshape(batch, n_out, *places), order)
         windows = windows.reshape(batch, groups, n_in, math.prod(places), math.prod(taps))
         rows = windows.transpose(1, 0, 3, 2, 4).reshape(groups, -1, n_in * math.prod(taps))
         columns = np.transpose(kernel, numbers.rhs_spec).reshape(groups, n_out // groups, -1)
