@@ -473,9 +473,8 @@ class _Row:
     def masks(self, cut: Cut) -> list[tuple[_Layer, Array]]:
         """See `_Part`."""
         threshold, end = (self.row.spread(x[0, self.places]) for x in (cut.thresholds, cut.ends))
-        # Written out, so that not each layer compares ranks itself. Here one copy is enough: with
-        # neither, or with both, a selection was measured to take longer.
-        kept, _ = written_out(_is_kept(self.ranks, self.index, threshold, end))
+        # Written out, so that not each layer compares ranks itself.
+        kept = written_out(_is_kept(self.ranks, self.index, threshold, end))
         copies = iter(self.row.arrays(kept))
         masks = []
         for layer in self.layers:
@@ -521,7 +520,7 @@ class _Lines:
         """See `_Part`."""
         ((_, mask),) = self._whole.masks(cut)
         # Written out, so that not each layer compares ranks itself (see `_Row.masks`).
-        kept, _ = written_out(mask.ravel())
+        kept = written_out(mask.ravel())
         rows = jnp.split(kept[: self._ends[-1]], self._ends[:-1])
         masks = [row.reshape(x.scores.shape) for x, row in zip(self.layers, rows, strict=True)]
         return list(zip(self.layers, written_together(masks), strict=True))

@@ -262,6 +262,7 @@ def directions_of(
             slope * jnp.where(mean > 0, 1 / mean, 0.0)
             for slope, mean in zip(slopes, _means(layers, masks, sizes, largest), strict=True)
         ]
+    slopes = _written_out(layers, slopes)
     directions = [
         _direction(slope, gradient, score, mask if falls else None)
         for slope, gradient, score, mask in zip(slopes, gradients, scores, masks, strict=True)
@@ -326,14 +327,13 @@ def _slopes(
     """
     (alpha, beta, gamma), (inputs, taps) = weights, axes
     kernel = sum_taps(kept, taps)
-    # Sums over taps are read more than once; where there are none, they cost nothing.
-    kernel, again = written_out(kernel) if taps else (kernel, kernel)
+    kernel = written_out(kernel) if taps else kernel  # where there are none, it costs nothing
     open_kernels = jnp.sum((kernel > 0).astype(jnp.float32), inputs, keepdims=True)
     if sharp:
-        of_node, of_kernel = (jnp.where(x > 0, 0.0, 1.0) for x in (open_kernels, again))
+        of_node, of_kernel = (jnp.where(x > 0, 0.0, 1.0) for x in (open_kernels, kernel))
     else:
         node = jnp.sum(kernel, inputs, keepdims=True)
-        of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, again))
+        of_node, of_kernel = (1 - jnp.square(jnp.tanh(gamma * x)) for x in (node, kernel))
     slope = _mixed(alpha, alpha, beta, of_node, of_kernel)
     return slope, slope * sum_taps(gradient, taps), open_kernels
 
@@ -406,8 +406,7 @@ def _of_features(
     digits, base = digits_of(blocks * row.spread(inverse), most)
     flags = [(blocks >= _LEAST).astype(jnp.int32), (blocks > 0).astype(jnp.int32)]
     *sums, numbers, n_open = row.sums([*digits, *flags])
-    # Written out, as otherwise each weight would work out those of its features anew.
-    even = jnp.maximum(*written_out(_evenness(blocks, row.spread(numbers)).ravel()))
+    even = written_out(_evenness(blocks, row.spread(numbers)).ravel())
     # Or else the row is split over devices, and handed around as a whole.
     found = iter(copies.arrays(meshes.on_each_device(even)))
     firsts = np.cumsum([0, *map(len, shares)])[:-1]  # those of output features
@@ -421,24 +420,28 @@ def _of_kernels(
 ) -> tuple[list[Array], Array]:
     """The evenness of each layer's kernels, and the number of effective kernels of all layers."""
     triples = list(zip(layers, masks, gradients, strict=True))
-    kernels = [sum_taps(_of_kept(mask, g), layer.taps) for layer, mask, g in triples]
-    # Sums over taps are read twice; where there are none, they cost nothing.
-    twice = [
-        written_out(x) if layer.taps else (x, x) for layer, x in zip(layers, kernels, strict=True)
-    ]
+    kernels = _written_out(
+        layers, [sum_taps(_of_kept(mask, g), layer.taps) for layer, mask, g in triples]
+    )
     lines = [
         totals([kernel > 0, kernel >= _LEAST], _last(kernel.shape, _axes(layer).all))
-        for layer, (kernel, _) in zip(layers, twice, strict=True)
+        for layer, kernel in zip(layers, kernels, strict=True)
     ]
     copies = Copies([x.shape for x, _ in lines], [layer.stack for layer in layers])
     n_open, numbers = copies.row.sums([copies.blocks(own) for own in zip(*lines, strict=True)])
     found = [
         _evenness(kernel, number) if layer.taps else _evenness_of_weights(mask, g, number)
-        for (layer, mask, g), (_, kernel), number in zip(
-            triples, twice, copies.numbers(numbers), strict=True
+        for (layer, mask, g), kernel, number in zip(
+            triples, kernels, copies.numbers(numbers), strict=True
         )
     ]
     return found, jnp.sum(n_open, dtype=jnp.uint32)
+
+
+def _written_out(layers: Sequence[Layer], kernels: Sequence[Array]) -> list[Array]:
+    """Numbers of layers' kernels, written out where a kernel has several taps, which read them."""
+    pairs = zip(layers, kernels, strict=True)
+    return [written_out(x) if layer.taps else x for layer, x in pairs]
 
 
 def _last(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:

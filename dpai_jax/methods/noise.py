@@ -76,14 +76,8 @@ def _normal(net: Network, key: Array) -> list[Array]:
     ends = list(itertools.accumulate(layer.size for layer in net.layers))
     with jax.threefry_partitionable(True):
         noise = jax.random.normal(key, (ends[-1],), jnp.float32)
-    # Small networks compile faster if layers read the noise from two arrays in turn. XLA would
-    # fuse a single one into its readers, and so draw it once for each layer.
-    twice = written_out(noise) if net.size <= _FEW else (noise, noise)
-    parts = [jnp.split(x, ends[:-1]) for x in twice]
-    return [parts[i % 2][i].reshape(layer.shape) for i, layer in enumerate(net.layers)]
-
-
-_FEW = 2**22
+    parts = jnp.split(written_out(noise), ends[:-1])
+    return [x.reshape(layer.shape) for x, layer in zip(parts, net.layers, strict=True)]
 
 
 @functools.lru_cache

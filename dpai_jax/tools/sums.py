@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from dpai_jax.tools.powers import SMALL, largest_entry, rounded, scaling, stages
 
@@ -71,11 +72,8 @@ def _forward(
     below: tuple[Bound, Bound],
     write: tuple[bool, bool],
 ) -> tuple[Array, tuple[Array, Array]]:
-    (a, a_again), (b, b_again) = (
-        written_out(x) if is_written else (x, x)
-        for x, is_written in zip((a, b), write, strict=True)
-    )
-    return product_sum(a, b, axes, below), (a_again, b_again)
+    a, b = (written_out(x) if is_it else x for x, is_it in zip((a, b), write, strict=True))
+    return product_sum(a, b, axes, below), (a, b)
 
 
 def _backward(
@@ -86,12 +84,12 @@ def _backward(
     cotangent: Array,
 ) -> tuple[Array, Array]:
     sizes = np.broadcast_shapes(*(factor.shape for factor in factors))
-    pair = written_out(cotangent) if any(write) else (cotangent, cotangent)
+    cotangent = written_out(cotangent) if any(write) else cotangent
 
     def gradient(i: int) -> Array:
         of, other = factors[i], factors[1 - i]
         repeated = tuple(i for i, size in enumerate(sizes) if of.shape[i] < size)
-        sums = product_sum(pair[i], other, repeated, (None, below[1 - i]))
+        sums = product_sum(cotangent, other, repeated, (None, below[1 - i]))
         return jnp.broadcast_to(sums, of.shape)
 
     return gradient(0), gradient(1)
@@ -291,23 +289,25 @@ def _in_rows(array: Array, shape: Sequence[int], n: int) -> Array:
 
 
 @jax.custom_vjp
-@jax.jit
-def written_out(array: Array) -> tuple[Array, Array]:
-    """The array twice, so that XLA on CPUs does not compute it again for every reader.
+def written_out(array: Array) -> Array:
+    """The array, which XLA on CPUs works out once, and not again for every reader.
 
-    Both copies must be used. XLA fuses the producers of a small array into each entry of a larger
-    array that it is broadcast to. It does not fuse a variadic reduction whose outputs are all used.
-    `lax.optimization_barrier` does not help: XLA on CPUs removes it before it fuses.
+    XLA fuses the producers of a small array into each entry of a larger array that it is broadcast
+    to, and compiles them anew for each reader. A call that is not inlined gets what is written in
+    memory. (`lax.optimization_barrier` does not help: XLA on CPUs removes it before it fuses.)
     """
-    pair = jnp.broadcast_to(array, (2, *array.shape))
-    bottom, top = (False, True) if array.dtype == bool else (-np.inf, np.inf)
-    high, low = lax.reduce(
-        [pair, pair],
-        [jnp.full((), bottom, array.dtype), jnp.full((), top, array.dtype)],
-        lambda xs, ys: [lax.max(xs[0], ys[0]), lax.min(xs[1], ys[1])],
-        (0,),
-    )
-    return high, low
+    if jax.default_backend() != "cpu":
+        return array
+    with set_xla_metadata(inlineable="false"):
+        return _same(array)
+
+
+written_out.defvjp(lambda array: (written_out(array), None), lambda _, cotangent: (cotangent,))
+
+
+@jax.jit
+def _same(array: Array) -> Array:
+    return array
 
 
 def written_together(flags: Sequence[Array]) -> list[Array]:
@@ -330,11 +330,6 @@ def written_together(flags: Sequence[Array]) -> list[Array]:
     return found
 
 
-written_out.defvjp(
-    lambda array: (written_out(array), None), lambda _, cotangents: (sum(cotangents),)
-)
-
-
 @jax.custom_vjp
 def written_out_backward(array: Array) -> Array:
     """Returns the array; its cotangent, in which several paths meet, is written out."""
@@ -343,7 +338,7 @@ def written_out_backward(array: Array) -> Array:
 
 written_out_backward.defvjp(
     lambda array: (array, None),
-    lambda _, cotangent: (rounded(jnp.maximum(*written_out(cotangent))),),
+    lambda _, cotangent: (rounded(written_out(cotangent)),),
 )
 
 

@@ -364,7 +364,7 @@ def _reduce(ins: Avals, outs: Avals, params: Params) -> Run:
         if ufunc is np.add and start == 0:
             return _added(x, axes, start.dtype)
         if ufunc is not np.add and all(x.strides[i] == 0 for i in axes):
-            # The entries are one that is repeated, as `sums.written_out` has them.
+            # The entries are one that is repeated, as `sums.written_together` has them.
             x = x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
             return x if start == _NEUTRAL.get(ufunc) else ufunc(x, start)
         return ufunc.reduce(x, axes, x.dtype, initial=start)
