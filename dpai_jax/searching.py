@@ -8,6 +8,7 @@ over ranks: here the bits of magnitudes, integers in the same order.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -60,9 +61,9 @@ def search(scores: Sequence[np.ndarray], number: int, count: Count) -> Cut:
     layers = [x.reshape(-1, line_length(x.shape)) for x in scores]
     lengths = np.repeat([x.shape[1] for x in layers], [len(x) for x in layers])
     between = _Between(0, _ABOVE, lengths, np.zeros_like(lengths))
-    probes = _by_sample(layers, number / lengths.sum())
-    n_passes = 0
-    while between.above < number < between.reached:
+    for n_passes in itertools.count():
+        if not between.above < number < between.reached:
+            break
         lines, wanted = np.flatnonzero(between.inside), number - between.above
         is_one_rank = between.high == between.low + 1
         if is_one_rank:
@@ -73,9 +74,11 @@ def search(scores: Sequence[np.ndarray], number: int, count: Count) -> Cut:
             lines = lines[[place]]
         if is_one_rank or lengths[lines].sum() <= _FEW:
             return _cut_in(lines, layers, between, wanted)
+        if n_passes == 0:
+            probes = _by_sample(layers, number / lengths.sum())
+        else:
+            probes = between.by_number(number) if n_passes % 2 else between.evenly()
         between = between.narrowed(probes, count(probes), number)
-        n_passes += 1
-        probes = between.by_number(number) if n_passes % 2 else between.evenly()
     return cut_at(between.low if number == between.reached else between.high)
 
 
@@ -142,7 +145,7 @@ class _Between(NamedTuple):
 
 
 def _by_sample(layers: Sequence[np.ndarray], share: float) -> np.ndarray:
-    """Ranks around the one that a share of all scores reaches, as a sample has it, int32 (probe,)."""
+    """Ranks around the one that a share of a sample of the scores reaches, int32 (probe,)."""
     step = max(sum(x.size for x in layers) // _SAMPLE, 1)
     while math.gcd(step, 2 * 3 * 5 * 7) > 1:  # most sizes of layers have such factors
         step += 1
@@ -152,9 +155,7 @@ def _by_sample(layers: Sequence[np.ndarray], share: float) -> np.ndarray:
     return sample[np.clip(np.rint(places), 0, len(sample) - 1).astype(int)]
 
 
-def _cut_in(
-    lines: np.ndarray, layers: Sequence[np.ndarray], between: _Between, wanted: int
-) -> Cut:
+def _cut_in(lines: np.ndarray, layers: Sequence[np.ndarray], between: _Between, wanted: int) -> Cut:
     """The cut that keeps so many of the scores that lie between two ranks in some lines."""
     ranks, places = [], []
     line = place = 0

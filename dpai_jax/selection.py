@@ -170,9 +170,9 @@ class Cut(NamedTuple):
 
 
 def cut_at(rank: int, end: int = int(_LAST)) -> Cut:
-    """The cut at one signed rank; of scores of this rank those of indices below the end are kept."""
-    threshold = min(rank + int(_ZERO), int(_LAST))
-    return Cut(*(np.asarray([[x]], np.uint32) for x in (threshold, end)))
+    """The cut at a signed rank, of whose scores those of indices below the end are kept."""
+    pair: Any = np.asarray([min(rank + int(_ZERO), int(_LAST)), end], np.uint32)
+    return Cut(*pair.reshape(2, 1, 1))
 
 
 class State(NamedTuple):

@@ -92,21 +92,18 @@ def test_all_layers_together_keep_the_highest_scores(
     assert_masks(masks, by_sorting_together(scores, keep, magnitude))
 
 
-@functools.partial(jax.jit, static_argnames="apart")
-def by_cut(scores: list[jax.Array], keep: jax.Array, apart: bool) -> list[jax.Array]:
+@jax.jit
+def by_cut(scores: list[jax.Array], keep: jax.Array) -> list[jax.Array]:
     before = np.cumsum([0, *(s.size for s in scores)])[:-1]
-    return kept(scores, before, cut_of(scores, keep, jnp.asarray(no_thresholds(1))), apart=apart)
+    return kept(scores, before, cut_of(scores, keep, jnp.asarray(no_thresholds(1))))
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["in a row", "apart"])
 @some_values
 @given(st.data())
-def test_a_cut_makes_the_masks_where_they_are_read(
-    values: Any, apart: bool, data: st.DataObject
-) -> None:
+def test_a_cut_makes_the_masks_where_they_are_read(values: Any, data: st.DataObject) -> None:
     scores = drawn(data, values)
     keep = data.draw(st.integers(0, SIZE))
-    masks = by_cut(scores, jnp.uint32(keep), apart)
+    masks = by_cut(scores, jnp.uint32(keep))
     assert_masks(masks, by_sorting_together(scores, keep, magnitude=True))
 
 
@@ -120,7 +117,7 @@ def test_a_cut_ends_anywhere_among_equal_scores(shapes: Sequence[tuple[int, int]
     scores = [rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes]
     size = sum(s.size for s in scores)
     for keep in (0, 1, size // 3, size // 2, size - 2, size - 1, size):
-        masks = by_cut(scores, jnp.uint32(keep), True)
+        masks = by_cut(scores, jnp.uint32(keep))
         assert_masks(masks, by_sorting_together(scores, keep, magnitude=True))
 
 

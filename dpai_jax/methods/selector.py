@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -247,7 +245,7 @@ def _chunks(net: Network) -> list[Group]:
 
 @meshes.program()
 def _count(_: Network | None, scores: list[Array], probes: Array) -> list[Array]:
-    """How many scores of each line of some layers reach each probe, (probe, line) for each layer."""
+    """How many scores of each line reach each probe, (probe, line) for each layer."""
     counts = []
     for x in scores:
         ranks = ranks_of_magnitudes(x).reshape(-1, line_length(x.shape))

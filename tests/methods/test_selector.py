@@ -62,39 +62,20 @@ def test_chunks_are_searched_as_by_a_sort(kind):
             np.testing.assert_array_equal(mask, expected)
 
 
-def test_a_chunk_is_read_while_the_threshold_may_be_in_it(monkeypatch):
-    read, count = [], selector._count
-
-    def counting(owner, scores, *args):
-        read.append(scores)
-        return count(owner, scores, *args)
-
-    monkeypatch.setattr(selector, "_count", counting)
-    search = LargeSelector(network())
-    scores = list(map(jnp.asarray, next(moved("one layer"))))
-    search.masks(scores, np.uint32(3 * 260**2 + 1000))
-    # Three chunks have two layers of the first shape and one of each other: all are read, until it
-    # is known that the threshold is in the fourth layer.
-    (own,) = (chunk.places for chunk in search._chunks if 3 in chunk.places)
-    assert own == [2, 3, 8, 9]
-    with_it = [i for i, own in enumerate(read) if any(x is scores[3] for x in own)]
-    assert len(with_it) > 3
-    assert all(i in with_it for i in range(with_it[2], len(read)))
-
-
-# Large layers by shape, and of how many shapes the chunks are.
+# Layers by shape; of how many shapes the chunks are, and how many layers are compiled.
 CHUNKS = {
-    "a block": ({(260, 260): 12, (260, 300): 4, (300, 260): 4}, 1),
-    "a block, and others": ({(260, 260): 12, (260, 300): 4, (300, 260): 1, (300, 300): 1}, 2),
-    "one shape": ({(260, 260): 36}, 1),
-    "a prime number": ({(260, 260): 11}, 1),
-    "numbers without a common divisor": ({(260, 260): 9, (260, 300): 8}, 2),
+    "a block": ({(260, 260): 12, (260, 300): 4, (300, 260): 4}, 1, 5),
+    "a block, and others": ({(260, 260): 12, (260, 300): 4, (300, 260): 1, (300, 5): 1}, 2, 6),
+    "one shape": ({(260, 260): 36}, 1, 1),
+    "a prime number": ({(260, 260): 11}, 1, 1),
+    "numbers without a common divisor": ({(260, 260): 9, (260, 300): 8}, 2, 9),
+    "each of its own": ({(260, 260): 1, (260, 300): 1}, 1, 2),
 }
 
 
 @pytest.mark.parametrize("name", CHUNKS)
-def test_few_chunks_differ_in_shapes_and_hold_few_layers(name):
-    numbers, n_kinds = CHUNKS[name]
+def test_chunks_hold_all_layers_and_few_differ_in_shapes(name):
+    numbers, n_kinds, n_compiled = CHUNKS[name]
     params = [jnp.ones(shape) for shape, number in numbers.items() for _ in range(number)]
     net = dpai.trace(
         lambda p, x: sum(jnp.sum(x[: w.shape[0]] @ w) for w in p), params, jnp.ones(300)
@@ -102,9 +83,9 @@ def test_few_chunks_differ_in_shapes_and_hold_few_layers(name):
     chunks = LargeSelector(net)._chunks
     places = [i for chunk in chunks for i in chunk.places]
     assert sorted(places) == list(range(len(params)))
-    assert all(len(chunk.places) <= selector._MOST_TOGETHER for chunk in chunks)
     kinds = {tuple(params[i].shape for i in chunk.places) for chunk in chunks}
     assert len(kinds) == n_kinds
+    assert sum(map(len, kinds)) == n_compiled
 
 
 @pytest.mark.parametrize("kind", [Selector, LargeSelector])
