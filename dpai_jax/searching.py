@@ -185,5 +185,7 @@ def kept_of(scores: np.ndarray, first: int, cut: Cut) -> np.ndarray:
     """
     threshold, end = int(cut.thresholds[0, 0]) - 2**31, int(cut.ends[0, 0])
     ranks = ranks_of_magnitudes(scores).ravel()
-    before, after = np.split(ranks, [np.clip(end - first, 0, ranks.size)])
-    return np.concatenate([before >= threshold, after > threshold]).reshape(scores.shape)
+    mask, n_before = np.empty(ranks.shape, bool), np.clip(end - first, 0, ranks.size)
+    np.greater_equal(ranks[:n_before], threshold, out=mask[:n_before])
+    np.greater(ranks[n_before:], threshold, out=mask[n_before:])
+    return mask.reshape(scores.shape)

@@ -147,7 +147,8 @@ class LargeSelector:
         """See `Selector.masks`."""
         cut = self._searched(scores, keep)
         pairs = zip(scores, _firsts(self.net), strict=True)
-        return [jnp.asarray(kept_of(np.asarray(x), first, cut)) for x, first in pairs]
+        masks: list[Array] = jax.device_put([kept_of(np.asarray(x), n, cut) for x, n in pairs])
+        return masks
 
     def weighed(
         self, before: list[Array], strengths: list[Array], scores: list[Array], keep: Any

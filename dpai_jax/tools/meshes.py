@@ -147,7 +147,7 @@ class _Compiled:
     ):
         jit = functools.partial(jax.jit, fn, donate_argnums=donate, keep_unused=True)
         # At this level of optimization XLA on CPUs compiles faster what then runs as fast.
-        level = {"xla_backend_optimization_level": 1}
+        level = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
         options = level if jax.default_backend() == "cpu" else None
         self.jitted = jit(compiler_options=options)
         # Within another program options are refused.
