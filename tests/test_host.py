@@ -227,7 +227,11 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("settings", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("NHWC", "HOWI", "NCHW")],
+    ids=str,
+)
 def test_convolutions_of_whole_numbers(settings: dict[str, Any], layout: Any) -> None:
     rng = np.random.default_rng(0)
     sizes = {"N": 2, "C": 4, "H": 7, "W": 9}

@@ -135,6 +135,11 @@ class Program:
         return programs[key], args
 
 
+# At this level of optimization XLA on CPUs compiles faster what then runs as fast. Vectors are as
+# wide as the processor has them, where XLA would use half of that.
+_ON_CPU = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
+
+
 class _Compiled:
     """A compiled function; threads may still be compiling it."""
 
@@ -146,9 +151,7 @@ class _Compiled:
         name: Callable[[str], str | None],
     ):
         jit = functools.partial(jax.jit, fn, donate_argnums=donate, keep_unused=True)
-        # At this level of optimization XLA on CPUs compiles faster what then runs as fast.
-        level = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
-        options = level if jax.default_backend() == "cpu" else None
+        options = _ON_CPU if jax.default_backend() == "cpu" else None
         self.jitted = jit(compiler_options=options)
         # Within another program options are refused.
         self.within = jit() if options else self.jitted

@@ -290,14 +290,14 @@ def _in_rows(array: Array, shape: Sequence[int], n: int) -> Array:
 
 @jax.custom_vjp
 def written_out(array: Array) -> Array:
-    """The array, which XLA on CPUs works out once, and not again for every reader.
+    """The array, which XLA works out once, and not again for every reader.
 
-    XLA fuses the producers of a small array into each entry of a larger array that it is broadcast
-    to, and compiles them anew for each reader. A call that is not inlined gets what is written in
-    memory. (`lax.optimization_barrier` does not help: XLA on CPUs removes it before it fuses.)
+    Otherwise it fuses the producers of a small array into each entry of a larger array that it is
+    broadcast to, and compiles them anew for each reader. On CPUs it removes a barrier before it
+    fuses. But a call that is not inlined there gets what is written in memory.
     """
     if jax.default_backend() != "cpu":
-        return array
+        return lax.optimization_barrier(array)
     with set_xla_metadata(inlineable="false"):
         return _same(array)
 

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpai_jax.tools import sums
-from dpai_jax.tools.sums import product_sum, sum_below_one, sum_over, sum_taps, totals
+from dpai_jax.tools.sums import (
+    product_sum,
+    sum_below_one,
+    sum_over,
+    sum_taps,
+    totals,
+    written_out,
+)
 
 # Sums must keep their bits however XLA orders and fuses them.
 pytestmark = pytest.mark.optimized
@@ -284,3 +291,22 @@ def test_fold_has_second_derivatives() -> None:
     actual = jax.jacrev(jax.grad(lambda x: jnp.sum(sum_taps(x, (0,)) ** 3)))(jnp.asarray(x))
     expected = jax.hessian(lambda x: jnp.sum(jnp.sum(x, 0) ** 3))(jnp.asarray(x))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_what_is_written_out_is_worked_out_once() -> None:
+    def fn(write: bool, x: jax.Array) -> Any:
+        line = jnp.sin(x)
+        line = written_out(line) if write else line
+        return line[:, None] * x[None], line[None] + x[:, None]
+
+    x = jnp.linspace(-3, 3, 300)
+    for argument in (x, jnp.stack([x, 2 * x])):
+        results = []
+        for write, n_sines in ((True, 1), (False, 2)):
+            run = functools.partial(fn, write)
+            compiled = jax.jit(run if argument is x else jax.vmap(run)).lower(argument).compile()
+            assert compiled.as_text().count(" sine(") == n_sines
+            results.append(compiled(argument))
+        jax.tree.map(np.testing.assert_array_equal, *results)
+    gradient = jax.grad(lambda x: jnp.sum(written_out(x) ** 2))(x)
+    np.testing.assert_array_equal(gradient, 2 * x)

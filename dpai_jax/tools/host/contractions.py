@@ -49,16 +49,16 @@ def _conv(ins: Avals, _outs: Avals, params: Params) -> Run:
     axes = tuple(range(2, 2 + len(taps)))
     order = np.argsort(numbers.out_spec)
 
-    # The kernel's axes but that of the outputs, and where they are among the axes of the windows.
+    # The kernel's axes before that of its outputs, and after; and what they are in the windows.
     out, *others = numbers.rhs_spec
-    at = dict(zip(others, (1, *range(-len(taps), 0)), strict=True))
-    before, after = (range(out), range(out + 1, len(ins[1].shape)))
-    n_before, n_after = (math.prod(ins[1].shape[i] for i in axes) for axes in (before, after))
+    before, after = range(out), range(out + 1, len(ins[1].shape))
+    n_before, n_after = (math.prod(ins[1].shape[i] for i in own) for own in (before, after))
+    in_windows = dict(zip(others, (1, *range(-len(taps), 0)), strict=True))
+    order_of_rows = [0, *axes, *(in_windows[i] for i in (*before, *after))]
 
     def product(windows: Value, kernel: Value) -> Value:
-        """Of one group, (batch, place, output); a kernel is not copied that lies well in memory."""
-        places = range(2, 2 + len(taps))
-        rows = windows.transpose(0, *places, *(at[i] for i in (*before, *after)))
+        """Of one group, (batch, place, output), without a copy of a kernel that lies well."""
+        rows = windows.transpose(order_of_rows)
         if n_before > n_after:
             rows = rows.reshape(batch, -1, n_before * n_after)
             return rows @ np.moveaxis(kernel, out, -1).reshape(-1, n_out)
