@@ -29,7 +29,7 @@ from dpai_jax.tools.sums import totals
 
 # Networks of so many weights are searched by the host. Smaller ones NumPy searches at first, and a
 # single program afterwards.
-_LARGE = 2**24
+_LARGE = 2**23
 
 # The passes of a search, as far as what compiles ahead needs to know.
 _PASSES = 2
