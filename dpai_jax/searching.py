@@ -8,7 +8,6 @@ over ranks: here the bits of magnitudes, integers in the same order.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -61,9 +60,8 @@ def search(scores: Sequence[np.ndarray], number: int, count: Count) -> Cut:
     layers = [x.reshape(-1, line_length(x.shape)) for x in scores]
     lengths = np.repeat([x.shape[1] for x in layers], [len(x) for x in layers])
     between = _Between(0, _ABOVE, lengths, np.zeros_like(lengths))
-    for n_passes in itertools.count():
-        if not between.above < number < between.reached:
-            break
+    n_passes = 0
+    while between.above < number < between.reached:
         lines, wanted = np.flatnonzero(between.inside), number - between.above
         is_one_rank = between.high == between.low + 1
         if is_one_rank:
@@ -79,6 +77,7 @@ def search(scores: Sequence[np.ndarray], number: int, count: Count) -> Cut:
         else:
             probes = between.by_number(number) if n_passes % 2 else between.evenly()
         between = between.narrowed(probes, count(probes), number)
+        n_passes += 1
     return cut_at(between.low if number == between.reached else between.high)
 
 
@@ -170,22 +169,3 @@ def _cut_in(lines: np.ndarray, layers: Sequence[np.ndarray], between: _Between, 
     found, at = np.concatenate(ranks), np.concatenate(places)
     last = np.lexsort((at, -found))[wanted - 1]
     return cut_at(int(found[last]), int(at[last]) + 1)
-
-
-def kept_of(scores: np.ndarray, first: int, cut: Cut) -> np.ndarray:
-    """The mask of one layer's scores under a cut.
-
-    Args:
-      scores: float32.
-      first: how many scores come before the layer's.
-      cut: where the scores that are kept end.
-
-    Returns:
-      A boolean array of the scores' shape.
-    """
-    threshold, end = int(cut.thresholds[0, 0]) - 2**31, int(cut.ends[0, 0])
-    ranks = ranks_of_magnitudes(scores).ravel()
-    mask, n_before = np.empty(ranks.shape, bool), np.clip(end - first, 0, ranks.size)
-    np.greater_equal(ranks[:n_before], threshold, out=mask[:n_before])
-    np.greater(ranks[n_before:], threshold, out=mask[n_before:])
-    return mask.reshape(scores.shape)

@@ -305,6 +305,21 @@ def kept(scores: Sequence[Array], before: Sequence[Any], cut: Cut) -> list[Array
     return [mask for _, mask in _Large(layers).masks(cut)]
 
 
+def kept_by_numpy(
+    scores: Sequence[np.ndarray], before: Sequence[int], cut: Cut
+) -> list[np.ndarray]:
+    """`kept` of NumPy's arrays."""
+    threshold, end = int(cut.thresholds[0, 0]) - int(_ZERO), int(cut.ends[0, 0])
+    masks = []
+    for x, first in zip(scores, before, strict=True):
+        ranks = ranks_of_magnitudes(x).ravel()
+        mask, n_before = np.empty(ranks.shape, bool), np.clip(end - first, 0, ranks.size)
+        np.greater_equal(ranks[:n_before], threshold, out=mask[:n_before])
+        np.greater(ranks[n_before:], threshold, out=mask[n_before:])
+        masks.append(mask.reshape(x.shape))
+    return masks
+
+
 def _expected(last: Array) -> Array:
     """Ranks around where a threshold is if it goes on as between the last two."""
     near = last[1:] + (last[1:] - last[:1])

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpai_jax import searching
-from dpai_jax.searching import kept_of, line_length, search
-from dpai_jax.selection import Cut
+from dpai_jax.searching import line_length, search
+from dpai_jax.selection import Cut, kept_by_numpy
 
 
 def by_sorting(scores: Sequence[np.ndarray], number: int) -> np.ndarray:
@@ -38,10 +38,8 @@ class Counted:
 
 
 def kept(scores: Sequence[np.ndarray], cut: Cut) -> np.ndarray:
-    firsts = np.cumsum([0, *(s.size for s in scores)])
-    return np.concatenate(
-        [kept_of(s, int(n), cut).ravel() for s, n in zip(scores, firsts, strict=False)]
-    )
+    firsts = np.cumsum([0, *(s.size for s in scores)])[:-1].tolist()
+    return np.concatenate([mask.ravel() for mask in kept_by_numpy(scores, firsts, cut)])
 
 
 VALUES = {

@@ -13,12 +13,13 @@ from jax import Array
 
 from dpai_jax import grouping
 from dpai_jax.paths import Network
-from dpai_jax.searching import PROBES, kept_of, line_length, search
+from dpai_jax.searching import PROBES, line_length, search
 from dpai_jax.selection import (
     Cut,
     cut_at,
     cut_of,
     kept,
+    kept_by_numpy,
     no_thresholds,
     ranks_of_magnitudes,
     select_by_numpy,
@@ -145,9 +146,8 @@ class LargeSelector:
 
     def masks(self, scores: list[Array], keep: Any) -> list[Array]:
         """See `Selector.masks`."""
-        cut = self._searched(scores, keep)
-        pairs = zip(scores, _firsts(self.net), strict=True)
-        masks: list[Array] = jax.device_put([kept_of(np.asarray(x), n, cut) for x, n in pairs])
+        cut, arrays = self._searched(scores, keep), list(map(np.asarray, scores))
+        masks: list[Array] = jax.device_put(kept_by_numpy(arrays, _firsts(self.net), cut))
         return masks
 
     def weighed(

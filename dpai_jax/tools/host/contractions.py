@@ -56,28 +56,32 @@ def _conv(ins: Avals, _outs: Avals, params: Params) -> Run:
     in_windows = dict(zip(others, (1, *range(-len(taps), 0)), strict=True))
     order_of_rows = [0, *axes, *(in_windows[i] for i in (*before, *after))]
 
-    def product(windows: Value, kernel: Value) -> Value:
-        """Of one group, (batch, place, output), without a copy of a kernel that lies well."""
+    def of_one_group(windows: Value, kernel: Value) -> Value:
+        """Does not copy a kernel that lies well in memory."""
         rows = windows.transpose(order_of_rows)
         if n_before > n_after:
             rows = rows.reshape(batch, -1, n_before * n_after)
-            return rows @ np.moveaxis(kernel, out, -1).reshape(-1, n_out)
-        rows = rows.reshape(batch, -1, n_before, n_after).swapaxes(1, 2)
-        return (rows @ kernel.reshape(n_before, n_out, n_after).swapaxes(1, 2)).sum(1)
+            found = rows @ np.moveaxis(kernel, out, -1).reshape(-1, n_out)
+        else:
+            rows = rows.reshape(batch, -1, n_before, n_after).swapaxes(1, 2)
+            columns = kernel.reshape(n_before, n_out, n_after).swapaxes(1, 2)
+            found = (rows @ columns).sum(1)
+        return found.swapaxes(1, 2)
+
+    def of_groups(windows: Value, kernel: Value) -> Value:
+        windows = windows.reshape(batch, groups, n_in, -1, math.prod(taps))
+        rows = windows.transpose(1, 0, 3, 2, 4).reshape(groups, -1, n_in * math.prod(taps))
+        columns = np.transpose(kernel, numbers.rhs_spec).reshape(groups, n_out // groups, -1)
+        found = np.matmul(rows, columns.swapaxes(1, 2))
+        return found.reshape(groups, batch, -1, n_out // groups).transpose(1, 0, 3, 2)
+
+    product = of_one_group if groups == 1 else of_groups
 
     def run(x: Value, kernel: Value) -> Value:
         whole = pad(np.transpose(x, numbers.lhs_spec), 0)
         windows = np.lib.stride_tricks.sliding_window_view(whole, spans, axes)
         windows = windows[(slice(None), slice(None), *steps)]
         places = windows.shape[2 : 2 + len(taps)]
-        if groups == 1:
-            found = product(windows, kernel).swapaxes(1, 2)
-            return np.transpose(found.reshape(batch, n_out, *places), order)
-        windows = windows.reshape(batch, groups, n_in, math.prod(places), math.prod(taps))
-        rows = windows.transpose(1, 0, 3, 2, 4).reshape(groups, -1, n_in * math.prod(taps))
-        columns = np.transpose(kernel, numbers.rhs_spec).reshape(groups, n_out // groups, -1)
-        found = np.matmul(rows, columns.swapaxes(1, 2))
-        found = found.reshape(groups, batch, -1, n_out // groups).transpose(1, 0, 3, 2)
-        return np.transpose(found.reshape(batch, n_out, *places), order)
+        return np.transpose(product(windows, kernel).reshape(batch, n_out, *places), order)
 
     return noted(run, rounds=n_in * math.prod(taps) > 1)
