@@ -14,6 +14,9 @@ from jax import Array, lax
 
 from dpai_jax.tools.sums import totals
 
+# XLA on CPUs calls a library for convolutions of more features than this.
+_NARROW = 16
+
 
 class Convolution(NamedTuple):
     """The arguments of `lax.conv_general_dilated` besides its operands.
@@ -32,9 +35,26 @@ class Convolution(NamedTuple):
     groups: int
 
     def at_once(self, x: Array, kernel: Array) -> Array:
-        """The convolution as XLA has it, but for the kernel's gradient if there are many groups."""
-        many = self.groups > 1 and self.groups >= kernel.shape[self.dims.rhs_spec[1]]
-        return (_grouped if many else _plain)(self, x, kernel)
+        """The convolution as XLA has it, but for the kernel's gradient where XLA is slow at it."""
+        slow = self._has_many_groups(kernel) or self._is_narrow(x, kernel)
+        return (_convolve if slow else _plain)(self, x, kernel)
+
+    def _has_many_groups(self, kernel: Array) -> bool:
+        """Whether it has more groups than features in one, such as a depthwise convolution.
+
+        XLA on CPUs computes the kernel's gradient as that of a dense kernel, and drops all but the
+        blocks of the groups: with 1,000 groups 1,000 times the work.
+        """
+        return self.groups > 1 and self.groups >= kernel.shape[self.dims.rhs_spec[1]]
+
+    def _is_narrow(self, x: Array, kernel: Array) -> bool:
+        """Whether few images and output features make the kernel's gradient slow on CPUs.
+
+        XLA sums over the batch as if it were features, and over positions one by one; a library
+        does so fast, which XLA does not call for so few features.
+        """
+        widest = max(x.shape[self.dims.lhs_spec[0]], kernel.shape[self.dims.rhs_spec[0]])
+        return self.groups == 1 and widest <= _NARROW and jax.default_backend() == "cpu"
 
     def by_taps(self, x: Array, kernel: Array) -> Array:
         """The convolution as a sum over taps.
@@ -53,6 +73,31 @@ class Convolution(NamedTuple):
         sums = functools.reduce(jnp.add, products)
         found = sums.reshape(len(sums), n_out, *sums.shape[3:])
         return found.transpose(np.argsort(self.dims.out_spec))
+
+    def by_rows(self, x: Array, kernel: Array) -> Array:
+        """The convolution of one group, with positions along the last axis as if they were images.
+
+        What it reads at the taps along that axis are features; so XLA sums over both fast.
+        """
+        ones = (1,) * (len(self.strides) - 1)
+        # Padded first: XLA on CPUs is wrong where an axis alone is cropped and padded.
+        along_last = self._replace(
+            strides=(*ones, self.strides[-1]), dilation=(*ones, self.dilation[-1])
+        )
+        along_others = Convolution(
+            self.strides[:-1], ((0, 0),) * len(ones), ones, self.dilation[:-1], None, 1
+        )
+        kernel = kernel.transpose(self.dims.rhs_spec)
+        n_out, _, *window = kernel.shape
+        taps = [x for _, x in along_last._at_taps(x, (*ones, window[-1]))]
+        # The axes are the images, last positions, last taps, features and other positions.
+        rows = jnp.moveaxis(jnp.concatenate(taps, 1), -1, 1)
+        images, n_last, _, _, *sizes = rows.shape
+        rows = rows.reshape(images * n_last, -1, *sizes)
+        kernel = jnp.moveaxis(kernel, -1, 1).reshape(n_out, -1, *window[:-1])
+        found = _plain(along_others, rows, kernel)
+        found = found.reshape(images, n_last, *found.shape[1:])
+        return jnp.moveaxis(found, 1, -1).transpose(np.argsort(self.dims.out_spec))
 
     def _at_taps(self, x: Array, window: Sequence[int]) -> list[tuple[tuple[int, ...], Array]]:
         """For each tap what it reads, (batch, group, feature, *position)."""
@@ -92,12 +137,8 @@ def _plain(how: Convolution, x: Array, kernel: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(how: Convolution, x: Array, kernel: Array) -> Array:
-    """A convolution of many groups of few features, such as a depthwise one.
-
-    XLA on CPUs computes the kernel's gradient as that of a dense kernel, and drops all but the
-    blocks of the groups: with 1,000 groups 1,000 times the work.
-    """
+def _convolve(how: Convolution, x: Array, kernel: Array) -> Array:
+    """`_plain` with a kernel's gradient of its own."""
     return _plain(how, x, kernel)
 
 
@@ -108,7 +149,10 @@ def _input_gradient(how: Convolution, x: Array, kernel: Array, cotangent: Array)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel_gradient(how: Convolution, x: Array, kernel: Array, cotangent: Array) -> Array:
-    """The gradient of `_grouped` in the kernel, of which only the shape is used: tap by tap."""
+    """The gradient of `_convolve` in the kernel, of which only the shape is used."""
+    if how.groups == 1:
+        (found,) = jax.linear_transpose(functools.partial(how.by_rows, x), kernel)(cotangent)
+        return found
     n_in, *window = (kernel.shape[i] for i in how.dims.rhs_spec[1:])
     at_output = cotangent.transpose(how.dims.out_spec)
     batches, n_out, *sizes = at_output.shape
@@ -133,11 +177,11 @@ def _twice_backward(how: Convolution, factors: tuple[Array, Array, Array], slope
     return (
         _input_gradient(how, x, slope, cotangent),
         jnp.zeros_like(kernel),
-        _grouped(how, x, slope),
+        _convolve(how, x, slope),
     )
 
 
-_grouped.defvjp(lambda how, *factors: (_grouped(how, *factors), factors), _backward)
+_convolve.defvjp(lambda how, *factors: (_convolve(how, *factors), factors), _backward)
 _kernel_gradient.defvjp(
     lambda how, *factors: (_kernel_gradient(how, *factors), factors), _twice_backward
 )
