@@ -26,16 +26,30 @@ from jax import Array, lax
 from dpai_jax.tools.rows import Copies, Row, are_small
 from dpai_jax.tools.sums import totals, written_out, written_together
 
-# The probes of one pass over the scores: some divide the interval evenly, others lie around the
-# expected rank, in standard deviations from it.
-_PARTS = 4
-_DEVIATIONS = (-1.5, -0.4, 0.4, 1.5)
 
-# How far from where the threshold is expected the first probes lie, on both sides: as fractions of
-# how far it moved the last time, two to the power of minus these; and at least so far, in units of
-# the last place.
-_FAN = (3, 2, 1)
-_LEAST_FAN = (2**9, 2**11, 2**15)
+class _Probing(NamedTuple):
+    """Which ranks one pass over the scores tries.
+
+    Attributes:
+      parts: some divide the interval evenly, into so many parts.
+      deviations: others lie around the expected rank, in standard deviations from it.
+      fan: how far from where the threshold is expected those of a first pass lie, on both sides: as
+        fractions of how far it moved the last time, two to the power of minus these.
+      least_fan: at least so far, in units of the last place.
+    """
+
+    parts: int
+    deviations: tuple[float, ...]
+    fan: tuple[int, ...]
+    least_fan: tuple[int, ...]
+
+
+# To read the scores takes longer than to compare them, so that there are few passes.
+_BY_SEVEN = _Probing(4, (-1.5, -0.4, 0.4, 1.5), (3, 2, 1), (2**9, 2**11, 2**15))
+
+# Up to so many scores are in a CPU's cache, where it takes longer to compare them.
+_BY_THREE = _Probing(2, (-0.3, 0.3), (1,), (2**11,))
+_IN_CACHE = 2**20
 
 # The length of the lines in which many small layers are counted together.
 _LINE = 1024
@@ -209,10 +223,11 @@ def _search(
     Returns:
       The cut.
     """
-    first = None if last is None else _expected(last)
+    how = _probing(parts)
+    first = None if last is None else _expected(last, how)
 
     def narrow(state: State) -> State:
-        probes = _probes(state, first)
+        probes = _probes(state, first, how)
         return _narrowed(state, probes, _counts(parts, probes, state), sizes)
 
     start = _start(numbers, bottom, sizes, last)
@@ -234,27 +249,36 @@ def _goes_on(state: State) -> Array:
     return state.low < state.high
 
 
-def _probes(state: State, first: Array | None) -> Array:
+def _probing(parts: Sequence[_Part]) -> _Probing:
+    """What suits the scores."""
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and all(isinstance(part, _Lines) and part.size <= _IN_CACHE for part in parts):
+        return _BY_THREE
+    return _BY_SEVEN
+
+
+def _probes(state: State, first: Array | None, how: _Probing) -> Array:
     """The ranks that are tried next, within what is known, (probe, number).
 
     Args:
       state: where the search is.
       first: those to begin with, if there are any.
+      how: which are tried.
 
     Returns:
       The ranks, of a search that is over `low`.
     """
     low, high = state.low, state.high
     span = high - low
-    stride = span // _PARTS + jnp.minimum(span % _PARTS, 1)
-    even = jnp.minimum(_column(range(1, _PARTS)) * stride, span)
+    stride = span // how.parts + jnp.minimum(span % how.parts, 1)
+    even = jnp.minimum(_column(range(1, how.parts)) * stride, span)
     # Where the threshold would be if all in between lay evenly, and how far from there chance would
     # have it.
     width = span.astype(jnp.float32)
     between = jnp.maximum(state.reached - state.above, 1).astype(jnp.float32)
     place = width * ((state.reached - state.numbers).astype(jnp.float32) + 0.5) / between
     deviation = width / (2 * jnp.sqrt(between))
-    expected = place + jnp.asarray(_DEVIATIONS, jnp.float32)[:, None] * deviation
+    expected = place + jnp.asarray(how.deviations, jnp.float32)[:, None] * deviation
     expected = jnp.clip(expected, 1.0, jnp.maximum(width, 1.0)).astype(jnp.uint32)
     probes = low + jnp.concatenate([even, jnp.minimum(expected, span)])
     if first is not None:
@@ -320,10 +344,10 @@ def kept_by_numpy(
     return masks
 
 
-def _expected(last: Array) -> Array:
+def _expected(last: Array, how: _Probing) -> Array:
     """Ranks around where a threshold is if it goes on as between the last two."""
     near = last[1:] + (last[1:] - last[:1])
-    fan = jnp.maximum(_moved(last) >> _column(_FAN), _column(_LEAST_FAN))
+    fan = jnp.maximum(_moved(last) >> _column(how.fan), _column(how.least_fan))
     return jnp.concatenate([near - fan, near, near + fan])
 
 
@@ -517,6 +541,7 @@ class _Lines:
             [dataclasses.replace(first, scores=whole.reshape(-1, _LINE), shape=(1, 1))]
         )
         self.places, self.worths = self._whole.places, self._whole.worths
+        self.size = int(self._ends[-1])
 
     @staticmethod
     def serves(layers: Sequence[_Layer]) -> bool:

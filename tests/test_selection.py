@@ -23,6 +23,14 @@ SIZE = 45
 compiled = jax.jit(select, static_argnames="magnitude")
 
 
+@functools.partial(jax.jit, static_argnames="magnitude")
+def compiled_by_seven(*args: Any, magnitude: bool) -> Any:
+    """`select` as if the scores were in no cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_IN_CACHE", 0)
+        return select(*args, magnitude=magnitude)
+
+
 def ranking(scores: np.ndarray, magnitude: bool = False) -> np.ndarray:
     """The order of flat scores from the highest on, ties by index."""
     scores = np.asarray(scores, np.float64)
@@ -82,13 +90,14 @@ def test_each_layer_keeps_its_highest_scores(
 
 @some_values
 @by_magnitude
-@given(st.data())
+@pytest.mark.parametrize("select", [compiled, compiled_by_seven], ids=["by three", "by seven"])
+@given(data=st.data())
 def test_all_layers_together_keep_the_highest_scores(
-    values: Any, magnitude: bool, data: st.DataObject
+    select: Any, values: Any, magnitude: bool, data: st.DataObject
 ) -> None:
     scores = drawn(data, values)
     keep = data.draw(st.integers(0, SIZE))
-    masks, _ = compiled(scores, jnp.uint32(keep), magnitude=magnitude)
+    masks, _ = select(scores, jnp.uint32(keep), magnitude=magnitude)
     assert_masks(masks, by_sorting_together(scores, keep, magnitude))
 
 
@@ -343,11 +352,19 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("shared", "magnitude"), [(False, True), (True, False)], ids=["each", "shared"]
+    ("shared", "magnitude", "in_cache"),
+    [(False, True, True), (True, False, True), (True, False, False)],
+    ids=["each", "shared", "shared, not in a cache"],
 )
 def test_few_passes_find_a_threshold_and_fewer_one_that_moved_as_expected(
-    passes: list[int], shared: bool, magnitude: bool
+    passes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    shared: bool,
+    magnitude: bool,
+    in_cache: bool,
 ) -> None:
+    if not in_cache:
+        monkeypatch.setattr(selection, "_IN_CACHE", 0)
     rng = np.random.default_rng(0)
     scores = [jnp.asarray(rng.standard_normal(n), jnp.float32) for n in (90_000, 10_000)]
     moved = [s + jnp.asarray(rng.choice([-0.005, 0.005], s.size), jnp.float32) for s in scores]
