@@ -161,6 +161,11 @@ def all_numbers(argument: str, net: Network, arrays: list[Array], cause: str = "
             raise ValueError(f"{argument} must be numbers, but {layer.name} has a NaN{cause}")
 
 
+def not_diverged(net: Network, scores: list[Array]) -> None:
+    """Checks that the scores which a method found have no NaN."""
+    all_numbers("scores of method", net, scores, ": its optimizer diverged")
+
+
 @meshes.program(layers=lambda arrays: arrays, by_numpy=lambda: Quick(_are_nan_by_numpy))
 def _are_nan(_: Network | None, arrays: list[Array]) -> Array:
     """The number of NaN entries in each array."""

@@ -15,7 +15,7 @@ from dpai_jax import checks
 from dpai_jax.granularity import parsed
 from dpai_jax.methods.base import Data, Loss, Method, Problem, Report, read_batches
 from dpai_jax.methods.dpai import DPaI
-from dpai_jax.paths import trace
+from dpai_jax.paths import Network, trace
 from dpai_jax.pruning import (
     Result,
     check_arguments,
@@ -51,9 +51,9 @@ def prune_many(
     """Prunes a network several times: with several keys, sparsities or methods.
 
     The masks are those of as many calls of `prune`, bit by bit. But where `DPaI` differs in key,
-    sparsity, α, β or γ alone, all runs are one program; where there are several devices, they
-    share the runs. Other methods, `DPaI` with an optimizer that counts its steps (Adam) and
-    networks on a mesh are pruned one after another.
+    sparsity, α, β or γ alone, all runs are one program; several devices share the runs, and on a
+    single CPU two threads do. Other methods, `DPaI` with an optimizer that counts its steps (Adam)
+    and networks on a mesh are pruned one after another.
 
     Example:
       >>> import jax, jax.numpy as jnp, dpai_jax as dpai
@@ -109,7 +109,7 @@ def prune_many(
         progress=progress,
     )
     results: dict[int, Result] = {}
-    for group in _groups(problems, [one for _, one, _ in jobs]):
+    for group in _groups(net, params, problems, [one for _, one, _ in jobs]):
         if len(group) == 1:
             one_sparsity, one, one_key = jobs[group[0]]
             results[group[0]] = single(one_sparsity, method=one, key=one_key)
@@ -118,7 +118,7 @@ def prune_many(
         with uncollected():
             check_network(net, params)
             found = methods[0].run_many(methods, [problems[i] for i in group])
-            many = results_of(methods, [problems[i] for i in group], found, repair)
+            many = results_of(methods, [problems[i] for i in group], found, repair, checked=True)
         results |= dict(zip(group, many, strict=True))
     each = (time.perf_counter() - start) / max(len(jobs), 1)
     return [dataclasses.replace(results[i], seconds=each) for i in range(len(jobs))]
@@ -145,12 +145,14 @@ def _is_sequence(value: Any) -> bool:
     return jnp.ndim(value) == 1 + bool(dtype == jnp.uint32)
 
 
-def _groups(problems: Sequence[Problem], methods: Sequence[Any]) -> list[list[int]]:
+def _groups(
+    net: Network, params: PyTree, problems: Sequence[Problem], methods: Sequence[Any]
+) -> list[list[int]]:
     """The prunings that can share one program, by their indices."""
     groups: dict[Any, list[int]] = {}
+    on_mesh = any(shardings_of(net.leaves(params)))
     for i, (problem, method) in enumerate(zip(problems, methods, strict=True)):
-        problem.granularity.check(problem.net, problem.sparsity)
-        on_mesh = any(shardings_of(problem.net.leaves(problem.params)))
+        problem.granularity.check(net, problem.sparsity)
         together = i if on_mesh else getattr(method, "together", i)
         groups.setdefault(together, []).append(i)
     return list(groups.values())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from dpai_jax.paths import Layer, Network
 from dpai_jax.summaries import Summary
 from dpai_jax.tools import meshes
 from dpai_jax.tools.host import Quick
+from dpai_jax.tools.lanes import shares_of, side_by_side
 from dpai_jax.tools.rows import Group, are_small, counts_of, groups_of, in_order
 from dpai_jax.tools.switches import usual_switches
 
@@ -238,25 +240,43 @@ def topology(net: Network, masks: PyTree) -> Topology:
       DPaI (ICLR 2025); Pham et al., Towards Data-Agnostic Pruning At Initialization: What Makes a
       Good Sparse Mask?, NeurIPS 2023.
     """
-    return measure(net, [checks.masks(net, masks)])[0]
+    return measure(net, [checks.masks(net, masks)])()[0]
 
 
-def measure(net: Network, masks: Sequence[list[Array]]) -> list[Topology]:
-    """`topology` of several masks, each a list of the layers' boolean arrays."""
-    # All are under way before the first is read.
+def measure(net: Network, masks: Sequence[list[Array]]) -> Callable[[], list[Topology]]:
+    """Starts to measure the `topology` of several masks, each a list of the layers' boolean arrays.
+
+    Args:
+      net: the traced network.
+      masks: the masks.
+
+    Returns:
+      A function that waits for the topologies and returns them.
+    """
     groups = groups_of(net, masks[0])
-    found = jax.device_get(
-        [(counted(net, kept, "exact", 1.0), _counts(net, groups, kept)) for kept in masks]
-    )
-    return [_topology(net, log_paths, in_order(groups, counts)) for log_paths, counts in found]
+
+    def started(share: Sequence[list[Array]]) -> list[Any]:
+        return [(counted(net, kept, "exact", 1.0), _counts(net, groups, kept)) for kept in share]
+
+    under_way = itertools.chain(*side_by_side(started, shares_of(masks)))
+
+    known = [(layer.name, layer.shape, layer.size, _n_outputs(layer)) for layer in net.layers]
+
+    def finished() -> list[Topology]:
+        found = jax.device_get(list(under_way))
+        return [
+            _topology(known, log_paths, in_order(groups, counts)) for log_paths, counts in found
+        ]
+
+    return finished
 
 
-def _topology(net: Network, log_paths: np.ndarray, counts: list[np.ndarray]) -> Topology:
-    layers = (
-        LayerTopology(layer.name, layer.shape, layer.size, _n_outputs(layer), *map(int, numbers))
-        for layer, numbers in zip(net.layers, counts, strict=True)
-    )
-    return Topology(float(np.float32(log_paths)), tuple(layers))
+def _topology(
+    known: list[tuple[Any, ...]], log_paths: np.ndarray, counts: list[np.ndarray]
+) -> Topology:
+    pairs = zip(known, counts, strict=True)
+    layers = tuple(LayerTopology(*own, *numbers.tolist()) for own, numbers in pairs)
+    return Topology(float(np.float32(log_paths)), layers)
 
 
 def _n_outputs(layer: Layer) -> int:

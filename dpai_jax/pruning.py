@@ -187,42 +187,77 @@ def prune(
 
 
 def results_of(
-    methods: Sequence[Method], problems: Sequence[Problem], found: Sequence[Pruned], repair: bool
+    methods: Sequence[Method],
+    problems: Sequence[Problem],
+    found: Sequence[Pruned],
+    repair: bool,
+    *,
+    checked: bool = False,
 ) -> list[Result]:
-    """The results of several problems on one network, without their seconds."""
+    """The results of several problems on one network, without their seconds.
+
+    Args:
+      methods: a method for each problem.
+      problems: the problems.
+      found: what the methods returned.
+      repair: whether to repair the masks.
+      checked: whether it is known that no score is NaN.
+
+    Returns:
+      The results.
+    """
     problem, net, name = problems[0], problems[0].net, type(methods[0]).__name__
     if problem.given.is_given and not problem.given.is_used:
         warnings.warn(f"{name} uses no data: loss_fn and batches were ignored", stacklevel=4)
     leaves, one = net.leaves(problem.params), jnp.ones((), bool)
-    masks = []
-    for problem, pruned in zip(problems, found, strict=True):
-        checks.all_numbers("scores of method", net, pruned.scores, ": its optimizer diverged")
-        own: list[Any] = pruned.masks
-        if repair:
-            rank = pruned.scores if pruned.rank is None else pruned.rank()
-            own = repaired_layers(net, own, rank, jax.random.fold_in(problem.key, 1))
-        masks.append(meshes.device_put_like([jnp.asarray(m) for m in own], leaves))
-    results = []
+    on_mesh = any(meshes.shardings_of(leaves))
+
+    def put(arrays: list[Array]) -> list[Array]:
+        return meshes.device_put_like(arrays, leaves) if on_mesh else arrays
+
+    def check_scores() -> None:
+        for pruned in () if checked else found:
+            checks.not_diverged(net, pruned.scores)
+
+    masks: list[list[Any]] = [pruned.masks for pruned in found]
+    if repair:
+        check_scores()
+        masks = [_repaired(*pair) for pair in zip(problems, found, strict=True)]
+    masks = [put(list(map(_on_device, own))) for own in masks]
     topologies = measure(net, masks)
-    for method, problem, pruned, own, topo in zip(
-        methods, problems, found, masks, topologies, strict=True
-    ):
+    # What Python does while they are measured.
+    results = [
+        functools.partial(
+            Result,
+            masks=net.tree(own, lambda: one),
+            scores=net.tree(put(pruned.scores), lambda: np.float32(0)),
+            history=pruned.history,
+            seconds=0.0,
+            settings=_settings(method, problem, repair),
+            net=net,
+        )
+        for method, problem, pruned, own in zip(methods, problems, found, masks, strict=True)
+    ]
+    if not repair:
+        check_scores()
+    ended = []
+    for problem, own, result, topo in zip(problems, masks, results, topologies(), strict=True):
         _check_kept(name, problem, own, topo.weights)
         if topo.collapsed:
             warnings.warn(_collapse(topo), stacklevel=4)
-        scores = meshes.device_put_like(pruned.scores, leaves)
-        results.append(
-            Result(
-                masks=net.tree(own, lambda: one),
-                scores=net.tree(scores, lambda: np.float32(0)),
-                topology=topo,
-                history=pruned.history,
-                seconds=0.0,
-                settings=_settings(method, problem, repair),
-                net=net,
-            )
-        )
-    return results
+        ended.append(result(topology=topo))
+    return ended
+
+
+def _on_device(mask: Any) -> Array:
+    return mask if isinstance(mask, Array) else jnp.asarray(mask)
+
+
+def _repaired(problem: Problem, pruned: Pruned) -> list[Array]:
+    rank = pruned.scores if pruned.rank is None else pruned.rank()
+    key = jax.random.fold_in(problem.key, 1)
+    masks: list[Any] = repaired_layers(problem.net, pruned.masks, rank, key)
+    return masks
 
 
 def _collapse(topo: Topology) -> str:

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dpai_jax as dpai
 from dpai_jax import counts, measuring
+from dpai_jax.methods import ascending, noise, selector
 from dpai_jax.methods import dpai as method
-from dpai_jax.methods import noise, selector
 from dpai_jax.methods.noise import normal_scores
 from tests.support import sharded
 
@@ -152,7 +152,7 @@ def programs(params, fn, x, optimizer):
     how = dpai.DPaI(optimizer=optimizer)
     scores = normal_scores(net, jax.random.key(0), params)
     strengths = method._strengths_of(net, scores, strength=jnp.abs)
-    state = method._State(scores, how._init(scores))
+    state = ascending.State(scores, how._init(scores))
     keep = [jnp.uint32(k) for k in net.leaves(dpai.erk(net, 0.8))]
     find = (net, scores, keep, jnp.zeros((2, sum(k.size for k in keep)), jnp.uint32))
     masks, _ = selector._select(*find)
@@ -161,7 +161,7 @@ def programs(params, fn, x, optimizer):
     axes = tuple(measuring._axes(net))
     return [
         selector._select.lower(*find).compile(),
-        method._step.lower(*step, **how._settings()).compile(),
+        method.take_step.lower(*step, **how._settings()).compile(),
         counts._reached.lower(net, masks).compile(),
         counts._log_count.lower(net, masks, counting="exact", below=1.0).compile(),
         measuring._count_layers.lower(net, masks, masks, axes=axes).compile(),
@@ -265,14 +265,14 @@ def test_memory_of_a_device_falls_with_their_number():
 
 def test_what_the_optimizer_remembers_lies_like_the_scores(monkeypatch):
     states = []
-    step = method._step
+    step = method.take_step
 
     def keeping(net, state, masks, *args, **settings):
         states.append(jax.tree.map(jnp.copy, (state, masks)))
         return step(net, state, masks, *args, **settings)
 
     keeping.ahead = step.ahead
-    monkeypatch.setattr(method, "_step", keeping)
+    monkeypatch.setattr(method, "take_step", keeping)
     fn, params, x = sharded.network("mlp")
     spread = sharded.spread(params, sharded.mesh("mixed", AxisType.Explicit))
     how = dpai.DPaI(steps=3, optimizer=optax.adam(0.1))

@@ -131,6 +131,10 @@ def ascent(
     return net.tree(directions, lambda: np.float32(0))
 
 
+# What `direction` measures.
+MEASURED = {"log_paths": np.float32, "nodes": np.uint32, "kernels": np.uint32}
+
+
 class Objective(NamedTuple):
     """What the scores ascend (see `ascent`).
 

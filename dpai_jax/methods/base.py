@@ -1,7 +1,7 @@
 """What a pruning method is: a frozen dataclass of settings with one function, `run`.
 
 A method may have two more functions: `compile_ahead(problem)` starts to compile what `run` needs,
-and `run_many` runs several methods at once whose `together` is equal.
+and `run_many` runs several methods at once whose `together` is equal, and raises if a score is NaN.
 
 Methods work on plain lists with one item for each layer, in the order of `net.layers`.
 `dpai_jax.prune` turns the lists into trees.

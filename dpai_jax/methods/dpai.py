@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,22 @@ import numpy as np
 import optax
 from jax import Array
 
-from dpai_jax import checks, counts, grouping
+from dpai_jax import checks, counts, grouping, measuring
 from dpai_jax.allocation import check_allocation, erk, global_threshold
 from dpai_jax.methods import folded, noise
-from dpai_jax.methods.balance import BALANCES, Objective, as_strengths, direction, moved
-from dpai_jax.methods.base import Allocation, Problem, Pruned, Report
+from dpai_jax.methods.ascending import Share, State, take_step
+from dpai_jax.methods.balance import BALANCES, MEASURED, Objective, as_strengths
+from dpai_jax.methods.base import Allocation, Problem, Pruned
 from dpai_jax.methods.saliency import exponential
-from dpai_jax.methods.selector import LargeSelector, ManySelector, Selector, masks_of
+from dpai_jax.methods.selector import (
+    LargeSelector,
+    Selector,
+)
 from dpai_jax.paths import Network
-from dpai_jax.selection import Cut, as_count
+from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
 from dpai_jax.tools import meshes
+from dpai_jax.tools.lanes import shares_of, side_by_side
 from dpai_jax.tools.powers import largest_entry, power_of_two
 from dpai_jax.tools.rows import ahead_by_groups, by_groups
 from dpai_jax.tools.signatures import Alike
@@ -44,13 +50,6 @@ _RANGE = 2.0**-60, 2.0**60
 
 # Steps between two reports: reading a number waits for the device.
 _REPORT_EVERY = 10
-
-
-class _State(NamedTuple):
-    """What the scores' steps hand on, a list over the layers each."""
-
-    scores: list[Array]
-    optimizer: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +167,11 @@ class DPaI:
         first = sum(map(np.sum, jax.device_get(jax.tree.leaves(keeps[0]))))
         everything = keeps[0] if first == net.size else None
         factors = [] if self._weighs_kept else strengths
+        state = State(scores, init(scores) if steps is None else steps.memory(scores, init))
 
-        def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
-            nonlocal kept
+        def step(t: int) -> dict[str, Array]:
+            nonlocal state, kept
+            keep = keeps[t]
             if not self._weighs_kept:
                 masks = selector.masks(state.scores, keep)
             elif keep is everything:
@@ -179,21 +180,31 @@ class DPaI:
                 kept = kept or by_groups(_copied, net, strengths)
                 kept = masks = selector.weighed(kept, strengths, state.scores, keep)
             if steps is None:
-                return _step(net, state, masks, factors, exponents, weights, **settings)
-            *after, measured = steps(*state, masks, factors, exponents, on_device)
-            return _State(*after), measured
+                state, numbers = take_step(
+                    net, state, masks, factors, exponents, weights, **settings
+                )
+            else:
+                *after, numbers = steps(*state, masks, factors, exponents, on_device)
+                state = State(*after)
+            return numbers
 
-        state = _State(scores, init(scores) if steps is None else steps.memory(scores, init))
-        state, masks, history = _ascend(step, state, selector, keeps, problem.report)
-        return _pruned(state.scores, masks, history)
+        measured, reports = [], set(_reports(self.steps))
+        for t in range(self.steps):
+            measured.append(step(t))
+            if t + 1 in reports:
+                numbers = jax.tree.map(np.mean, jax.device_get(measured[-1]))
+                problem.report(t + 1, self.steps, numbers)
+        scores = state.scores
+        del state  # what the optimizer remembers is as large as all the rest
+        masks = selector.masks(scores, keeps[-1])
+        found = jax.device_get(measured)
+        history = {name: np.asarray([numbers[name] for numbers in found]) for name in MEASURED}
+        return _pruned(scores, masks, history)
 
     @property
     def together(self) -> Hashable:
         """Methods of which this is equal can be run by one program (see `run_many`)."""
-        memory = jax.eval_shape(self._init, [jax.ShapeDtypeStruct((2,), jnp.float32)])
-        # What is worked out from a number of steps, such as Adam's corrections, XLA rounds
-        # otherwise for one problem than for many.
-        if self.scores is not None or any(x.ndim == 0 for x in jax.tree.leaves(memory)):
+        if self.scores is not None or (self.optimizer is not None and _counts_steps(self._init)):
             return object()  # equal to nothing else
         functions = Alike(self.allocation), Alike(self._init)
         return functions, self.schedule, self.strength, self.steps, *self._settings().items()
@@ -209,47 +220,40 @@ class DPaI:
         Returns:
           What `run` returns for each.
         """
-        method, first, number = methods[0], problems[0], len(problems)
-        net = first.net
+        method, net, steps = methods[0], problems[0].net, methods[0].steps
+        measuring.compile_ahead(net, net.leaves(problems[0].params))
+        strengths = method._strengths(problems[0])
+        settings = method._settings(problems[0].granularity.parts(net))
         # Worked out once for problems of one sparsity.
-        keeps_at = {s: method._keeps(p) for s, p in {p.sparsity: p for p in problems}.items()}
-        each = [keeps_at[problem.sparsity] for problem in problems]
-        keeps = [jax.tree.map(lambda *xs: np.stack(xs), *now) for now in zip(*each, strict=True)]
-        weights = tuple(map(np.stack, zip(*(m._weights() for m in methods), strict=True)))
-        parts = first.granularity.parts(net)
-        settings, init = method._settings(parts), Alike(method._init)
-        strengths, exponents = method._strengths(first)
-        if strengths:
-            start = method._start(first, strengths, exponents)
-            scores = [jnp.broadcast_to(s, (number, *s.shape)) for s in start]
-        else:
-            scores = noise.normal_scores_of_many(net, [problem.key for problem in problems])
-            scores = counts.rank_last(net, scores, 0.0)
-            if parts:
-                scores = _drawn_together_many(net, scores, parts=parts)
-        scores = meshes.shared_out(scores, number)
-        selector = ManySelector(net, keeps[0], parts, number)
-
-        def step(state: _State, keep: Any) -> tuple[_State, dict[str, Array]]:
-            kept = selector.kept(state.scores, keep)
-            after: tuple[_State, dict[str, Array]] = _step_many(
-                net, state, kept, strengths, exponents, weights, **settings
+        keeps = {s: method._keeps(p) for s, p in {p.sparsity: p for p in problems}.items()}
+        shares = [
+            Share(
+                net,
+                method._starts([problems[i] for i in own], *strengths),
+                Alike(method._init),
+                [keeps[problems[i].sparsity] for i in own],
+                [methods[i]._weights() for i in own],
+                *strengths,
+                settings,
             )
-            return after
+            for own in shares_of(range(len(problems)))
+        ]
+        shares[0].compile_ahead()
 
-        state, masks, history = _ascend(
-            step,
-            _State(scores, _init_many(net, scores, init=init)),
-            selector,
-            keeps,
-            first.report,
-        )
-        found, ended = meshes.on_one_device([state.scores, masks]), []
-        for i in range(number):
-            own_scores, own_masks = _taken(net, found, i)
-            own_history = {name: x[:, i] for name, x in history.items()}
-            ended.append(_pruned(own_scores, own_masks, own_history))
-        return ended
+        def show(last: int, each: list[dict[str, Array]]) -> None:
+            found = jax.device_get(each)
+            means = {name: np.mean([numbers[name] for numbers in found]) for name in MEASURED}
+            problems[0].report(last, steps, means)
+
+        before: list[Any] = []
+        for last in _reports(steps):
+            each = side_by_side(functools.partial(Share.ascend, last=last), shares)
+            if before:  # shown while the steps after it are under way
+                show(*before)
+            before = [last, each]
+        show(*before)
+        ended = itertools.chain(*side_by_side(Share.ended, shares))
+        return [_pruned(*found) for found in ended]
 
     def compile_ahead(self, problem: Problem) -> None:
         """Starts to compile what `run` needs."""
@@ -263,12 +267,12 @@ class DPaI:
         exponents = [jax.ShapeDtypeStruct((), jnp.int32) for _ in strengths]
         steps = self._folded(net, shapes, parts)
         start = init if steps is None else functools.partial(steps.memory, init=init)
-        state = _State(shapes, jax.eval_shape(start, shapes))
+        state = State(shapes, jax.eval_shape(start, shapes))
         masks, weights = self._shapes(problem, bool), self._weights()
         args = (shapes, [], exponents) if self._weighs_kept else (masks, strengths, exponents)
         if steps is None:
             settings = self._settings(parts)
-            _step.ahead(net, state, *args, weights, calls=self.steps, **settings)
+            take_step.ahead(net, state, *args, weights, calls=self.steps, **settings)
         else:
             steps(*state, *args, weights, ahead=self.steps)
         number, is_one = as_count(0), self._is_one_number(parts)  # any number
@@ -366,6 +370,21 @@ class DPaI:
         scores = counts.rank_last(net, scores, 0.0)
         return _together(net, scores, parts=parts, drawn=drawn) if parts else scores
 
+    def _starts(
+        self, problems: Sequence[Problem], strengths: list[Array], exponents: list[Array]
+    ) -> list[Array]:
+        """The scores that several problems start from, stacked and shared out."""
+        net, number = problems[0].net, len(problems)
+        if strengths:
+            start = self._start(problems[0], strengths, exponents)
+            return meshes.shared_out(_repeated(net, start, number=number), number)
+        parts = problems[0].granularity.parts(net)
+        scores = noise.normal_scores_of_many(net, [problem.key for problem in problems])
+        scores = counts.rank_last(net, scores, 0.0)
+        if parts:
+            scores = _drawn_together_many(net, scores, parts=parts)
+        return meshes.shared_out(scores, number)
+
 
 @meshes.program(
     like=lambda weights: [(weight, None) for weight in weights],
@@ -417,55 +436,23 @@ _SCHEDULES: Mapping[str, Callable[[float, int], list[float]]] = {
 }
 
 
-def _ascend(
-    step: Callable[[_State, Any], tuple[_State, dict[str, Array]]],
-    state: _State,
-    selector: Selector | LargeSelector | ManySelector,
-    keeps: list[Any],
-    report: Report,
-) -> tuple[_State, list[Array], dict[str, np.ndarray]]:
-    """Algorithm 1, lines 4 to 8, of one problem or of many side by side: masks and history."""
-    measured: list[dict[str, Any]] = []
-    steps = len(keeps) - 1
-    for t, keep in enumerate(keeps[:-1]):
-        state, numbers = step(state, keep)
-        measured.append(numbers)
-        if t % _REPORT_EVERY == 0 or t == steps - 1:
-            report(t + 1, steps, jax.tree.map(np.mean, jax.device_get(numbers)))
-    state = _State(state.scores, None)  # what the optimizer remembers is as large as all the rest
-    masks = selector.masks(state.scores, keeps[-1])
-    history = jax.tree.map(lambda *xs: np.asarray(xs), *jax.device_get(measured))
-    return state, masks, history
+def _reports(steps: int) -> list[int]:
+    """After how many steps progress is shown."""
+    return sorted({*range(1, steps, _REPORT_EVERY), steps})
 
 
-def _pruned(scores: list[Array], masks: list[Array], history: dict[str, np.ndarray]) -> Pruned:
+def _counts_steps(init: Callable[[Any], Any]) -> bool:
+    """Whether an optimizer remembers a number of steps.
+
+    What is worked out from it, such as Adam's corrections, XLA rounds otherwise for one problem
+    than for many.
+    """
+    memory = jax.eval_shape(init, [jax.ShapeDtypeStruct((2,), jnp.float32)])
+    return any(x.ndim == 0 for x in jax.tree.leaves(memory))
+
+
+def _pruned(scores: list[Array], masks: list[Array], history: Mapping[str, np.ndarray]) -> Pruned:
     return Pruned(masks, scores, history, rank=lambda: [jnp.abs(s) for s in scores])
-
-
-@meshes.program(
-    like=lambda state, *_: (state, None),
-    layers=lambda state, *_: state.scores,
-    donate=(0,),
-    by_numpy="exactly",
-)
-def _step(
-    net: Network,
-    state: _State,
-    masks: list[Array],
-    strengths: list[Array],
-    exponents: list[Array],
-    weights: tuple[Any, Any, Any],
-    *,
-    objective: Objective,
-    update: Alike | None,
-    parts: grouping.Parts = (),
-) -> tuple[_State, dict[str, Array]]:
-    """Lines 6 to 8 of Algorithm 1."""
-    directions, measured = direction(
-        net, objective, weights, state.scores, masks, strengths, exponents
-    )
-    directions = grouping.together(directions, parts)
-    return _State(*moved(directions, state.scores, state.optimizer, update)), measured
 
 
 @meshes.program(like=lambda scores: scores, layers=lambda scores: scores)
@@ -481,28 +468,6 @@ def _drawn_together_many(_: Network, scores: list[Array], *, parts: grouping.Par
     return jax.vmap(functools.partial(grouping.drawn_together, parts=parts))(scores)
 
 
-@meshes.program(donate=(0,))
-def _step_many(
-    net: Network,
-    state: _State,
-    kept: list[Array] | Cut,
-    strengths: list[Array],
-    exponents: list[Array],
-    weights: Any,
-    **settings: Any,
-) -> Any:
-    def step(state: _State, kept: list[Array] | Cut, *rest: Any) -> Any:
-        return _step.fn(net, state, masks_of(net, state.scores, kept), *rest, **settings)
-
-    return jax.vmap(step, in_axes=(0, 0, None, None, 0))(state, kept, strengths, exponents, weights)
-
-
 @meshes.program()
-def _init_many(_: Network, scores: list[Array], *, init: Alike) -> Any:
-    return jax.vmap(init)(scores)
-
-
-@meshes.program()
-def _taken(_: Network, arrays: Any, i: Array) -> Any:
-    """One of the problems' arrays."""
-    return jax.tree.map(lambda x: x[i], arrays)
+def _repeated(_: Network, arrays: list[Array], *, number: int) -> list[Array]:
+    return [jnp.broadcast_to(x, (number, *x.shape)) for x in arrays]

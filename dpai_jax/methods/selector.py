@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,40 +168,74 @@ class LargeSelector:
         return search(list(map(np.asarray, scores)), int(keep), count)
 
 
-class ManySelector:
-    """A `Selector` for several problems side by side, on one device or shared out.
+class Selected(NamedTuple):
+    """What is kept of several problems side by side, on one device or shared out.
+
+    Attributes:
+      found: the masks, or where each problem's scores are cut (see `masks_of`).
+      thresholds: the last two, (problem, 2, number to keep).
+    """
+
+    found: list[Array] | Cut
+    thresholds: Array
+
+
+def nothing_selected(number: int, keep: Any, parts: grouping.Parts) -> Selected:
+    """What comes before a first selection.
+
+    Args:
+      number: how many problems there are.
+      keep: numbers to keep, stacked, of the structure of all that come.
+      parts: which weights stand or fall together.
+
+    Returns:
+      All scores, if one number is to be kept of each problem; otherwise no masks.
+    """
+    one = _is_one_number(keep, parts)
+    found: Any = cut_at(0) if one else [], no_thresholds(_size(keep) // number)
+    return Selected(*jax.tree.map(lambda x: np.tile(x, (number, 1, 1)), found))
+
+
+def select_many(
+    net: Network, scores: list[Array], keep: Any, last: Selected, parts: grouping.Parts
+) -> Selected:
+    """Selects the weights of the highest magnitudes of each problem; for use within a program.
 
     Args:
       net: the traced network.
-      keep: numbers to keep, stacked, of the structure of all that come.
+      scores: the layers' scores, stacked.
+      keep: numbers to keep, stacked.
+      last: what was selected before.
       parts: which weights stand or fall together.
-      number: how many problems there are.
+
+    Returns:
+      What is kept.
     """
+    if _is_one_number(keep, parts):
+        cut: Cut = meshes.in_turn(cut_of, scores, keep, last.thresholds)
+        thresholds = jnp.concatenate([last.thresholds[:, 1:], cut.thresholds], 1)
+        return Selected(cut, thresholds)
+    select = functools.partial(_select.fn, net, parts=parts)
+    return Selected(*meshes.in_turn(select, scores, keep, last.thresholds))
 
-    def __init__(self, net: Network, keep: Any, parts: grouping.Parts, number: int):
-        self.net, self._parts = net, parts
-        self._is_one_number = _is_one_number(keep, parts)
-        none = no_thresholds(_size(keep) // number)
-        self._thresholds = jnp.asarray(np.broadcast_to(none, (number, *none.shape)))
 
-    def kept(self, scores: list[Array], keep: Any) -> list[Array] | Cut:
-        """The masks of the scores, as they are or for `masks_of`, which makes them in a program."""
-        found: list[Array] | Cut
-        args = self.net, scores, keep, self._thresholds
-        if self._is_one_number:
-            found, self._thresholds = _cut_many(*args)
-        else:
-            found, self._thresholds = _select_many(*args, parts=self._parts)
-        return found
+@meshes.program()
+def selected_many(
+    net: Network, scores: list[Array], keep: Any, last: Selected, *, parts: grouping.Parts
+) -> Selected:
+    """`select_many` as a program."""
+    return select_many(net, scores, keep, last, parts)
 
-    def masks(self, scores: list[Array], keep: Any) -> list[Array]:
-        """The masks of the scores."""
-        found = self.kept(scores, keep)
-        return _masks_many(self.net, scores, found) if isinstance(found, Cut) else found
+
+@meshes.program()
+def masks_of_many(net: Network, scores: list[Array], found: Cut) -> list[Array]:
+    """The masks of several problems, stacked."""
+    masks: list[Array] = jax.vmap(functools.partial(masks_of, net))(scores, found)
+    return masks
 
 
 def masks_of(net: Network, scores: list[Array], found: list[Array] | Cut) -> list[Array]:
-    """The masks of one problem, of what `ManySelector` has found."""
+    """The masks of one problem, of what `select_many` has found."""
     if not isinstance(found, Cut):
         return found
     return kept(scores, _firsts(net), found)
@@ -303,27 +337,3 @@ def _select_by_numpy(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     masks, found = select_by_numpy(scores, keep, magnitude=True)
     return masks, np.concatenate([thresholds[1:], found])
-
-
-@meshes.program()
-def _cut_many(_: Network, scores: list[Array], keep: Array, thresholds: Array) -> tuple[Cut, Array]:
-    cut: Cut = meshes.in_turn(cut_of, scores, keep, thresholds)
-    return cut, jnp.concatenate([thresholds[:, 1:], cut.thresholds], 1)
-
-
-@meshes.program()
-def _masks_many(net: Network, scores: list[Array], cut: Cut) -> Any:
-    return jax.vmap(functools.partial(masks_of, net))(scores, cut)
-
-
-@meshes.program()
-def _select_many(
-    net: Network,
-    scores: list[Array],
-    keep: list[Array] | Array,
-    thresholds: Array,
-    *,
-    parts: grouping.Parts = (),
-) -> Any:
-    select = functools.partial(_select.fn, net, parts=parts)
-    return meshes.in_turn(select, scores, keep, thresholds)

@@ -29,12 +29,10 @@ from jax.experimental import serialize_executable
 
 from dpai_jax.tools.drafts import write_whole
 from dpai_jax.tools.signatures import Alike
+from dpai_jax.tools.switches import all_switches
 
 # Functions of these packages are known by their names and the packages' releases.
 _KNOWN = ("jax", "jaxlib", "numpy", "optax", "dpai_jax")
-
-# JAX's switches that make no difference to a program begin so.
-_ASIDE = ("jax_compilation_cache", "jax_persistent_cache", "jax_dump", "jax_log", "jax_explain")
 
 _folder: pathlib.Path | None = None
 
@@ -74,7 +72,7 @@ def fingerprint(*parts: Any) -> str | None:
 
 def name_of(title: str, *parts: Any) -> str | None:
     """A file's name for a program that is made of these parts; None if nothing tells them apart."""
-    digits = fingerprint(*parts, _surroundings(), _switches())
+    digits = fingerprint(*parts, _surroundings(), all_switches())
     return None if digits is None else f"{title.strip('_')}-{digits[:40]}"
 
 
@@ -202,10 +200,3 @@ def _processor() -> str:
         kinds = ("model name", "flags", "Features")
         return repr(sorted({line for line in lines if line.startswith(kinds)}))
     return platform.machine() + platform.processor()
-
-
-def _switches() -> str:
-    """JAX's switches and its mesh, as they are in this thread."""
-    values = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
-    own = sorted((name, x) for name, x in values.items() if not name.startswith(_ASIDE))
-    return repr((own, jax.sharding.get_abstract_mesh()))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -131,7 +132,8 @@ class Program:
             name = functools.partial(
                 disk.name_of, self.fn.__name__, self.fn, owner, tuple(sorted(settings.items()))
             )
-            programs[key] = _Compiled(traced, self.donate, by_numpy, name)
+            # Another thread may have been faster.
+            programs.setdefault(key, _Compiled(traced, self.donate, by_numpy, name))
         return programs[key], args
 
 
@@ -158,6 +160,8 @@ class _Compiled:
         # None for a file that turned out to be of no use.
         self._ahead: dict[Any, Future[jax.stages.Compiled | None]] = {}
         self._is_compiled: set[Any] = set()
+        # Held by a thread that traces, compiles or lets NumPy run; others wait for it.
+        self._first = threading.RLock()
         self._by_numpy = None if by_numpy == "never" else host.Calls(self.jitted, by_numpy)
         self._is_quick = isinstance(by_numpy, Quick)
         # The names on disk, None where a program is not kept there.
@@ -192,10 +196,11 @@ class _Compiled:
 
     def _compiled(self, key: Hashable) -> jax.stages.Compiled:
         """Compiles for arguments of these shapes on the default device, or waits for that."""
-        found = self._start(key).result()
-        if found is None:
-            del self._ahead[key]
+        with self._first:
             found = self._start(key).result()
+            if found is None:
+                del self._ahead[key]
+                found = self._start(key).result()
         assert found is not None
         return found
 
@@ -224,19 +229,26 @@ class _Compiled:
         if self.within is not self.jitted and _are_traced(args):
             return self.within(*args)
         key = shapes_of(args)
-        is_kept = self._look_up(key, args)
-        compiling = self._ahead.get(key)
-        is_ready = key in self._is_compiled or (compiling is not None and compiling.done())
-        if self._by_numpy is not None and not is_ready:
-            found = self._by_numpy.run(key, args)
-            if found is not None:
-                return found
-        self._is_compiled.add(key)
-        if is_kept or _are_committed(args):
+        if key in self._is_compiled:
+            return self._run(key, args)
+        with self._first:
+            self._look_up(key, args)
+            compiling = self._ahead.get(key)
+            is_ready = key in self._is_compiled or (compiling is not None and compiling.done())
+            if self._by_numpy is not None and not is_ready:
+                found = self._by_numpy.run(key, args)
+                if found is not None:
+                    return found
+            if compiling is not None:
+                wait([compiling])  # an error is raised again by the call below
+            found = self._run(key, args)
+            self._is_compiled.add(key)
+            return found
+
+    def _run(self, key: Hashable, args: tuple[Any, ...]) -> Any:
+        if self._look_up(key, args) or _are_committed(args):
             # JAX would compile for them once more, and again where only some are committed.
             return self._compiled(key)(*args)
-        if compiling is not None:
-            wait([compiling])  # an error is raised again by the call below
         return self.jitted(*args)
 
 

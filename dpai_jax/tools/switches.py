@@ -7,10 +7,20 @@ from typing import Any
 
 import jax
 
+# Switches that make no difference to a program begin so.
+_ASIDE = ("jax_compilation_cache", "jax_persistent_cache", "jax_dump", "jax_log", "jax_explain")
+
 
 def switch(name: str) -> Any:
     """One of JAX's switches, as it is in this thread."""
     return getattr(jax.config, name)
+
+
+def all_switches() -> str:
+    """JAX's switches and its mesh, as they are in this thread."""
+    values = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
+    own = sorted((name, x) for name, x in values.items() if not name.startswith(_ASIDE))
+    return repr((own, jax.sharding.get_abstract_mesh()))
 
 
 def are_on_default_device(leaves: Iterable[Any]) -> bool:

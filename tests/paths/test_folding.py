@@ -177,7 +177,7 @@ def test_pruning_block_by_block_gives_the_masks_of_one_program(optimizer, is_tie
         found = dpai.prune(*network, 0.6, method=method)
     programs = {key[0].__name__ for key in found.net.programs if type(key) is tuple}
     assert "_step_behind" in programs
-    assert "_step" not in programs
+    assert "take_step" not in programs
     whole(monkeypatch, *case)
     expected = dpai.prune(*network, 0.6, method=method)
     jax.tree.map(np.testing.assert_array_equal, found.masks, expected.masks)
