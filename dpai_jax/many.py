@@ -13,6 +13,7 @@ from jax import Array
 
 from dpai_jax import checks
 from dpai_jax.granularity import parsed
+from dpai_jax.measuring import compile_ahead
 from dpai_jax.methods.base import Data, Loss, Method, Problem, Report, read_batches
 from dpai_jax.methods.dpai import DPaI
 from dpai_jax.paths import Network, trace
@@ -25,7 +26,7 @@ from dpai_jax.pruning import (
     results_of,
     silent,
 )
-from dpai_jax.tools.meshes import shardings_of
+from dpai_jax.tools.meshes import given_up_on_failure, shardings_of
 from dpai_jax.tools.switches import uncollected, usual_switches
 
 PyTree = Any
@@ -115,7 +116,8 @@ def prune_many(
             results[group[0]] = single(one_sparsity, method=one, key=one_key)
             continue
         methods: list[Any] = [jobs[i][1] for i in group]
-        with uncollected():
+        with given_up_on_failure(), uncollected():
+            compile_ahead(net, net.leaves(params))
             check_network(net, params)
             found = methods[0].run_many(methods, [problems[i] for i in group])
             many = results_of(methods, [problems[i] for i in group], found, repair, checked=True)

@@ -62,10 +62,12 @@ def same(found, expected):
     assert found.topology == expected.topology
 
 
-def test_shares_are_of_one_size_and_keep_the_order(two_lanes):
-    assert lanes.shares_of(range(6)) == [range(3), range(3, 6)]
-    assert lanes.shares_of("ab") == ["a", "b"]
-    assert lanes.shares_of(range(5)) == [range(5)]
+def test_shares_keep_the_order_and_may_have_to_be_of_one_size(two_lanes):
+    for of_one_size in (False, True):
+        assert lanes.shares_of(range(6), of_one_size=of_one_size) == [range(3), range(3, 6)]
+        assert lanes.shares_of("a", of_one_size=of_one_size) == ["a"]
+    assert lanes.shares_of(range(5)) == [range(2), range(2, 5)]
+    assert lanes.shares_of(range(5), of_one_size=True) == [range(5)]
 
 
 def test_each_share_has_a_thread_and_the_first_this_one(two_lanes):

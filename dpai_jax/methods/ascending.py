@@ -182,7 +182,7 @@ def _init_many(_: Network, scores: list[Array], *, init: Alike) -> Any:
 
 @meshes.program()
 def _one_of(_: Network, arrays: Any, i: Array) -> Any:
-    """One of the problems' arrays."""
+    """The arrays of one problem."""
     return jax.tree.map(lambda x: x[i], arrays)
 
 

@@ -15,17 +15,14 @@ import numpy as np
 import optax
 from jax import Array
 
-from dpai_jax import checks, counts, grouping, measuring
+from dpai_jax import checks, counts, grouping
 from dpai_jax.allocation import check_allocation, erk, global_threshold
 from dpai_jax.methods import folded, noise
 from dpai_jax.methods.ascending import Share, State, take_step
 from dpai_jax.methods.balance import BALANCES, MEASURED, Objective, as_strengths
 from dpai_jax.methods.base import Allocation, Problem, Pruned
 from dpai_jax.methods.saliency import exponential
-from dpai_jax.methods.selector import (
-    LargeSelector,
-    Selector,
-)
+from dpai_jax.methods.selector import LargeSelector, Selector
 from dpai_jax.paths import Network
 from dpai_jax.selection import as_count
 from dpai_jax.stages import chain_for
@@ -221,7 +218,6 @@ class DPaI:
           What `run` returns for each.
         """
         method, net, steps = methods[0], problems[0].net, methods[0].steps
-        measuring.compile_ahead(net, net.leaves(problems[0].params))
         strengths = method._strengths(problems[0])
         settings = method._settings(problems[0].granularity.parts(net))
         # Worked out once for problems of one sparsity.
@@ -236,7 +232,7 @@ class DPaI:
                 *strengths,
                 settings,
             )
-            for own in shares_of(range(len(problems)))
+            for own in shares_of(range(len(problems)), of_one_size=True)
         ]
         shares[0].compile_ahead()
 

@@ -6,6 +6,7 @@ What one thread hands to a CPU runs one after another, and a small program leave
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,16 +23,25 @@ T = TypeVar("T")
 _OTHERS = 1
 
 
-def shares_of(items: Sequence[T]) -> list[Sequence[T]]:
-    """Splits items into as many shares of one size as can run `side_by_side`.
+def shares_of(items: Sequence[T], *, of_one_size: bool = False) -> list[Sequence[T]]:
+    """Splits items into as many shares as can run `side_by_side`.
 
     There is one where JAX's switches in this thread are not as in others, which do not see them.
+
+    Args:
+      items: at least one.
+      of_one_size: whether all shares must be of one size; then there may be fewer.
+
+    Returns:
+      The shares.
     """
-    number = max(n for n in range(1, _most() + 1) if len(items) % n == 0)
+    number = min(_most(), len(items))
+    if of_one_size:
+        number = max(n for n in range(1, number + 1) if len(items) % n == 0)
     if number > 1 and all_switches() != _others()[0].submit(_usual(all_switches)).result():
         number = 1
-    size = len(items) // number
-    return [items[i * size : (i + 1) * size] for i in range(number)]
+    ends = [len(items) * i // number for i in range(number + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def _most() -> int:
