@@ -258,12 +258,11 @@ def measure(net: Network, masks: Sequence[list[Array]]) -> Callable[[], list[Top
     def started(share: Sequence[list[Array]]) -> list[Any]:
         return [(counted(net, kept, "exact", 1.0), _counts(net, groups, kept)) for kept in share]
 
-    under_way = itertools.chain(*side_by_side(started, shares_of(masks)))
-
+    under_way = list(itertools.chain(*side_by_side(started, shares_of(masks))))
     known = [(layer.name, layer.shape, layer.size, _n_outputs(layer)) for layer in net.layers]
 
     def finished() -> list[Topology]:
-        found = jax.device_get(list(under_way))
+        found = jax.device_get(under_way)
         return [
             _topology(known, log_paths, in_order(groups, counts)) for log_paths, counts in found
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,10 +52,13 @@ class Convolution(NamedTuple):
         """Whether few images and output features make the kernel's gradient slow on CPUs.
 
         XLA sums over the batch as if it were features, and over positions one by one; a library
-        does so fast, which XLA does not call for so few features.
+        does so fast, which XLA does not call for so few features. With a single tap it is a product
+        of matrices.
         """
-        widest = max(x.shape[self.dims.lhs_spec[0]], kernel.shape[self.dims.rhs_spec[0]])
-        return self.groups == 1 and widest <= _NARROW and jax.default_backend() == "cpu"
+        n_out, _, *window = (kernel.shape[i] for i in self.dims.rhs_spec)
+        is_narrow = max(x.shape[self.dims.lhs_spec[0]], n_out) <= _NARROW
+        on_cpu = jax.default_backend() == "cpu"
+        return self.groups == 1 and is_narrow and math.prod(window) > 1 and on_cpu
 
     def by_taps(self, x: Array, kernel: Array) -> Array:
         """The convolution as a sum over taps.
