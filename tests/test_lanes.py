@@ -14,6 +14,7 @@ import dpai_jax as dpai
 from dpai_jax.tools import host, lanes, meshes
 from dpai_jax.tools.switches import usual_switches
 from tests.support.recorded import plain
+from tests.support.results import assert_same
 
 # Any other promotion would be a switch of this thread alone.
 pytestmark = pytest.mark.standard_promotion
@@ -54,12 +55,6 @@ def threads(monkeypatch):
 
     monkeypatch.setattr(meshes.Program, "__call__", noting)
     return seen
-
-
-def same(found, expected):
-    for part in ("masks", "scores", "history"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(found, part), getattr(expected, part))
-    assert found.topology == expected.topology
 
 
 def test_shares_keep_the_order_and_may_have_to_be_of_one_size(two_lanes):
@@ -139,9 +134,9 @@ def test_masks_of_two_threads_are_those_of_single_calls(two_lanes, threads, make
     for program in ("_ascend_many", "_one_of", "_count_layers"):
         assert len(threads[program]) == 2
     assert set(threads["_count_layers"].values()) == {3}
-    triples = zip(sparsities, methods, keys, many, strict=True)
-    for sparsity, method, key, found in triples:
-        same(found, dpai.prune(*net, sparsity, method=method, key=key, progress=False))
+    triples = zip(sparsities, methods, keys, strict=True)
+    singles = [dpai.prune(*net, s, method=m, key=k, progress=False) for s, m, k in triples]
+    assert_same(many, singles)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 import dpai_jax as dpai
 from tests.support.recorded import plain
+from tests.support.results import assert_same
 
 
 def fn(params, x):
@@ -24,13 +25,6 @@ _RNG = np.random.default_rng(0)
 SHAPES = {"first": (12, 32), "stack": (2, 32, 32), "out": (32, 4), "scale": (3,)}
 PARAMS = {name: jnp.asarray(_RNG.normal(size=s), jnp.float32) for name, s in SHAPES.items()}
 X = jnp.ones((1, 12))
-
-
-def assert_same(many, singles):
-    for one, single in zip(many, singles, strict=True):
-        for part in ("masks", "scores", "history"):
-            jax.tree.map(np.testing.assert_array_equal, getattr(one, part), getattr(single, part))
-        assert one.topology == single.topology
 
 
 @pytest.fixture

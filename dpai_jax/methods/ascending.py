@@ -17,7 +17,6 @@ from dpai_jax.methods.selector import (
     masks_of_many,
     nothing_selected,
     select_many,
-    selected_many,
 )
 from dpai_jax.paths import Network
 from dpai_jax.selection import Cut
@@ -92,7 +91,7 @@ class Share:
         kept = nothing_selected(number, keep, parts)
         # One number for all layers may be that of all weights, which need no search.
         if not isinstance(kept.found, Cut) or np.any(keep != net.size):
-            kept = selected_many(net, scores, keep, kept, parts=parts)
+            kept = select_many(net, scores, keep, kept, parts=parts)
         measured: Any = {name: np.zeros((steps, number), of) for name, of in MEASURED.items()}
         self._now = _Ascent(State(scores, _init_many(net, scores, init=init)), kept, measured)
 
@@ -168,7 +167,7 @@ def _ascend_many(
         state, numbers = jax.vmap(step)(state, kept.found, weights)
         measured = {name: xs.at[t].set(numbers[name]) for name, xs in measured.items()}
         keep = jax.tree.map(lambda x: x[t + 1], keeps)
-        kept = select_many(net, state.scores, keep, kept, settings["parts"])
+        kept = select_many.fn(net, state.scores, keep, kept, parts=settings["parts"])
         return t + 1, _Ascent(state, kept, measured)
 
     _, ascent = lax.while_loop(lambda now: now[0] < last, after_a_step, (first, ascent))

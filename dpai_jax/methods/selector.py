@@ -196,10 +196,11 @@ def nothing_selected(number: int, keep: Any, parts: grouping.Parts) -> Selected:
     return Selected(*jax.tree.map(lambda x: np.tile(x, (number, 1, 1)), found))
 
 
+@meshes.program()
 def select_many(
-    net: Network, scores: list[Array], keep: Any, last: Selected, parts: grouping.Parts
+    net: Network, scores: list[Array], keep: Any, last: Selected, *, parts: grouping.Parts
 ) -> Selected:
-    """Selects the weights of the highest magnitudes of each problem; for use within a program.
+    """Selects the weights of the highest magnitudes of each problem.
 
     Args:
       net: the traced network.
@@ -217,14 +218,6 @@ def select_many(
         return Selected(cut, thresholds)
     select = functools.partial(_select.fn, net, parts=parts)
     return Selected(*meshes.in_turn(select, scores, keep, last.thresholds))
-
-
-@meshes.program()
-def selected_many(
-    net: Network, scores: list[Array], keep: Any, last: Selected, *, parts: grouping.Parts
-) -> Selected:
-    """`select_many` as a program."""
-    return select_many(net, scores, keep, last, parts)
 
 
 @meshes.program()
